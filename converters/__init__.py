@@ -1,0 +1,1 @@
+"""Sources of LLaMA weights, brought to one layout: the Hugging Face directory."""

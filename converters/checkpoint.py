@@ -1,0 +1,165 @@
+"""The checkpoint directory that llama-convert writes: Hugging Face's layout, or a seed that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters import random_init
+from converters.config import ModelConfig, read_json
+from converters.errors import InputError
+from converters.files import CODES, SafetensorsWriter, TensorSpec, safetensors_bytes, write_json, write_whole
+from converters.hf import COMPANIONS, INDEX, open_hf
+from converters.layout import Parameter, parameters
+from converters.output import check_finished
+from converters.source import TensorSource, row_blocks
+
+if TYPE_CHECKING:
+    import torch
+
+COMPANION_NAMES = frozenset(COMPANIONS)
+_CONVERSION = "conversion"  # the arguments, kept in the index's metadata or beside the seed
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One model-0000i-of-0000n.safetensors: its name and the parameters in it."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return safetensors_bytes(self.specs)
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open whatever holds a model's weights: a checkpoint or Hugging Face directory, or a GGUF file.
+
+    Nothing but headers is read. Raises InputError where the path holds no such thing.
+    """
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"{path} is a file of no known kind. Give a .gguf file or a Hugging Face directory.")
+        from converters.gguf import open_gguf
+
+        return open_gguf(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Give a Hugging Face directory or a .gguf file.")
+    check_finished(path, "llama-convert")
+    if (path / "shards.json").exists():
+        raise InputError(f"{path} holds shards of a quantized model; give the checkpoint they were made from.")
+    if (path / random_init.FILE_NAME).exists():
+        return random_init.open_random_init(path)
+    return open_hf(path)
+
+
+def plan_files(config: ModelConfig, max_shard_bytes: int) -> list[ModelFile]:
+    """Share the parameters, in the table's order, among files of at most ``max_shard_bytes`` of values each.
+
+    A parameter larger than that has a file of its own.
+    """
+    code = CODES[config.dtype]
+    groups: list[list[TensorSpec]] = []
+    room = 0
+    for parameter in parameters(config):
+        spec = TensorSpec(parameter.name, code, parameter.shape)
+        if not groups or spec.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(spec)
+        room -= spec.nbytes
+    return [
+        ModelFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def write_files(
+    source: TensorSource,
+    config: ModelConfig,
+    out: Path,
+    files: list[ModelFile],
+    arguments: dict[str, Any],
+    advance: Callable[[int], None],
+) -> None:
+    """Write the checkpoint as files, the index last; a file that is there already is whole and stays.
+
+    ``config`` is the source's, with the dtype to write; ``advance`` is told bytes as they are done.
+    """
+    _write_small_files(source, config, out)
+    table = {parameter.name: parameter for parameter in parameters(config)}
+    for file in files:
+        if (out / file.name).exists():
+            advance(sum(spec.nbytes for spec in file.specs))
+            continue
+        writer = SafetensorsWriter(out / file.name, file.specs)
+        try:
+            for spec in file.specs:
+                _copy(source, table[spec.name], config.dtype, writer, advance)
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+    write_json(out / INDEX, _index(config, files, arguments))
+
+
+def write_seed(source: random_init.RandomSource, out: Path, arguments: dict[str, Any]) -> None:
+    """Write the checkpoint as its configuration and the seed that its weights come from."""
+    _write_small_files(source, source.config, out)
+    write_json(out / random_init.FILE_NAME, random_init.random_init_record(source.seed) | {_CONVERSION: arguments})
+
+
+def finished_arguments(out: Path) -> dict[str, Any] | None:
+    """The arguments with which a finished checkpoint directory was made; None for any other directory."""
+    for name, place in ((INDEX, ("metadata", _CONVERSION)), (random_init.FILE_NAME, (_CONVERSION,))):
+        if (out / name).is_file():
+            value = read_json(out / name)
+            for key in place:
+                value = value.get(key) if isinstance(value, dict) else None
+            return value
+    return None
+
+
+def _write_small_files(source: TensorSource, config: ModelConfig, out: Path) -> None:
+    write_json(out / "config.json", config.to_hf())
+    for name, content in source.companions().items():
+        write_whole(out / name, content)
+
+
+def _copy(
+    source: TensorSource,
+    parameter: Parameter,
+    dtype: str,
+    writer: SafetensorsWriter,
+    advance: Callable[[int], None],
+) -> None:
+    import torch
+
+    for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
+        block = source.rows(parameter.name, start, stop).to(getattr(torch, dtype))
+        check_finite(block, parameter.name)
+        writer.append(block)
+        advance(block.nbytes)
+
+
+def check_finite(block: torch.Tensor, name: str) -> None:
+    """Raise InputError, naming the tensor, where a block of weights holds NaN or an infinity."""
+    if not block.isfinite().all():
+        raise InputError(
+            f"The tensor {name} holds NaN or infinite values (or values too large for {str(block.dtype)[6:]}). "
+            "Fetch the source again, or give a wider --dtype."
+        )
+
+
+def _index(config: ModelConfig, files: list[ModelFile], arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "total_parameters": sum(parameter.elements for parameter in parameters(config)),
+            "total_size": sum(spec.nbytes for file in files for spec in file.specs),
+            _CONVERSION: arguments,
+        },
+        "weight_map": {spec.name: file.name for file in files for spec in file.specs},
+    }

@@ -1,0 +1,93 @@
+"""llama-convert: weights from a preset, a Hugging Face directory or a GGUF file into a checkpoint directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from converters.command import DISTRIBUTION, run
+from converters.config import DTYPES
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--config",
+    "config_name",
+    metavar="NAME|FILE",
+    help="Random weights of a preset (tiny, 7B ... 175B) or a config.json.",
+)
+@click.option(
+    "--source", type=click.Path(path_type=Path), metavar="DIR|FILE", help="A Hugging Face directory or a .gguf file."
+)
+@click.option("--out", type=click.Path(path_type=Path), default="checkpoint", show_default=True, help="Where to write.")
+@click.option(
+    "--storage",
+    type=click.Choice(["auto", "files", "seed"]),
+    default="auto",
+    show_default=True,
+    help="Random weights as files, as their seed, or as files where they fit.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of the random weights."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the weights written."
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one model file.")
+@click.option("--force", is_flag=True, help="Replace what this tool wrote to --out before.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.version_option(package_name=DISTRIBUTION)
+def command(
+    config_name: str | None,
+    source: Path | None,
+    out: Path,
+    storage: str,
+    seed: int,
+    dtype: str,
+    layers: int | None,
+    max_shard_size: str,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Write a LLaMA model's weights as a checkpoint in Hugging Face's layout.
+
+    \b
+    llama-convert --config 175B            random weights, OPT-175B's dimensions
+    llama-convert --source my-llama/       a Hugging Face directory
+    llama-convert --source model.gguf      a GGUF file
+    """
+    from converters.config import resolve
+    from converters.convert import Conversion, convert, describe
+    from converters.errors import InputError
+    from converters.units import parse_bytes
+
+    if (config_name is None) == (source is None):
+        raise InputError("Give either --config (random weights) or --source (a model's weights).")
+    if source is None:
+        from converters.random_init import RandomSource
+
+        config = resolve(config_name).cut(layers).with_dtype(dtype)
+        weights = RandomSource(config, seed)
+    else:
+        from converters.checkpoint import open_source
+
+        _check_distinct(source, out)
+        weights = open_source(source)
+        config = weights.config.cut(layers).with_dtype(dtype)
+    conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size))
+    click.echo(describe(conversion) if dry_run else convert(conversion, force))
+
+
+def _check_distinct(source: Path, out: Path) -> None:
+    from converters.errors import InputError
+
+    directory = source if source.is_dir() else source.parent
+    if source.exists() and directory.resolve() == out.resolve():
+        raise InputError(f"--out {out} is where the source is. Give another directory; an input is never changed.")
+
+
+def main() -> None:
+    """The console script."""
+    run(command)

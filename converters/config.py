@@ -1,0 +1,275 @@
+"""The dimensions of a LLaMA model: presets, and Hugging Face's config.json in both directions."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converters.errors import InputError
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Far above any model, low enough that a damaged config.json can't ask for endless work.
+_MAX_DIMENSION = 1 << 24
+_MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
+
+# Features that change the arithmetic: a config that turns one on is not this decoder's model.
+_UNSUPPORTED = {
+    "attention_bias": "biases in the attention",
+    "mlp_bias": "biases in the MLP",
+    "sliding_window": "a sliding window",
+    "num_local_experts": "mixture of experts",
+    "num_experts": "mixture of experts",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA decoder's dimensions, under the names that Hugging Face's config.json uses.
+
+    ``eos_token_ids`` lists every id that ends a generation; it may be empty.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int = 32000
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+        for field in (*sizes, "num_layers", "max_position_embeddings"):
+            value = getattr(self, field)
+            limit = _MAX_COUNT.get(field, _MAX_DIMENSION)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise InputError(f"{field} is {_shown(value)}; it must be a whole number from 1 to {limit}.")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
+        for field in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+                raise InputError(f"{field} is {_shown(value)}; it must be a positive number.")
+        if self.dtype not in DTYPES:
+            raise InputError(f"The weights' dtype is {_shown(self.dtype)}; valid: {', '.join(DTYPES)}.")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def cut(self, layers: int | None) -> ModelConfig:
+        """The same model with only its first ``layers`` blocks (None keeps all)."""
+        if layers is None:
+            return self
+        if not 1 <= layers <= self.num_layers:
+            raise InputError(f"--layers {layers} does not fit {self.name}; give 1 to {self.num_layers}.")
+        return replace(self, num_layers=layers)
+
+    def with_dtype(self, dtype: str) -> ModelConfig:
+        return replace(self, dtype=dtype)
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json as transformers' LlamaConfig reads it."""
+        eos = list(self.eos_token_ids)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "_name_or_path": self.name,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "torch_dtype": self.dtype,
+        }
+
+
+def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
+    """A ModelConfig from the fields of a Hugging Face config.json; ``name`` is used where they hold none.
+
+    Raises InputError for another architecture, for a feature that the decoder does not have, and for sizes that
+    contradict each other.
+    """
+    if not isinstance(fields, dict):
+        raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
+    kind = fields.get("model_type", "llama")
+    if kind != "llama":
+        raise InputError(f"config.json is of model type {_shown(kind)}; this tool converts 'llama'.")
+    for field, feature in _UNSUPPORTED.items():
+        if fields.get(field):
+            raise InputError(f"config.json asks for {feature} ({field}), which the decoder does not implement.")
+    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"config.json asks for the activation {_shown(fields['hidden_act'])}; LLaMA's is 'silu'.")
+    if fields.get("quantization_config"):
+        raise InputError("config.json describes a model that is already quantized; convert its unquantized original.")
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    absent = [field for field in required if field not in fields]
+    if absent:
+        raise InputError(f"config.json lacks {', '.join(absent)}; it is no LLaMA configuration.")
+
+    def optional(field: str, default: Any) -> Any:
+        value = fields.get(field)
+        return default if value is None else value
+
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = fields.get("head_dim")
+    if head_dim is None:
+        if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
+            raise InputError(
+                f"hidden_size {_shown(hidden)} is no multiple of num_attention_heads {_shown(heads)}, "
+                "and there is no head_dim."
+            )
+        head_dim = hidden // heads
+    return ModelConfig(
+        name=_name(fields) or name,
+        hidden_size=hidden,
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=optional("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab_size=fields["vocab_size"],
+        rms_norm_eps=optional("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(fields),
+        max_position_embeddings=optional("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
+        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
+        dtype=_dtype(fields),
+    )
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The configuration in a config.json. Raises InputError where it can't be read or isn't a LLaMA's."""
+    return from_hf(read_json(path), name=path.absolute().parent.name)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises InputError, naming the file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise InputError(f"{path} is not valid JSON; fetch or write it again.") from None
+
+
+def _name(fields: dict[str, Any]) -> str:
+    """The model's name without the folders or owner that it was loaded from."""
+    name = fields.get("_name_or_path")
+    return name.rstrip("/").split("/")[-1] if isinstance(name, str) else ""
+
+
+def _rope_theta(fields: dict[str, Any]) -> Any:
+    """The RoPE base: a field of its own up to transformers 4, inside rope_parameters from 5 on."""
+    parameters = fields.get("rope_parameters") or {}
+    scaling = fields.get("rope_scaling") or {}
+    for rope in (parameters, scaling):
+        if not isinstance(rope, dict):
+            raise InputError("config.json holds RoPE parameters that are no JSON object.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(
+                f"config.json asks for RoPE scaling of type {_shown(kind)}; the decoder implements 'default'."
+            )
+    theta = parameters.get("rope_theta", fields.get("rope_theta"))
+    return 10000.0 if theta is None else theta
+
+
+def _dtype(fields: dict[str, Any]) -> Any:
+    dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
+def _token_id(value: Any, field: str) -> int | None:
+    if value is None or (type(value) is int and 0 <= value <= _MAX_DIMENSION):
+        return value
+    raise InputError(f"{field} in config.json is {_shown(value)}; it must be a token id.")
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(_token_id(v, "eos_token_id") for v in values if v is not None)
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, short enough for an error line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _ffn_size(hidden_size: int) -> int:
+    """LLaMA's rule (Touvron et al. 2023, section 2.2): 2/3 of 4 * dim, rounded up to a multiple of 256."""
+    return -(-(2 * 4 * hidden_size // 3) // 256) * 256
+
+
+def _preset(name: str, hidden_size: int, heads: int, layers: int) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        hidden_size=hidden_size,
+        intermediate_size=_ffn_size(hidden_size),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden_size // heads,
+        rms_norm_eps=1e-6,
+    )
+
+
+# Table 1 of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", with 13B and a small
+# one for demos and tests. 175B is OPT-175B's dimensions on the LLaMA architecture.
+PRESETS: dict[str, ModelConfig] = {
+    preset.name: preset
+    for preset in (
+        _preset("tiny", 256, 8, 4),
+        _preset("7B", 4096, 32, 32),
+        _preset("13B", 5120, 40, 40),
+        _preset("33B", 6656, 52, 60),
+        _preset("65B", 8192, 64, 80),
+        _preset("175B", 12288, 96, 96),
+    )
+}
+
+
+def resolve(name_or_path: str) -> ModelConfig:
+    """The configuration for ``--config``: a preset's name in any case, or the path of a config.json."""
+    for name, preset in PRESETS.items():
+        if name.lower() == name_or_path.lower():
+            return preset
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"Unknown configuration {name_or_path!r}; give one of {', '.join(PRESETS)}, or the path of a config.json."
+        )
+    return read_config(path)

@@ -1,0 +1,21 @@
+"""What the user can put right: every class here ends a command with one line and exit status 2."""
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message says what it is and what to do about it."""
+
+
+class UnmappedTensor(InputError):
+    """A tensor of the source that its name table does not know."""
+
+
+class UnexpectedTensor(InputError):
+    """A tensor with a known kind of name that this configuration has no place for."""
+
+
+class MissingTensor(InputError):
+    """A tensor that the configuration needs and the source does not hold."""
+
+
+class DuplicateTensor(InputError):
+    """A tensor that the source holds twice."""

@@ -1,0 +1,43 @@
+"""A digest of large files that reads only a sample of them: quick enough to take on every start."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from converters.errors import InputError
+
+_HEAD_BYTES = 1 << 20
+_PAGE_BYTES = 4096
+_PAGES = 64
+
+
+def sample_files(paths: Iterable[Path]) -> str:
+    """The hex sha256 over a sample of each file, in the order given.
+
+    The sample is the file's name (without its folder), its size, its first 1 MiB, its last 4 KiB and 64 evenly spaced
+    pages of 4 KiB. It tells files apart, not tampering: a change between the sampled pages that keeps the size goes
+    unseen. Raises InputError for a file that can't be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(b"%s\0%d\0" % (os.fsencode(path.name), size))
+                for start, length in _ranges(size):
+                    file.seek(start)
+                    digest.update(file.read(length))
+        except OSError as error:
+            raise InputError(f"{path} can't be read: {error.strerror}.") from None
+    return digest.hexdigest()
+
+
+def _ranges(size: int) -> Iterator[tuple[int, int]]:
+    """The byte ranges (start, length) sampled of a file of ``size`` bytes."""
+    yield 0, _HEAD_BYTES
+    yield max(0, size - _PAGE_BYTES), _PAGE_BYTES
+    for page in range(_PAGES):
+        yield size * page // _PAGES // _PAGE_BYTES * _PAGE_BYTES, _PAGE_BYTES

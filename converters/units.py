@@ -1,0 +1,35 @@
+"""Sizes as people write and read them. Decimal: 1 GB is 10^9 bytes, as disks and the post count."""
+
+from __future__ import annotations
+
+import re
+
+from converters.errors import InputError
+
+_FACTORS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """``5GB`` -> 5000000000. Raises InputError for anything that isn't a positive size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    factor = _FACTORS.get(match[2]) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size < 1:
+        raise InputError(f"{text!r} is no size; write it like 500MB or 5GB.")
+    return size
+
+
+def format_bytes(count: int) -> str:
+    """5000000000 -> ``5.00 GB``."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def format_count(count: int) -> str:
+    """6738415616 -> ``6.74 B`` (parameters, in thousands, millions, billions)."""
+    for unit, factor in ((" B", 10**9), (" M", 10**6), (" k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f}{unit}"
+    return str(count)

@@ -1,0 +1,1 @@
+"""A checkpoint turned into one safetensors shard per TPU chip."""

@@ -1,0 +1,86 @@
+"""llama-quantize: a checkpoint into int8 (or bfloat16) shards, one safetensors file per TPU chip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from converters.command import DISTRIBUTION, run
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("checkpoint", type=click.Path(path_type=Path), default="checkpoint")
+@click.option("--int8", "scheme", flag_value="int8", help="Linear layers in int8, one scale per output channel.")
+@click.option("--bf16", "scheme", flag_value="bf16", help="Everything in bfloat16: shards without quantizing.")
+@click.option(
+    "--chips", type=click.IntRange(min=1, max=4096), help="Files to make, one per chip. [default: 1, or the target's]"
+)
+@click.option("--target", metavar="SLICE", help="A TPU slice (v4-16 has 8 chips) in place of --chips.")
+@click.option(
+    "--only-chip",
+    "only_chips",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Write only this chip's file; may be repeated.",
+)
+@click.option("--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Where to write.")
+@click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
+@click.option("--quantize-lm-head", is_flag=True, help="Quantize the output head as well.")
+@click.option("--force", is_flag=True, help="Replace what this tool wrote to --out before.")
+@click.option(
+    "--verify", is_flag=True, help="Check the files' digests afterwards; without --int8/--bf16, just check --out."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.version_option(package_name=DISTRIBUTION)
+def command(
+    checkpoint: Path,
+    scheme: str | None,
+    chips: int | None,
+    target: str | None,
+    only_chips: tuple[int, ...],
+    out: Path,
+    layers: int | None,
+    quantize_lm_head: bool,
+    force: bool,
+    verify: bool,
+    dry_run: bool,
+) -> None:
+    """Quantize CHECKPOINT (default: checkpoint/) and split it into one file per chip.
+
+    CHECKPOINT may also be a directory of shards: then these are split anew for another number of chips.
+
+    \b
+    llama-quantize --int8                        one chip
+    llama-quantize --int8 --target v4-16         8 chips
+    llama-quantize out8/ --int8 --chips 4 --out out4/
+    llama-quantize --verify --out out/           check an output
+    """
+    from converters.errors import InputError
+    from quantize.job import Request, quantize, verify_output
+
+    if scheme is None and not verify:
+        raise InputError("Give --int8 or --bf16 (or --verify alone, to check --out).")
+    if scheme is not None:
+        request = Request(checkpoint, out, scheme, _chip_count(chips, target), only_chips, layers, quantize_lm_head)
+        click.echo(quantize(request, force, dry_run))
+    if verify and not dry_run:
+        click.echo(verify_output(out))
+
+
+def _chip_count(chips: int | None, target: str | None) -> int:
+    from converters.errors import InputError
+    from quantize.targets import target_chips
+
+    if target is None:
+        return chips or 1
+    if chips not in (None, target_chips(target)):
+        raise InputError(
+            f"--chips {chips} contradicts --target {target}, which has {target_chips(target)}. Give one of them."
+        )
+    return target_chips(target)
+
+
+def main() -> None:
+    """The console script."""
+    run(command)

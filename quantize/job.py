@@ -1,0 +1,139 @@
+"""One run of llama-quantize: what is to be made of which source, whether it fits, and the making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.checkpoint import COMPANION_NAMES, open_source
+from converters.convert import free_bytes
+from converters.errors import InputError
+from converters.files import TensorSpec, safetensors_bytes
+from converters.output import State, claim
+from converters.progress import progress
+from converters.units import format_bytes
+from quantize.manifest import FILE_NAME, chip_file
+from quantize.partition import plan_heads
+from quantize.pipeline import BlockSource, Quantizer, Resharder, Sharding, finished_arguments, write_shards
+from quantize.scheme import Scheme, chip_specs
+from quantize.shards import Shards
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    checkpoint: Path
+    out: Path
+    scheme: str
+    chips: int
+    only_chips: tuple[int, ...]
+    layers: int | None
+    quantize_lm_head: bool
+
+
+def quantize(request: Request, force: bool, dry_run: bool) -> str:
+    """Make the shards, or what an interrupted run left of them. Returns the lines to show the user."""
+    sharding, source = _plan(request)
+    specs = chip_specs(sharding.config, sharding.scheme, sharding.chips)
+    lines = _describe(sharding, specs, request.out)
+    if dry_run:
+        return "\n".join(lines)
+    total = safetensors_bytes(specs) * len(sharding.only_chips)
+    _check_room(request.out, total)
+    with claim(request.out, sharding.arguments(), finished_arguments, COMPANION_NAMES, force) as state:
+        if state is State.FINISHED:
+            return f"{request.out} is already complete; nothing was left to do."
+        with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", total) as advance:
+            write_shards(sharding, source, request.out, advance)
+    if isinstance(source, Quantizer) and source.report.summary():
+        lines.append(source.report.summary())
+    return "\n".join(lines)
+
+
+def verify_output(out: Path) -> str:
+    """Check every file of a finished output against the manifest. Returns the line to show the user."""
+    shards = Shards(out)
+    total = sum(record.nbytes for record in shards.manifest.files.values())
+    with progress("Verifying", total) as advance:
+        shards.verify(advance)
+    return f"{out}: {len(shards.manifest.files)} files, {format_bytes(total)}, every digest as in {FILE_NAME}"
+
+
+def _plan(request: Request) -> tuple[Sharding, BlockSource]:
+    """What is to be made, and where its values come from."""
+    _check_distinct(request.checkpoint, request.out)
+    scheme = Scheme(request.scheme, request.quantize_lm_head)
+    source: BlockSource
+    if (request.checkpoint / FILE_NAME).exists():
+        shards = Shards(request.checkpoint)
+        _check_scheme(scheme, shards)
+        shards.require(range(shards.chips))
+        config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
+    else:
+        weights = open_source(request.checkpoint)
+        config, fingerprint, source = weights.config, weights.fingerprint(), Quantizer(weights)
+    config = config.cut(request.layers)
+    if scheme.name == "bf16":
+        config = config.with_dtype("bfloat16")
+    scheme.check(config)
+    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint), source
+
+
+def _check_scheme(wanted: Scheme, shards: Shards) -> None:
+    if wanted != shards.manifest.scheme:
+        have = shards.manifest.scheme
+        flags = f"--{have.name}" + (" --quantize-lm-head" if have.quantize_lm_head else "")
+        raise InputError(
+            f"{shards.directory} holds shards made with {flags}; they can only be split anew with the same."
+        )
+
+
+def _only_chips(request: Request) -> tuple[int, ...]:
+    if not request.only_chips:
+        return tuple(range(request.chips))
+    beyond = [chip for chip in request.only_chips if chip >= request.chips]
+    if beyond:
+        raise InputError(f"--only-chip {beyond[0]}: {request.chips} chips are numbered 0 to {request.chips - 1}.")
+    return tuple(sorted(set(request.only_chips)))
+
+
+def _check_distinct(checkpoint: Path, out: Path) -> None:
+    if checkpoint.resolve() == out.resolve():
+        raise InputError(f"--out {out} is the input. Give another directory; an input is never changed.")
+
+
+def _check_room(out: Path, total: int) -> None:
+    # Files of the same name are replaced only once the new ones are whole, so they give no room.
+    free = free_bytes(out)
+    if total > free:
+        raise InputError(
+            f"{out} needs {format_bytes(total)} and {format_bytes(free)} are free there. Give --out on a larger disk, "
+            "--only-chip for some chips' files, or --layers for fewer layers."
+        )
+
+
+def _describe(sharding: Sharding, specs: list[TensorSpec], out: Path) -> list[str]:
+    """What the output holds, and what the number of chips costs in padding."""
+    config, per_chip = sharding.config, safetensors_bytes(specs)
+    count = len(sharding.only_chips)
+    first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
+    files = first if count == 1 else f"{first} ... {last}"
+    lines = [
+        f"{out}: {config.name}, {config.num_layers} layers, {sharding.scheme.name}, {count} of {sharding.chips} chips' "
+        f"files, {format_bytes(per_chip)} each, {format_bytes(per_chip * count)} in all ({files})"
+    ]
+    values = sum(spec.nbytes for spec in specs) * sharding.chips
+    whole = sum(spec.nbytes for spec in chip_specs(config, sharding.scheme, 1))
+    plan = plan_heads(config.num_heads, config.num_kv_heads, sharding.chips)
+    if plan.query_slots != config.num_heads or plan.kv_slots != config.num_kv_heads:
+        lines.append(
+            f"{config.num_heads} query and {config.num_kv_heads} KV heads take {plan.query_slots} and {plan.kv_slots} "
+            f"places on {sharding.chips} chips (heads of zeros, repeated KV heads)."
+        )
+    if values > whole:
+        lines.append(
+            f"Padding and copies on every chip add {format_bytes(values - whole)} ({values / whole - 1:.1%}) "
+            "over all chips."
+        )
+    return lines

@@ -1,0 +1,150 @@
+"""A finished directory of shards: checked on opening, read per chip or put back together, verified by digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.config import ModelConfig
+from converters.errors import InputError, MissingTensor, UnexpectedTensor
+from converters.hf import COMPANIONS
+from converters.output import check_finished
+from converters.tensor_files import SafetensorsFile
+from quantize.manifest import FILE_NAME, Manifest, chip_file, read_manifest, read_shards_config
+from quantize.partition import Segment, parameter_segments
+from quantize.scheme import StoredTensor, chip_specs, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_READ_BYTES = 4 << 20
+
+
+class Shards:
+    """The shards of a model. Opening reads the manifest; a chip's file is opened and checked when first needed."""
+
+    def __init__(self, directory: Path) -> None:
+        check_finished(directory, "llama-quantize")
+        if not (directory / FILE_NAME).exists():
+            raise InputError(f"{directory} has no {FILE_NAME}: it is no finished output of llama-quantize.")
+        self.directory = directory
+        self.config: ModelConfig = read_shards_config(directory)
+        self.manifest: Manifest = read_manifest(directory, self.config)
+        self.tensors: dict[str, StoredTensor] = {
+            tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)
+        }
+        self._files: dict[int, SafetensorsFile] = {}
+        self._segments: dict[str, list[list[Segment]]] = {}
+
+    @property
+    def chips(self) -> int:
+        return self.manifest.chips
+
+    def require(self, chips: Iterable[int]) -> None:
+        """Raise InputError, naming them, where some of these chips' files are not there."""
+        missing = [chip for chip in chips if not self._path(chip).is_file()]
+        if missing:
+            names = ", ".join(chip_file(chip, self.chips) for chip in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise InputError(f"{self.directory} lacks {names}{more}. Fetch them, or write them with llama-quantize.")
+
+    def local(self, name: str, chip: int) -> torch.Tensor:
+        """The part of a tensor that ``chip`` holds, padding included."""
+        file = self._open(chip)
+        return file.rows(name, 0, file.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor as it was before the split."""
+        import torch
+
+        tensor = self.tensors[name]
+        shard = tensor.parameter.row.shard
+        if shard is None:
+            return self._open(0).rows(name, start, stop)
+        if name not in self._segments:
+            self._segments[name] = parameter_segments(self.config, tensor.parameter, self.chips)
+        pieces = self._row_pieces(name, start, stop) if shard == 0 else self._column_pieces(name, start, stop)
+        return torch.cat(pieces, dim=shard)
+
+    def verify(self, advance: Callable[[int], None]) -> None:
+        """Read every file that the manifest lists; raise InputError, naming it, where a byte has changed."""
+        self.require(self.manifest.files)
+        for chip, record in sorted(self.manifest.files.items()):
+            self._open(chip)
+            digest = hashlib.sha256()
+            with self._path(chip).open("rb") as file:
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
+                    advance(len(block))
+            if digest.hexdigest() != record.sha256:
+                raise InputError(
+                    f"{self._path(chip)} has changed since it was written (its sha256 differs from {FILE_NAME}). "
+                    "Fetch it again, or quantize again with --force."
+                )
+
+    def companions(self) -> dict[str, bytes]:
+        """The tokenizer's files and the like: file name -> content."""
+        present = (self.directory / name for name in COMPANIONS)
+        return {path.name: path.read_bytes() for path in present if path.is_file()}
+
+    def _path(self, chip: int) -> Path:
+        return self.directory / chip_file(chip, self.chips)
+
+    def _open(self, chip: int) -> SafetensorsFile:
+        if chip not in self._files:
+            self.require([chip])
+            self._check_size(chip)
+            file = SafetensorsFile(self._path(chip))
+            self._check_tensors(file)
+            self._files[chip] = file
+        return self._files[chip]
+
+    def _check_size(self, chip: int) -> None:
+        path, record = self._path(chip), self.manifest.files.get(chip)
+        if record is None:
+            raise InputError(f"{path} is not listed in {FILE_NAME}; it belongs to another output.")
+        size = path.stat().st_size
+        if size != record.nbytes:
+            raise InputError(f"{path} is {size} bytes long; {FILE_NAME} says {record.nbytes}. Fetch it again.")
+
+    def _check_tensors(self, file: SafetensorsFile) -> None:
+        """Hold a chip's file against what the layout says that every chip holds."""
+        specs = {spec.name: spec for spec in chip_specs(self.config, self.manifest.scheme, self.chips)}
+        names = set(file.names())
+        for name in names - specs.keys():
+            raise UnexpectedTensor(f"{file.path} holds the tensor {name}, which this model's shards don't have.")
+        for name, spec in specs.items():
+            if name not in names:
+                raise MissingTensor(f"{file.path} lacks the tensor {name}.")
+            if (file.code(name), file.shape(name)) != (spec.code, spec.shape):
+                raise InputError(
+                    f"{file.path}: the tensor {name} is {file.code(name)} {list(file.shape(name))}, but one of "
+                    f"{self.chips} chips holds {spec.code} {list(spec.shape)}. It belongs to another output."
+                )
+
+    def _row_pieces(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        pieces = []
+        at = start
+        for chip, segments in enumerate(self._segments[name]):
+            offset = 0
+            for segment in segments:
+                if segment.start is not None and segment.start <= at < min(stop, segment.start + segment.length):
+                    end = min(stop, segment.start + segment.length)
+                    first = offset + at - segment.start
+                    pieces.append(self._open(chip).rows(name, first, first + end - at))
+                    at = end
+                offset += segment.length
+        return pieces
+
+    def _column_pieces(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        pieces = []
+        for chip, segments in enumerate(self._segments[name]):
+            local = self._open(chip).rows(name, start, stop)
+            offset = 0
+            for segment in segments:
+                if segment.start is not None:
+                    pieces.append(local[:, offset : offset + segment.length])
+                offset += segment.length
+        return pieces

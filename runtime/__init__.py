@@ -1,0 +1,1 @@
+"""The shards loaded onto the chips and decoded with fixed shapes."""

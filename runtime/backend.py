@@ -1,0 +1,53 @@
+"""What a decoder needs of the machine it runs on. Two kinds fulfil it: XLA chips (xla.py) and the host (host.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from quantize.scheme import StoredTensor
+from quantize.shards import Shards
+from runtime.kv_cache import KVCache
+
+
+class Backend(Protocol):
+    """Tensors on a device, and functions compiled for it."""
+
+    platform: str  # device and backend: "cpu/xla"
+    chips: int  # over which tensors are split; 1 where they are whole
+    leader: bool  # whether this process speaks for all of a multi-host slice
+    cache_type: type[KVCache]  # how a graph updates the cache
+
+    def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
+        """A tensor of the shards on the device, put together over the chips. Raises InputError for missing files."""
+        ...
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
+        """A tensor of zeros on the device, split over the chips along ``axis``."""
+        ...
+
+    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor, whole on every chip."""
+        ...
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` compiled once per shape of its inputs."""
+        ...
+
+    def donate(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Let the next graph that takes these tensors write its results over them."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the device has done all that was asked of it."""
+        ...
+
+    def compilations(self) -> int:
+        """Graphs compiled so far in this process."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that one device has used; None where it keeps no account."""
+        ...

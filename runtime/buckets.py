@@ -1,0 +1,52 @@
+"""Prompt lengths rounded up to a few fixed sizes, so that a handful of compiled graphs serves every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from converters.errors import InputError
+
+
+class Section(NamedTuple):
+    """A stretch of the prompt processed in one execution: ``length`` tokens from ``start``, padded to ``bucket``."""
+
+    start: int
+    length: int
+    bucket: int
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """``128,256`` -> (128, 256). Raises InputError for anything but ascending positive numbers."""
+    try:
+        buckets = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        buckets = ()
+    if not buckets or buckets[0] < 1 or any(a >= b for a, b in pairwise(buckets)):
+        raise InputError(f"--buckets {text!r}: give ascending prompt lengths like 128,256,384,512.")
+    return buckets
+
+
+def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
+    """The buckets that fit into the cache; where none does, the cache's length is the only one."""
+    return tuple(bucket for bucket in buckets if bucket <= max_seq_len) or (max_seq_len,)
+
+
+def sections(length: int, buckets: Sequence[int], max_seq_len: int) -> list[Section]:
+    """Cut ``length`` prompt tokens into sections of the largest bucket and a rest rounded up to the nearest one.
+
+    A section's padding must not run past the end of the cache, so near it the rest may take several smaller sections.
+    """
+    result = []
+    start = 0
+    while start < length:
+        rest = length - start
+        fitting = [bucket for bucket in buckets if start + bucket <= max_seq_len]
+        if not fitting:  # the end of the cache: step back over slots already filled and write them once more
+            start = max_seq_len - buckets[0]
+            rest, fitting = length - start, [buckets[0]]
+        bucket = next((bucket for bucket in fitting if bucket >= rest), fitting[-1])
+        result.append(Section(start, min(rest, bucket), bucket))
+        start += min(rest, bucket)
+    return result

@@ -1,0 +1,146 @@
+"""llama-run: the shards on their chips, a prompt continued, and the figures of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from converters.command import DISTRIBUTION, run
+
+
+def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of token ids; write it like 1,2,3.") from None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--shards", type=click.Path(path_type=Path), required=True, metavar="DIR", help="What llama-quantize wrote."
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated, one row each."
+)
+@click.option("--prompt-ids", callback=_parse_ids, metavar="1,2,3", help="Token ids to continue.")
+@click.option(
+    "--prompt-len",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Ids to draw where there is no prompt.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Rows decoded at once.")
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=1), default=256, show_default=True, help="Length of the KV cache."
+)
+@click.option("--buckets", default="128,256,384,512", show_default=True, help="Prompt lengths to compile for.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of a drawn prompt."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of activations and cache.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["xla", "inductor", "eager"]),
+    default="xla",
+    show_default=True,
+    help="XLA over all chips, or PyTorch on this host's CPU or CUDA device.",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Run only the first N layers.")
+@click.option(
+    "--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - for stdout, in place of the table."
+)
+@click.version_option(package_name=DISTRIBUTION)
+def command(
+    shards: Path,
+    prompts: tuple[str, ...],
+    prompt_ids: tuple[int, ...] | None,
+    prompt_len: int,
+    max_new_tokens: int,
+    batch_size: int,
+    max_seq_len: int,
+    buckets: str,
+    seed: int,
+    dtype: str,
+    backend: str,
+    layers: int | None,
+    json_out: str | None,
+) -> int:
+    """Continue a prompt with the model in SHARDS, and report latency, throughput and memory.
+
+    \b
+    llama-run --shards out/ --prompt "Once upon a time"
+    llama-run --shards out/ --batch-size 8 --json -        a prompt drawn by --seed
+    """
+    from converters.errors import InputError
+    from quantize.shards import Shards
+    from runtime.buckets import parse_buckets
+
+    if prompts and prompt_ids is not None:
+        raise InputError("Give --prompt or --prompt-ids, not both.")
+    sizes = parse_buckets(buckets)
+    Shards(shards)  # what is wrong with the directory should show before torch is loaded
+    from runtime.run import Request
+    from runtime.run import run as run_request
+
+    done = run_request(
+        Request(
+            shards,
+            prompts,
+            prompt_ids,
+            prompt_len,
+            max_new_tokens,
+            batch_size,
+            max_seq_len,
+            sizes,
+            seed,
+            dtype,
+            backend,
+            layers,
+        )
+    )
+    if done is None:
+        return 0
+    content = json.dumps(done.to_json(), ensure_ascii=False)
+    if json_out == "-":
+        click.echo(content)
+    else:
+        _show(done, prompts)
+        if json_out is not None:
+            Path(json_out).write_text(content + "\n", "utf-8")
+    if done.recompilations:
+        click.echo(f"Error: {done.recompilations} graphs were compiled after warm-up; none should be.", err=True)
+        return 1
+    return 0
+
+
+def _show(done, prompts: tuple[str, ...]) -> None:
+    """The generated text (or ids), then the table."""
+    for row, ids in enumerate(done.generation.token_ids):
+        if done.text is None:
+            click.echo(",".join(map(str, ids)))
+        else:
+            prompt = prompts[row % len(prompts)] if prompts else ""
+            click.echo(prompt + done.text[row])
+        click.echo()
+    click.echo(done.table())
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """The console script."""
+    run(command)

@@ -1,0 +1,191 @@
+"""The LLaMA decoder as a plain module of fixed shapes, which knows no device.
+
+Shapes: B rows, T tokens of one call, S slots of the cache, H KV heads (over all chips), G query heads under each, D the
+head dimension, E the hidden size, V the vocabulary.
+
+Rows are aligned at their ends: all rows write the same slots, and a shorter row begins ``offsets[b]`` slots later. So
+one index serves index_copy for the whole batch, and a row's position is its slot minus its offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from converters.config import ModelConfig
+from converters.errors import MissingTensor, UnexpectedTensor
+from converters.layout import EMBEDDING, FINAL_NORM, LM_HEAD
+from quantize.partition import HeadPlan
+from runtime.kv_cache import KVCache
+from runtime.linear import Linear
+
+
+class Weights:
+    """Tensors by their name in the shards, each to be taken once, under names that grow with the module tree."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._left = dict(tensors)
+
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self._left:
+            raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
+        return self._left.pop(name)
+
+    def linear(self, name: str) -> Linear:
+        """The linear whose weight has this name, quantized where there is a scale beside it."""
+        return Linear(self.take(name), self._left.pop(name + "_scale", None))
+
+    def check_all_taken(self) -> None:
+        for name in self._left:
+            raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache, query heads laid out under their KV heads."""
+
+    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, head_dim: int) -> None:
+        super().__init__()
+        self.kv_heads, self.group, self.head_dim = heads.kv_slots, heads.group, head_dim
+        self.q_proj = weights.linear(prefix + "q_proj.weight")
+        self.k_proj = weights.linear(prefix + "k_proj.weight")
+        self.v_proj = weights.linear(prefix + "v_proj.weight")
+        self.o_proj = weights.linear(prefix + "o_proj.weight")
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, T, E]
+        turn: tuple[torch.Tensor, torch.Tensor],  # cos and sin, [B, T, D]
+        mask: torch.Tensor,  # [B, T, S], true where a token may look
+        slots: torch.Tensor,  # [T]
+        cache: KVCache,
+        layer: int,
+    ) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.kv_heads, self.group, self.head_dim)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        cos, sin = turn
+        q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
+        k = _rotate(k, cos[:, :, None], sin[:, :, None])
+        keys, values = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
+        scores = torch.einsum("bthgd,bhsd->bhgts", q, keys).float() * self.head_dim**-0.5
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        y = torch.einsum("bhgts,bhsd->bthgd", scores.softmax(-1).to(x.dtype), values)
+        return self.o_proj(y.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer, SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        super().__init__()
+        self.gate_proj = weights.linear(prefix + "gate_proj.weight")
+        self.up_proj = weights.linear(prefix + "up_proj.weight")
+        self.down_proj = weights.linear(prefix + "down_proj.weight")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer of the decoder, under the names of the parameter table."""
+
+    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan) -> None:
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(weights.take(prefix + "input_layernorm.weight"), eps)
+        self.self_attn = Attention(weights, prefix + "self_attn.", heads, config.head_dim)
+        self.post_attention_layernorm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight"), eps)
+        self.mlp = MLP(weights, prefix + "mlp.")
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        turn: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        slots: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, mask, slots, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A LLaMA model over tensors as the shards of ``heads.chips`` chips hold them, put together along their shard axes.
+
+    ``dtype`` is that of activations and cache; a weight keeps the one it is stored in and is converted at use.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        heads: HeadPlan,
+        dtype: torch.dtype,
+        tensors: Mapping[str, torch.Tensor],
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> None:
+        """``place`` brings a host tensor to the device where ``tensors`` are."""
+        super().__init__()
+        weights = Weights(tensors)
+        self.vocab_size, self.dtype = config.vocab_size, dtype
+        self.register_buffer("embedding", weights.take(EMBEDDING.name))  # [V, E]
+        self.layers = nn.ModuleList(
+            Block(weights, f"model.layers.{layer}.", config, heads) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps)
+        self.lm_head = Linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
+        weights.check_all_taken()
+        evens = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+        frequencies = 1.0 / config.rope_theta ** (evens / config.head_dim)  # [D / 2]
+        self.register_buffer("frequencies", place(frequencies))
+
+    def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits [B, V] after the last of ``tokens`` [B, T], which take ``slots`` [T] of the cache.
+
+        ``offsets`` [B] is the slot at which each row begins.
+        """
+        x = self.fill(tokens, slots, offsets, cache)[:, -1]  # [B, E]
+        return self.lm_head(self.norm(x))[:, : self.vocab_size]  # rows of the head beyond are padding
+
+    def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E]."""
+        turn = self._turn(slots, offsets)
+        places = torch.arange(cache.slots, device=tokens.device)  # [S]
+        # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
+        begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
+        mask = begun & (places <= slots[:, None])  # [B, T, S]
+        x = nn.functional.embedding(tokens, self.embedding).to(self.dtype)
+        for layer, block in enumerate(self.layers):
+            x = block(x, turn, mask, slots, cache, layer)
+        return x
+
+    def _turn(self, slots: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, D] of the rotary embedding (Su et al. 2021), in float32."""
+        positions = (slots[None] - offsets[:, None]).float()  # [B, T]
+        angles = positions[:, :, None] * self.frequencies  # [B, T, D / 2]
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs (i, i + D / 2) of the last axis: Hugging Face's order of rows."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)

@@ -1,0 +1,41 @@
+"""A decoder and its cache on a device, from shards on the disk, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from converters.config import ModelConfig
+from quantize.partition import plan_heads
+from quantize.scheme import stored_tensors
+from quantize.shards import Shards
+from runtime.backend import Backend
+from runtime.decoder import Decoder
+from runtime.kv_cache import HEAD_AXIS, KVCache, cache_shape
+
+
+def load_decoder(
+    shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Callable[[int], None]
+) -> tuple[Decoder, int]:
+    """The decoder on the device, and the bytes of parameters that each chip holds.
+
+    ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are placed. Raises
+    InputError where a file is missing or isn't what the manifest says.
+    """
+    tensors = {}
+    bytes_per_chip = 0
+    for stored in stored_tensors(config, shards.manifest.scheme):
+        tensor = backend.load(shards, stored)
+        bytes_per_chip += tensor.nbytes // (1 if stored.parameter.row.shard is None else backend.chips)
+        tensors[stored.name] = tensor
+        advance(tensor.nbytes)
+    heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
+    return Decoder(config, heads, dtype, tensors, backend.replicate).eval(), bytes_per_chip
+
+
+def make_cache(config: ModelConfig, backend: Backend, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> KVCache:
+    """An empty cache on the device, split over the chips by KV heads."""
+    shape = cache_shape(config, backend.chips, batch_size, max_seq_len)
+    keys, values = ([backend.zeros(shape, dtype, HEAD_AXIS) for _ in range(config.num_layers)] for _ in range(2))
+    return KVCache(keys, values)

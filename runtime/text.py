@@ -1,0 +1,36 @@
+"""Text to token ids and back, by the tokenizer.json beside the shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.errors import InputError
+
+
+class TextCodec:
+    """The tokenizer of a model."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for whatever it can't read
+            raise InputError(f"{path} is no tokenizer that can be read ({error}). Fetch it again.") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all."""
+        ids = self._tokenizer.encode(text).ids
+        if not ids:
+            raise InputError("The prompt holds no token; give some text.")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def find_codec(directory: Path) -> TextCodec | None:
+    """The tokenizer in a directory of shards; None for a model without one."""
+    path = directory / "tokenizer.json"
+    return TextCodec(path) if path.is_file() else None

