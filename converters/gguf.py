@@ -78,7 +78,9 @@ class _Stored(NamedTuple):
 class GGUFSource:
     """A GGUF file's weights as a TensorSource: float32, in Hugging Face's names and rotate-half row order."""
 
-    def __init__(self, path: Path, config: ModelConfig, stored: dict[str, _Stored], header: bytes, files: dict) -> None:
+    def __init__(
+        self, path: Path, config: ModelConfig, stored: dict[str, _Stored], header: bytes, files: dict[str, bytes]
+    ) -> None:
         self.config = config
         self._path, self._stored, self._header, self._files = path, stored, header, files
 

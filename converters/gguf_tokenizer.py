@@ -237,16 +237,13 @@ def _merges(normal: dict[str, int], scores: list[float]) -> list[tuple[str, str]
     pieces is a merge of that piece's rank; control, byte and user-defined tokens never come of joining.
     """
 
-    def cuts(piece: str) -> Iterator[tuple[int, int]]:
+    def cuts(piece: str) -> Iterator[tuple[str, str]]:
         for middle in range(1, len(piece)):
-            left, right = normal.get(piece[:middle]), normal.get(piece[middle:])
-            if left is not None and right is not None:
-                yield left, right
+            if piece[:middle] in normal and piece[middle:] in normal:
+                yield piece[:middle], piece[middle:]
 
-    pieces = list(normal)
-    text = {i: piece for piece, i in normal.items()}
-    pieces.sort(key=lambda piece: -scores[normal[piece]])
-    return [(text[left], text[right]) for piece in pieces for left, right in sorted(cuts(piece))]
+    best_first = sorted(normal, key=lambda piece: -scores[normal[piece]])
+    return [cut for piece in best_first for cut in cuts(piece)]
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], ids: dict[str, int]) -> None:

@@ -28,12 +28,12 @@ def quantize_rows(weight: torch.Tensor) -> Quantized:
     """Quantize whole rows [out, in] of a floating weight to int8 in [-127, 127].
 
     The scale of a row is its largest magnitude / 127, as in the per-channel symmetric scheme of compressed-tensors
-    ("int-quantized", channel); a row of zeros has scale 1. Rows are independent, so a weight may be quantized in any
-    blocks of rows; it must not be split along ``in`` before. NaN or infinity in a row shows in its scale.
+    ("int-quantized", channel); a row of zeros (or too small for that division) has scale 1. Rows are independent, so
+    a weight may be quantized in any blocks of rows; it must not be split along ``in`` before. Values must be finite.
     """
     wide = weight.float()
-    largest = wide.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest / QMAX, torch.ones_like(largest))
+    scale = wide.abs().amax(dim=1, keepdim=True) / QMAX
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return Quantized((wide / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8), scale)
 
 

@@ -7,7 +7,7 @@ buckets need no output head, and generating L tokens is L executions, as the pos
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,16 @@ class Generator:
         self._keys, self._values = cache.keys, cache.values
         self._fill = backend.compile(_fill_function(decoder, backend.cache_type))
         self._step = backend.compile(_step_function(decoder, backend.cache_type))
+        self._logits = backend.compile(_logits_function(decoder, backend.cache_type))
 
     def plan(self, length: int) -> list[Section]:
         """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
         return sections(length - 1, self._buckets, self.max_seq_len)
 
-    def warm_up(self, length: int) -> None:
-        """Compile, by running them once, the decode step and the buckets that prompts of ``length`` tokens take."""
+    def warm_up(self, lengths: Iterable[int]) -> None:
+        """Compile, by running them once, the decode step and the buckets that prompts of these lengths take."""
         offsets = self._offsets([1] * self.batch_size, 1)
-        for bucket in sorted({section.bucket for section in self.plan(length)}):
+        for bucket in sorted({section.bucket for length in lengths for section in self.plan(length)}):
             self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
         tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
         slots = self._backend.replicate(torch.tensor([0]))
@@ -68,23 +69,25 @@ class Generator:
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generation:
         """Greedy decoding of ``batch_size`` prompts, each until its end token or ``max_new_tokens``."""
-        length = max(map(len, prompts))
         self.check(prompts, max_new_tokens)
-        rows = torch.tensor([[_PAD] * (length - len(prompt)) + list(prompt) for prompt in prompts])  # [B, length]
-        offsets = self._offsets([len(prompt) for prompt in prompts], length)
-        plan = self.plan(length)
         self._backend.wait()
         begin = time.perf_counter()
-        for start, count, bucket in plan:
-            padded = torch.full((self.batch_size, bucket), _PAD)
-            padded[:, :count] = rows[:, start : start + count]
-            self._run_fill(padded, start, offsets)
+        last, slots, offsets = self._prefill(prompts)
         self._backend.wait()
         filled = time.perf_counter()
-        produced = self._decode(rows[:, -1:], length - 1, offsets, max_new_tokens)
+        produced = self._decode(last, slots, offsets, max_new_tokens)
         done = time.perf_counter()
         token_ids = [self._until_end(row) for row in torch.cat(produced, dim=1).tolist()]
-        return Generation(token_ids, len(produced), done - filled, filled - begin, len(plan))
+        executions = len(self.plan(max(map(len, prompts))))
+        return Generation(token_ids, len(produced), done - filled, filled - begin, executions)
+
+    def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The logits [B, V] that the first new tokens of these prompts are chosen by, on the host."""
+        self.check(prompts, 1)
+        last, slots, offsets = self._prefill(prompts)
+        self._backend.donate(self._keys + self._values)
+        logits, self._keys, self._values = self._logits(last, slots, offsets, self._keys, self._values)
+        return logits.cpu()
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raise InputError for prompts that the cache can't hold or that aren't of this vocabulary."""
@@ -101,10 +104,20 @@ class Generator:
                 f"in the cache, and --max-seq-len is {self.max_seq_len}. Raise it, or shorten one of them."
             )
 
-    def _decode(self, last: Tensor, slot: int, offsets: Tensor, max_new_tokens: int) -> list[Tensor]:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill the prompts into the cache, all but their last tokens; returns these [B, 1], their slot and offsets."""
+        length = max(map(len, prompts))
+        rows = torch.tensor([[_PAD] * (length - len(prompt)) + list(prompt) for prompt in prompts])  # [B, length]
+        offsets = self._offsets([len(prompt) for prompt in prompts], length)
+        for start, count, bucket in self.plan(length):
+            padded = torch.full((self.batch_size, bucket), _PAD)
+            padded[:, :count] = rows[:, start : start + count]
+            self._run_fill(padded, start, offsets)
+        last = torch.tensor([[prompt[-1]] for prompt in prompts])  # a slice of rows would have other strides
+        return self._backend.replicate(last), self._backend.replicate(torch.tensor([length - 1])), offsets
+
+    def _decode(self, tokens: Tensor, slots: Tensor, offsets: Tensor, max_new_tokens: int) -> list[Tensor]:
         """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]; the tokens of each step, on the host."""
-        tokens = self._backend.replicate(last.contiguous())
-        slots = self._backend.replicate(torch.tensor([slot]))
         open_rows = set(range(self.batch_size))
         produced = []
         for _ in range(max_new_tokens):
@@ -160,3 +173,15 @@ def _step_function(
         return logits.argmax(-1, keepdim=True), slots + 1, cache.keys, cache.values
 
     return step
+
+
+def _logits_function(decoder: Decoder, cache_type: type[KVCache]) -> Callable[..., tuple[Tensor, Tensors, Tensors]]:
+    """The graph of a decode step that gives the logits [B, V] in place of the tokens."""
+
+    def logits(
+        tokens: Tensor, slots: Tensor, offsets: Tensor, keys: Tensors, values: Tensors
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        cache = cache_type(keys, values)
+        return decoder(tokens, slots, offsets, cache), cache.keys, cache.values
+
+    return logits

@@ -9,6 +9,7 @@ import torch
 
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
+from runtime.capture import capture
 from runtime.kv_cache import KVCache
 
 
@@ -34,9 +35,7 @@ class HostBackend:
         return tensor.to(self._device)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if self._mode == "eager":
-            return function
-        return torch.compile(function, backend="inductor", fullgraph=True, dynamic=False)
+        return function if self._mode == "eager" else capture(function, "inductor")
 
     def donate(self, tensors: Sequence[torch.Tensor]) -> None:
         """Nothing to do: the cache is updated in place."""

@@ -65,7 +65,7 @@ def run(request: Request) -> Run | None:
         generator = Generator(config, decoder, cache, backend, request.buckets)
         generator.check(prompts, new_tokens)
         with spinner("Compiling"):
-            generator.warm_up(prompt_tokens)
+            generator.warm_up([prompt_tokens])
         compiled = time.perf_counter()
         before = backend.compilations()
         generation = generator.generate(prompts, new_tokens)

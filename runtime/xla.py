@@ -16,6 +16,7 @@ import torch
 from converters.errors import InputError
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
+from runtime.capture import capture
 from runtime.kv_cache import FunctionalKVCache
 
 
@@ -70,7 +71,7 @@ class XLABackend:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` captured whole and compiled by XLA, once per shape of its inputs."""
-        return torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
+        return capture(function, "openxla")
 
     def donate(self, tensors: Sequence[torch.Tensor]) -> None:
         from torch_xla import _XLAC

@@ -319,6 +319,17 @@ def test_sentencepiece_equals_its_definition(text: str, prefix: bool) -> None:
     assert tokenizer.decode(ids) == text.replace("▁", " ")
 
 
+def test_scores_rank_the_pieces_whatever_their_ids() -> None:
+    values = sentencepiece(add_bos_token=False)
+    for key in ("tokens", "scores", "token_type"):
+        column = values[f"tokenizer.ggml.{key}"]
+        values[f"tokenizer.ggml.{key}"] = column[:260] + column[260:][::-1]
+    tokenizer, _ = files(values)
+    last = 259 + len(PIECES)
+    for text, ids in SENTENCEPIECE_IDS.items():
+        assert tokenizer.encode(text).ids == [i if i < 260 else last + 260 - i for i in ids]
+
+
 def test_sentencepiece_puts_bos_first_by_default(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -1,0 +1,16 @@
+"""Capturing a function whole with torch.compile, once per shape of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_SHAPES = 256  # torch gives up on a function after 8 shapes by default; every bucket is one
+
+
+def capture(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """``function`` compiled by torch.compile's ``backend`` as a single graph. A part it can't capture is an error."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)

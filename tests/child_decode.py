@@ -1,0 +1,59 @@
+"""Run by tests in a process of its own: torch_xla takes its number of chips once, when it is imported.
+
+Reads jobs as JSON from a file and writes, beside it, what each gave: ``child_decode.py JOBS RESULTS``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from quantize.shards import Shards
+from runtime.backend import Backend
+from runtime.generate import Generator
+from runtime.host import HostBackend
+from runtime.load import load_decoder, make_cache
+
+
+def main(jobs_path: str, results_path: str) -> None:
+    jobs = json.loads(Path(jobs_path).read_text())
+    chips = {Shards(Path(job["shards"])).chips for job in jobs}
+    backend = _backend(jobs[0].get("backend", "xla"), *chips)
+    with torch.no_grad():
+        results = [_decode(job, backend) for job in jobs]
+    Path(results_path).write_text(json.dumps(results))
+
+
+def _backend(name: str, chips: int) -> Backend:
+    if name != "xla":
+        return HostBackend(name)
+    from runtime.xla import XLABackend
+
+    return XLABackend(chips)
+
+
+def _decode(job: dict, backend: Backend) -> dict:
+    shards = Shards(Path(job["shards"]))
+    dtype = getattr(torch, job["dtype"])
+    decoder, parameter_bytes = load_decoder(shards, shards.config, dtype, backend, lambda done: None)
+    batches = job["batches"]
+    cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], dtype)
+    generator = Generator(shards.config, decoder, cache, backend, job["buckets"])
+    generator.warm_up([max(map(len, prompts)) for prompts in batches[: job.get("warmed_up")]])
+    before = backend.compilations()
+    generations = [generator.generate(prompts, job["new_tokens"]) for prompts in batches]
+    recompilations = backend.compilations() - before
+    return {
+        "parameter_bytes": parameter_bytes,
+        "recompilations": recompilations,
+        "token_ids": [generation.token_ids for generation in generations],
+        "executions": [generation.prefill_executions for generation in generations],
+        "logits": [generator.logits(prompts).float().tolist() for prompts in batches],
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,57 @@
+"""Console commands run in this process, as their scripts run them."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+
+import click
+
+from converters.command import run
+
+
+class Result(NamedTuple):
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def invoke(command: click.Command, *args: object, exit_code: int = 0) -> Result:
+    """Run ``command`` with ``args`` (anything that str makes an argument of) and assert its exit status."""
+    code, result = run_command(command, *args)
+    assert code == exit_code, f"exit status {code}, not {exit_code}\n{result.stdout}{result.stderr}"
+    return result
+
+
+def invoke_error(command: click.Command, *args: object) -> str:
+    """Run a command that must refuse what it was given; returns its one line on stderr."""
+    return error_line(invoke(command, *args, exit_code=2))
+
+
+def error_line(result: Result) -> str:
+    """The one line that an error may print; asserts that it is the only one."""
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.endswith("\n")
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.rstrip("\n")
+
+
+def run_command(command: click.Command, *args: object) -> tuple[int | str | None, Result]:
+    """Exit status and output, in streams as strict about encoding as a terminal's."""
+    streams = [
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, newline="\n")
+        for errors in ("strict", "backslashreplace")
+    ]
+    status: int | str | None = None
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            run(command, [str(arg) for arg in args])
+        except SystemExit as end:
+            status = end.code
+    for stream in streams:
+        stream.flush()
+    return status, Result(*(stream.buffer.getvalue().decode() for stream in streams))

@@ -1,0 +1,137 @@
+"""Small random models for tests, as transformers saves them, and the state of a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from converters.config import ModelConfig
+from converters.layout import parameters
+
+
+def make_model(
+    directory: Path,
+    *,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    hidden: int = 32,
+    head_dim: int | None = None,
+    layers: int = 2,
+    ffn: int = 44,
+    vocab: int = 57,
+    tied: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    form: str = "safetensors",
+    max_shard_size: str | None = None,
+    theta: float = 10000.0,
+    eps: float = 1e-5,
+    eos: int | list[int] | None = None,
+) -> LlamaForCausalLM:
+    """Save a random LLaMA model into ``directory`` and return it, ready to be run.
+
+    ``form`` is ``safetensors`` or ``bin``; with ``max_shard_size`` it is an indexed set of files. Weights are spread
+    widely enough for the largest logit to stand out, and no norm is all ones. Without ``eos`` generation never ends.
+    """
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        head_dim=head_dim or hidden // heads,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        rope_theta=theta,
+        rms_norm_eps=eps,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=eos,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5)
+            assert parameter.std() > 0, name
+    model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+    model.config.dtype = model.dtype
+    directory.mkdir(parents=True, exist_ok=True)
+    if form == "safetensors":
+        model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    else:
+        model.config.save_pretrained(directory)
+        _save_bin(model.state_dict(), directory, indexed=max_shard_size is not None)
+    return model
+
+
+def _save_bin(state: dict[str, torch.Tensor], directory: Path, indexed: bool) -> None:
+    """torch's .bin, which transformers 5 reads but no longer writes; an indexed set has two files."""
+    if not indexed:
+        torch.save(state, directory / "pytorch_model.bin")
+        return
+    names = list(state)
+    weight_map = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file_name = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: state[name] for name in part}, directory / file_name)
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+SMALL = ModelConfig(
+    "small", hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, vocab_size=50
+)
+
+
+def random_tensors(config: ModelConfig = SMALL) -> dict[str, torch.Tensor]:
+    """Weights for a configuration, by name."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        parameter.name: torch.randn(parameter.shape, generator=generator).to(getattr(torch, config.dtype))
+        for parameter in parameters(config)
+    }
+
+
+def write_hf(
+    directory: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    config: ModelConfig = SMALL,
+    files: int = 1,
+    **fields: object,
+) -> Path:
+    """A Hugging Face directory without transformers: for tests of damaged ones, which need many, quickly.
+
+    ``fields`` go into config.json; with more than one of ``files`` there is an index.
+    """
+    tensors = random_tensors(config) if tensors is None else tensors
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config.to_hf() | fields))
+    if files == 1:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return directory
+    weight_map = {}
+    for number in range(files):
+        part = list(tensors)[number::files]
+        file_name = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file_name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    """Every path below a directory, with the digest of its content: equal exactly where nothing has changed."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(directory.rglob("*"))
+    }

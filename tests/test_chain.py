@@ -1,0 +1,134 @@
+"""The three commands as installed, one after the other, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from converters.config import PRESETS
+from converters.units import parse_bytes
+
+KEYS = {
+    "model", "platform", "chips", "batch_size", "prompt_tokens", "new_tokens", "latency_s", "per_token_latency_ms",
+    "throughput_tokens_per_s", "prefill_ms", "load_s", "compile_s", "recompilations", "memory", "token_ids", "text",
+}  # fmt: skip
+MEMORY_KEYS = {"parameter_bytes_per_chip", "kv_cache_bytes_per_chip", "device_peak_bytes", "host_peak_rss_bytes"}
+
+
+def _run(folder: Path, command: str, *args: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """A console script in ``folder``, with the environment of a user who has set nothing up."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    script = Path(sys.executable).with_name(command)
+    done = subprocess.run(
+        [script, *map(str, args)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `llama-convert --config tiny` and `llama-quantize --int8` have been run."""
+    folder = tmp_path_factory.mktemp("chain")
+    _run(folder, "llama-convert", "--config", "tiny")
+    _run(folder, "llama-quantize", "--int8")
+    return folder
+
+
+def test_plain_lines_chain(folder: Path) -> None:
+    done = _run(folder, "llama-run", "--shards", "out/")
+    ids, _, *table = done.stdout.splitlines()
+    assert len(ids.split(",")) == 128
+    assert "recompilations           0" in table
+
+
+def test_json_on_several_chips(folder: Path) -> None:
+    """Every key of the contract, and the figures that follow from others."""
+    _run(folder, "llama-quantize", "out", "--int8", "--chips", 3, "--out", "out3")
+    done = _run(
+        folder,
+        "llama-run",
+        "--shards",
+        "out3",
+        "--json",
+        "-",
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        9,
+        "--prompt-len",
+        40,
+    )
+    figures = json.loads(done.stdout)
+    assert set(figures) == KEYS
+    assert set(figures["memory"]) == MEMORY_KEYS
+    config = PRESETS["tiny"]
+    expected = {"model": "tiny", "platform": "cpu/xla", "chips": 3, "batch_size": 2, "prompt_tokens": 40, "text": None}
+    assert {key: figures[key] for key in expected} == expected
+    assert figures["recompilations"] == 0
+    assert figures["per_token_latency_ms"] == pytest.approx(1000 * figures["latency_s"] / figures["new_tokens"])
+    throughput = 2 * figures["new_tokens"] / figures["latency_s"]
+    assert figures["throughput_tokens_per_s"] == pytest.approx(throughput)
+    assert [len(row) <= 9 for row in figures["token_ids"]] == [True, True]
+    heads_per_chip = 3  # 8 heads on 3 chips
+    cache_bytes = 2 * config.num_layers * 2 * heads_per_chip * 256 * config.head_dim * 2
+    assert figures["memory"]["kv_cache_bytes_per_chip"] == cache_bytes
+    with (folder / "out3" / "chip-00-of-03.safetensors").open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    file_bytes = (folder / "out3" / "chip-00-of-03.safetensors").stat().st_size
+    assert figures["memory"]["parameter_bytes_per_chip"] == file_bytes - 8 - header
+    assert figures["memory"]["device_peak_bytes"] is None
+    assert figures["memory"]["host_peak_rss_bytes"] > 100e6
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_other_backends_give_the_same_tokens(folder: Path, backend: str) -> None:
+    args = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--dtype", "float32", "--json", "-", "--shards", "out")
+    xla = json.loads(_run(folder, "llama-run", *args).stdout)
+    other = json.loads(_run(folder, "llama-run", *args, "--backend", backend).stdout)
+    assert other["platform"].endswith(f"/{backend}")
+    assert other["token_ids"] == xla["token_ids"]
+    assert other["recompilations"] == 0
+
+
+def test_layers_cut_the_run(folder: Path) -> None:
+    args = ("--shards", "out", "--prompt-ids", "5,6,7", "--max-new-tokens", 4, "--json", "-", "--backend", "eager")
+    whole, cut = (json.loads(_run(folder, "llama-run", *args, *more).stdout) for more in ((), ("--layers", 1)))
+    assert cut["memory"]["kv_cache_bytes_per_chip"] * 4 == whole["memory"]["kv_cache_bytes_per_chip"]
+    assert cut["memory"]["parameter_bytes_per_chip"] < whole["memory"]["parameter_bytes_per_chip"]
+
+
+def test_175b_keeps_the_seed_where_files_do_not_fit(tmp_path: Path) -> None:
+    """As on any machine with less than 350 GB free; where there is more, nothing is left to prove here."""
+    dry = _run(tmp_path, "llama-convert", "--config", "175B", "--dry-run").stdout
+    if "a seed" not in dry:
+        pytest.fail("This machine has room for 350 GB of weights; run this test with less disk.")
+    begin = time.monotonic()
+    done = _run(tmp_path, "llama-convert", "--config", "175B")
+    assert time.monotonic() - begin < 30  # the one promise about time that users are given
+    assert "Kept the seed" in done.stdout
+    assert "free here" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["config.json", "random_init.json"]
+
+
+@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run"])
+def test_help_names_every_option_of_the_contract(command: str) -> None:
+    promised = {
+        "llama-convert": "--config --source --out --storage --seed --dtype --layers --max-shard-size --force --dry-run",
+        "llama-quantize": "--int8 --bf16 --chips --target --only-chip --out --layers --force --verify --dry-run "
+        "--quantize-lm-head",
+        "llama-run": "--shards --prompt --prompt-ids --prompt-len --max-new-tokens --batch-size --max-seq-len "
+        "--buckets --seed --dtype --backend --layers --json",
+    }
+    text = _run(Path.cwd(), command, "--help").stdout
+    assert [option for option in promised[command].split() if option not in text] == []
+
+
+def test_sizes_are_read() -> None:
+    assert [parse_bytes(text) for text in ("5GB", "1.5 kb", "2GiB", "7")] == [5 * 10**9, 1500, 2 * 2**30, 7]

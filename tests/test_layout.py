@@ -1,0 +1,114 @@
+"""The parameter table against transformers' own idea of a LLaMA, at every preset's full size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from converters.config import PRESETS, ModelConfig, from_hf
+from converters.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
+from converters.layout import check_names, is_known, parameters
+from quantize.partition import local_shape, plan_heads
+from quantize.scheme import Scheme, stored_tensors
+from runtime.decoder import Decoder
+from runtime.kv_cache import KVCache, cache_shape
+
+ODD = ModelConfig(
+    name="odd",
+    hidden_size=72,
+    intermediate_size=172,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=20,
+    vocab_size=515,
+    tie_word_embeddings=True,
+)
+# Published sizes of the models that the presets stand for, in billions: LLaMA 7B, 13B, 33B, 65B (Touvron et al. 2023,
+# table 2). 175B on this architecture is larger than OPT's 175 for its gated feed-forward layer.
+PUBLISHED = {"7B": 6.7, "13B": 13.0, "33B": 32.5, "65B": 65.2}
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
+def test_shapes_are_those_of_transformers(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    assert {parameter.name: parameter.shape for parameter in parameters(config)} == theirs
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=lambda config: config.name)
+def test_count_is_the_closed_formula(config: ModelConfig) -> None:
+    d, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_layers
+    closed = layers * (4 * d * d + 3 * d * f + 2 * d) + 2 * v * d + d
+    assert sum(parameter.elements for parameter in parameters(config)) == closed
+    if config.name in PUBLISHED:
+        assert closed / 1e9 == pytest.approx(PUBLISHED[config.name], abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "ffn"), [("7B", 11008), ("33B", 17920), ("65B", 22016), ("175B", 32768)])
+def test_feed_forward_sizes(name: str, ffn: int) -> None:
+    assert PRESETS[name].intermediate_size == ffn
+
+
+@pytest.mark.parametrize("chips", [1, 8, 16])
+@pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
+def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int) -> None:
+    """Every preset at full width and depth, on the meta device: what the shards hold is what the decoder takes."""
+    scheme = Scheme("int8")
+    tensors = {}
+    for stored in stored_tensors(config, scheme):
+        shape = list(local_shape(config, stored.parameter, chips))
+        if stored.parameter.row.shard is not None:
+            shape[stored.parameter.row.shard] *= chips
+        tensors[stored.name] = torch.empty(shape, dtype=getattr(torch, stored.dtype), device="meta")
+    heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
+    decoder = Decoder(config, heads, torch.bfloat16, tensors, lambda tensor: tensor.to("meta"))
+    shape = cache_shape(config, chips, 2, 64)
+    with torch.device("meta"):
+        cache = KVCache(*([torch.zeros(shape, dtype=torch.bfloat16) for _ in range(config.num_layers)] for _ in "kv"))
+        tokens, slots, offsets = torch.zeros(2, 5, dtype=torch.long), torch.arange(5), torch.zeros(2, dtype=torch.long)
+        logits = decoder(tokens, slots, offsets, cache)
+    assert (logits.shape, logits.dtype) == ((2, config.vocab_size), torch.bfloat16)
+
+
+def test_decoder_names_a_tensor_too_many_or_too_few() -> None:
+    tensors = {
+        stored.name: torch.empty(stored.parameter.shape, dtype=getattr(torch, stored.dtype))
+        for stored in stored_tensors(ODD, Scheme("int8"))
+    }
+    heads = plan_heads(ODD.num_heads, ODD.num_kv_heads, 1)
+    with pytest.raises(UnexpectedTensor, match="extra"):
+        Decoder(ODD, heads, torch.float32, tensors | {"extra": torch.empty(1)})
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(MissingTensor, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        Decoder(ODD, heads, torch.float32, tensors)
+
+
+def test_names_are_checked() -> None:
+    names = [parameter.name for parameter in parameters(ODD)]
+    check_names(ODD, names, "here")
+    with pytest.raises(MissingTensor, match=r"model\.norm\.weight"):
+        check_names(ODD, [name for name in names if name != "model.norm.weight"], "here")
+    with pytest.raises(DuplicateTensor, match=r"model\.norm\.weight"):
+        check_names(ODD, [*names, "model.norm.weight"], "here")
+    with pytest.raises(UnexpectedTensor, match=r"model\.layers\.2\.mlp"):
+        check_names(ODD, [*names, "model.layers.2.mlp.up_proj.weight"], "here")
+    assert is_known("model.layers.99.self_attn.q_proj.weight")
+    assert not is_known("model.layers.0.self_attn.q_proj.bias")
+    assert not is_known("xmodel.norm.weight")
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
+def test_config_survives_its_json(config: ModelConfig) -> None:
+    assert from_hf(config.to_hf()) == config
+
+
+def test_rope_theta_is_read_from_both_generations_of_config() -> None:
+    fields = ODD.to_hf()
+    del fields["rope_theta"]
+    assert from_hf(fields).rope_theta == 10000.0
+    assert from_hf(fields | {"rope_theta": 5e5}).rope_theta == 5e5
+    assert from_hf(fields | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}).rope_theta == 1e6
