@@ -43,17 +43,16 @@ class Weights:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang & Sennrich 2019), computed in float32."""
+    """Root mean square normalization (Zhang & Sennrich 2019) of float32 [..., E], given out in ``dtype``."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.dtype = eps, dtype
         self.register_buffer("weight", weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight.to(x.dtype)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * self.weight.float()).to(self.dtype)
 
 
 class Attention(nn.Module):
@@ -84,9 +83,10 @@ class Attention(nn.Module):
         q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
         k = _rotate(k, cos[:, :, None], sin[:, :, None])
         keys, values = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
-        scores = torch.einsum("bthgd,bhsd->bhgts", q, keys).float() * self.head_dim**-0.5
+        # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
+        scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        y = torch.einsum("bhgts,bhsd->bthgd", scores.softmax(-1).to(x.dtype), values)
+        y = torch.einsum("bhgts,bhsd->bthgd", scores.softmax(-1), values.float()).to(x.dtype)
         return self.o_proj(y.reshape(batch, length, -1))
 
 
@@ -106,12 +106,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the decoder, under the names of the parameter table."""
 
-    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan, dtype: torch.dtype) -> None:
         super().__init__()
         eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(weights.take(prefix + "input_layernorm.weight"), eps)
+        self.input_layernorm = RMSNorm(weights.take(prefix + "input_layernorm.weight"), eps, dtype)
         self.self_attn = Attention(weights, prefix + "self_attn.", heads, config.head_dim)
-        self.post_attention_layernorm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight"), eps)
+        self.post_attention_layernorm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight"), eps, dtype)
         self.mlp = MLP(weights, prefix + "mlp.")
 
     def forward(
@@ -130,7 +130,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A LLaMA model over tensors as the shards of ``heads.chips`` chips hold them, put together along their shard axes.
 
-    ``dtype`` is that of activations and cache; a weight keeps the one it is stored in and is converted at use.
+    ``dtype`` is that of cache, activations inside the layers and logits. A weight keeps the one it is stored in and is
+    converted at use. The sum that runs through the layers stays in float32: it is small, and rounding it after every
+    layer would cost more accuracy than bfloat16 does anywhere else.
     """
 
     def __init__(
@@ -144,12 +146,12 @@ class Decoder(nn.Module):
         """``place`` brings a host tensor to the device where ``tensors`` are."""
         super().__init__()
         weights = Weights(tensors)
-        self.vocab_size, self.dtype = config.vocab_size, dtype
+        self.vocab_size = config.vocab_size
         self.register_buffer("embedding", weights.take(EMBEDDING.name))  # [V, E]
         self.layers = nn.ModuleList(
-            Block(weights, f"model.layers.{layer}.", config, heads) for layer in range(config.num_layers)
+            Block(weights, f"model.layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps)
+        self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps, dtype)
         self.lm_head = Linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
         weights.check_all_taken()
         evens = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
@@ -165,13 +167,13 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))[:, : self.vocab_size]  # rows of the head beyond are padding
 
     def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E]."""
+        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32."""
         turn = self._turn(slots, offsets)
         places = torch.arange(cache.slots, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]
-        x = nn.functional.embedding(tokens, self.embedding).to(self.dtype)
+        x = nn.functional.embedding(tokens, self.embedding).float()
         for layer, block in enumerate(self.layers):
             x = block(x, turn, mask, slots, cache, layer)
         return x

@@ -35,6 +35,21 @@ class Generation:
     prefill_executions: int
 
 
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq_len: int) -> None:
+    """Raise InputError for prompts that a cache of ``max_seq_len`` can't hold or that aren't of this vocabulary."""
+    for prompt in prompts:
+        if not prompt:
+            raise InputError("A prompt without a token can't be continued; give at least one.")
+        beyond = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if beyond:
+            raise InputError(f"Token id {beyond[0]} is outside the vocabulary of {config.vocab_size}.")
+        if len(prompt) > max_seq_len:
+            raise InputError(
+                f"The prompt is {len(prompt)} tokens long and --max-seq-len is {max_seq_len}. "
+                "Raise --max-seq-len, or shorten the prompt."
+            )
+
+
 class Generator:
     """A decoder with its cache and its compiled graphs, for batches of ``batch_size`` rows.
 
@@ -58,18 +73,21 @@ class Generator:
 
     def warm_up(self, lengths: Iterable[int]) -> None:
         """Compile, by running them once, the decode step and the buckets that prompts of these lengths take."""
-        offsets = self._offsets([1] * self.batch_size, 1)
+        offsets = torch.zeros(self.batch_size, dtype=torch.long)
         for bucket in sorted({section.bucket for length in lengths for section in self.plan(length)}):
             self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
         tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
         slots = self._backend.replicate(torch.tensor([0]))
+        placed = self._backend.replicate(offsets)
         for _ in range(2):  # the second step's inputs are the first one's outputs, as in decoding
-            tokens, slots = self._run_step(tokens, slots, offsets)
+            tokens, slots = self._run_step(tokens, slots, placed)
         self._backend.wait()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generation:
-        """Greedy decoding of ``batch_size`` prompts, each until its end token or ``max_new_tokens``."""
-        self.check(prompts, max_new_tokens)
+        """Greedy decoding of ``batch_size`` prompts, each until its end token or ``max_new_tokens``.
+
+        The prompts must have passed ``check_prompts`` for this cache.
+        """
         self._backend.wait()
         begin = time.perf_counter()
         last, slots, offsets = self._prefill(prompts)
@@ -83,38 +101,23 @@ class Generator:
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits [B, V] that the first new tokens of these prompts are chosen by, on the host."""
-        self.check(prompts, 1)
         last, slots, offsets = self._prefill(prompts)
         self._backend.donate(self._keys + self._values)
         logits, self._keys, self._values = self._logits(last, slots, offsets, self._keys, self._values)
         return logits.cpu()
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Raise InputError for prompts that the cache can't hold or that aren't of this vocabulary."""
-        for prompt in prompts:
-            beyond = [token for token in prompt if not 0 <= token < self._config.vocab_size]
-            if beyond:
-                raise InputError(f"Token id {beyond[0]} is outside the vocabulary of {self._config.vocab_size}.")
-            if not prompt:
-                raise InputError("A prompt without a token can't be continued; give at least one.")
-        length = max(map(len, prompts))
-        if length - 1 + max_new_tokens > self.max_seq_len:
-            raise InputError(
-                f"A prompt of {length} tokens and {max_new_tokens} new ones take {length - 1 + max_new_tokens} places "
-                f"in the cache, and --max-seq-len is {self.max_seq_len}. Raise it, or shorten one of them."
-            )
-
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Fill the prompts into the cache, all but their last tokens; returns these [B, 1], their slot and offsets."""
         length = max(map(len, prompts))
         rows = torch.tensor([[_PAD] * (length - len(prompt)) + list(prompt) for prompt in prompts])  # [B, length]
-        offsets = self._offsets([len(prompt) for prompt in prompts], length)
+        offsets = torch.tensor([length - len(prompt) for prompt in prompts])  # rows end at the same slot
         for start, count, bucket in self.plan(length):
             padded = torch.full((self.batch_size, bucket), _PAD)
             padded[:, :count] = rows[:, start : start + count]
             self._run_fill(padded, start, offsets)
         last = torch.tensor([[prompt[-1]] for prompt in prompts])  # a slice of rows would have other strides
-        return self._backend.replicate(last), self._backend.replicate(torch.tensor([length - 1])), offsets
+        place = self._backend.replicate
+        return place(last), place(torch.tensor([length - 1])), place(offsets)
 
     def _decode(self, tokens: Tensor, slots: Tensor, offsets: Tensor, max_new_tokens: int) -> list[Tensor]:
         """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]; the tokens of each step, on the host."""
@@ -132,16 +135,13 @@ class Generator:
         ends = [place for place, token in enumerate(row) if token in self._config.eos_token_ids]
         return row[: ends[0] + 1] if ends else row
 
-    def _offsets(self, lengths: list[int], longest: int) -> Tensor:
-        """The slot at which each row begins, so that all end at the same one: [B]."""
-        return self._backend.replicate(torch.tensor([longest - length for length in lengths]))
-
     def _run_fill(self, tokens: Tensor, start: int, offsets: Tensor) -> None:
+        # Every graph gets device tensors of its own: torch_xla bakes one that it has seen in an earlier graph into
+        # the next as a constant.
         slots = torch.arange(start, start + tokens.shape[1])
+        inputs = [self._backend.replicate(tensor) for tensor in (tokens, slots, offsets)]
         self._backend.donate(self._keys + self._values)
-        self._keys, self._values = self._fill(
-            self._backend.replicate(tokens), self._backend.replicate(slots), offsets, self._keys, self._values
-        )
+        self._keys, self._values = self._fill(*inputs, self._keys, self._values)
 
     def _run_step(self, tokens: Tensor, slots: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         self._backend.donate(self._keys + self._values)

@@ -14,7 +14,7 @@ from converters.progress import progress, spinner
 from quantize.scheme import stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
-from runtime.generate import Generator
+from runtime.generate import Generator, check_prompts
 from runtime.kv_cache import cache_bytes_per_chip
 from runtime.load import load_decoder, make_cache
 from runtime.metrics import Memory, Run, host_peak_rss_bytes
@@ -48,8 +48,9 @@ def run(request: Request) -> Run | None:
     config = shards.config.cut(request.layers)
     codec = find_codec(request.shards)
     prompts = _prompts(request, config, codec)
+    check_prompts(config, prompts, request.max_seq_len)
     prompt_tokens = max(map(len, prompts))
-    new_tokens = _room(request, prompt_tokens)
+    room = request.max_seq_len - prompt_tokens + 1  # the last new token is never fed back
     backend = _backend(request.backend, shards)
     dtype = getattr(torch, request.dtype)
     begin = time.perf_counter()
@@ -63,12 +64,11 @@ def run(request: Request) -> Run | None:
             backend.wait()
         loaded = time.perf_counter()
         generator = Generator(config, decoder, cache, backend, request.buckets)
-        generator.check(prompts, new_tokens)
         with spinner("Compiling"):
             generator.warm_up([prompt_tokens])
         compiled = time.perf_counter()
         before = backend.compilations()
-        generation = generator.generate(prompts, new_tokens)
+        generation = generator.generate(prompts, min(room, request.max_new_tokens))
         recompilations = backend.compilations() - before
     cache_bytes = cache_bytes_per_chip(config, backend.chips, len(prompts), request.max_seq_len, dtype.itemsize)
     memory = Memory(parameter_bytes, cache_bytes, backend.peak_bytes(), host_peak_rss_bytes())
@@ -104,17 +104,6 @@ def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> 
     if len(prompts) > 1 and request.batch_size not in (1, len(prompts)):
         raise InputError(f"--batch-size {request.batch_size} contradicts {len(prompts)} prompts; leave it out.")
     return prompts if len(prompts) > 1 else prompts * request.batch_size
-
-
-def _room(request: Request, prompt_tokens: int) -> int:
-    """New tokens that fit into the cache behind the prompt, at most those asked for."""
-    room = request.max_seq_len - prompt_tokens + 1  # the last new token is never fed back
-    if room < 1:
-        raise InputError(
-            f"The prompt is {prompt_tokens} tokens long and --max-seq-len is {request.max_seq_len}. "
-            "Raise --max-seq-len, or shorten the prompt."
-        )
-    return min(room, request.max_new_tokens)
 
 
 def _backend(name: str, shards: Shards) -> Backend:

@@ -19,11 +19,11 @@ def make_model(
     *,
     heads: int = 4,
     kv_heads: int | None = None,
-    hidden: int = 32,
+    hidden: int = 48,
     head_dim: int | None = None,
     layers: int = 2,
     ffn: int = 44,
-    vocab: int = 57,
+    vocab: int = 211,
     tied: bool = False,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
@@ -36,7 +36,8 @@ def make_model(
     """Save a random LLaMA model into ``directory`` and return it, ready to be run.
 
     ``form`` is ``safetensors`` or ``bin``; with ``max_shard_size`` it is an indexed set of files. Weights are spread
-    widely enough for the largest logit to stand out, and no norm is all ones. Without ``eos`` generation never ends.
+    so that the largest logit stands out, attention matters and greedy decoding takes long to repeat itself; no norm is
+    all ones. Without ``eos`` generation never ends.
     """
     config = LlamaConfig(
         hidden_size=hidden,
@@ -50,7 +51,6 @@ def make_model(
         rope_theta=theta,
         rms_norm_eps=eps,
         max_position_embeddings=512,
-        initializer_range=0.15,
         bos_token_id=1,
         eos_token_id=eos,
     )
@@ -58,10 +58,10 @@ def make_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.data.uniform_(0.5, 1.5)
-            assert parameter.std() > 0, name
-    model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+            _randomize(name, parameter.data)
+        for parameter in model.parameters():  # model.to would round the frequencies of RoPE as well
+            parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.eval()
     model.config.dtype = model.dtype
     directory.mkdir(parents=True, exist_ok=True)
     if form == "safetensors":
@@ -70,6 +70,17 @@ def make_model(
         model.config.save_pretrained(directory)
         _save_bin(model.state_dict(), directory, indexed=max_shard_size is not None)
     return model
+
+
+def _randomize(name: str, weight: torch.Tensor) -> None:
+    if name == "model.norm.weight":
+        weight.uniform_(-1.5, 1.5)  # of both signs, or tied embeddings would repeat the last token for ever
+    elif weight.dim() == 1:
+        weight.uniform_(0.5, 1.5)
+    elif "embed_tokens" in name or "lm_head" in name:
+        weight.normal_()
+    else:
+        weight.normal_(std=weight.shape[1] ** -0.5)
 
 
 def _save_bin(state: dict[str, torch.Tensor], directory: Path, indexed: bool) -> None:
