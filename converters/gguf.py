@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import mmap
 import re
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.config import ModelConfig
-from converters.errors import DuplicateTensor, InputError, MissingTensor, UnmappedTensor
+from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import sample_files
-from converters.gguf_tokenizer import Metadata, special_ids, tokenizer_files
+from converters.gguf_header import Metadata, check_header, damaged
+from converters.gguf_tokenizer import special_ids, tokenizer_files
 from converters.layout import Parameter, check_names, parameters
 
 if TYPE_CHECKING:
@@ -57,15 +54,6 @@ _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "residual_scale": ((0, 1), "scaled residuals"),
     "logit_scale": ((0, 1), "scaled logits"),
 }
-
-# The header's value types by number: bytes of a scalar; a string and an array come with their length.
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-# Far above what vocabularies take (LLaMA 3's, with its merges: 600,000 items, 8 MB), and quick to be done with.
-_MAX_ITEMS = 1 << 21  # pairs of metadata, array elements and tensors
-_MAX_HEADER_BYTES = 1 << 28
-_MAX_AXES = 4
-_DEFAULT_ALIGNMENT = 32
 
 
 class _Stored(NamedTuple):
@@ -132,7 +120,7 @@ def open_gguf(path: Path) -> GGUFSource:
     """
     import numpy as np
 
-    _check_header(path)
+    check_header(path)
     metadata, tensors, header = _read(path)
     _check_features(metadata, [tensor.name for tensor in tensors])
     config = _config(metadata, {tensor.name: _shape(tensor) for tensor in tensors})
@@ -252,144 +240,5 @@ def _read(path: Path) -> tuple[Metadata, list[Any], bytes]:
         values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except Exception as error:  # a parser of someone else's, on a file that may be damaged in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, reason[:100]) from None
+        raise damaged(path, reason[:100]) from None
     return Metadata(path, values), reader.tensors, reader.data[: reader.data_offset].tobytes()
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not a readable GGUF file: {why}; fetch it again.")
-
-
-class _Tensor(NamedTuple):
-    """A row of the header's tensor table; ``offset`` counts from the start of the data."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-
-
-def _check_header(path: Path) -> None:
-    """Walk the header once, before the library does: it trusts every count, and would loop for years on a large one."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-            if head[:4] != b"GGUF":
-                raise InputError(f"{path} is not a GGUF file: it doesn't start with 'GGUF'.")
-            if len(head) < 24:
-                raise _damaged(path, "it ends within its header")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Walk(path, data).check()
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}.") from None
-
-
-class _Walk:
-    """A position in the header that never passes the end of the file, nor more than _MAX_ITEMS items."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data, self._size = path, data, len(data)
-        self._at, self._items = 4, 0
-        self._alignment = _DEFAULT_ALIGNMENT
-
-    def check(self) -> None:
-        """Raises InputError where the header can't be true: a version, a count, a length, a tensor's place."""
-        version = self._number("<I")
-        if version & 0xFFFF == 0:
-            raise InputError(f"{self._path} is a big-endian GGUF file; make it little-endian with gguf-convert-endian.")
-        if version not in (2, 3):
-            raise InputError(f"{self._path} is of GGUF version {version}; this tool reads versions 2 and 3.")
-        tensors, pairs = self._number("<Q"), self._number("<Q")
-        self._each(pairs, self._pair)
-        table: dict[str, _Tensor] = {}
-        self._each(tensors, lambda: self._tensor(table))
-        self._check_places(list(table.values()))
-
-    def _each(self, count: int, step: Callable[[], object]) -> None:
-        self._count(count)
-        for _ in range(count):
-            step()
-
-    def _count(self, items: int) -> None:
-        self._items += items
-        if self._items > _MAX_ITEMS:
-            raise _damaged(self._path, f"its header holds more than {_MAX_ITEMS} items")
-
-    def _skip(self, length: int) -> int:
-        """Pass over ``length`` bytes and return where they start."""
-        start = self._at
-        self._at += length
-        if self._at > self._size:
-            raise _damaged(self._path, "it ends within its header")
-        if self._at > _MAX_HEADER_BYTES:
-            raise _damaged(self._path, f"its header takes more than {_MAX_HEADER_BYTES >> 20} MiB")
-        return start
-
-    def _number(self, form: str) -> int:
-        return struct.unpack_from(form, self._data, self._skip(struct.calcsize(form)))[0]
-
-    def _text(self) -> str:
-        length = self._number("<Q")
-        start = self._skip(length)
-        try:
-            return self._data[start : start + length].decode()
-        except UnicodeDecodeError:
-            raise _damaged(self._path, "a name in its header is not UTF-8") from None
-
-    def _pair(self) -> None:
-        key, kind = self._text(), self._number("<I")
-        start = self._at
-        self._value(kind)
-        if key == "general.alignment" and kind == _UINT32:
-            (self._alignment,) = struct.unpack_from("<I", self._data, start)
-
-    def _value(self, kind: int) -> None:
-        if kind in _SCALAR_BYTES:
-            self._skip(_SCALAR_BYTES[kind])
-        elif kind == _STRING:
-            self._skip(self._number("<Q"))
-        elif kind == _ARRAY:
-            element, count = self._number("<I"), self._number("<Q")
-            if element in _SCALAR_BYTES:
-                self._count(count)
-                self._skip(count * _SCALAR_BYTES[element])
-            elif element == _STRING:
-                self._each(count, lambda: self._value(_STRING))
-            else:
-                raise _damaged(self._path, f"it holds an array of values of type {element}")
-        else:
-            raise _damaged(self._path, f"it holds a value of unknown type {kind}")
-
-    def _tensor(self, table: dict[str, _Tensor]) -> None:
-        name, axes = self._text(), self._number("<I")
-        if axes > _MAX_AXES:
-            raise _damaged(self._path, f"its tensor {name!r} has {axes} axes")
-        shape = tuple(self._number("<Q") for _ in range(axes))
-        if name in table:
-            raise DuplicateTensor(f"{self._path} holds the tensor {name!r} twice.")
-        table[name] = _Tensor(name, shape, self._number("<I"), self._number("<Q"))
-
-    def _check_places(self, tensors: list[_Tensor]) -> None:
-        """The format puts each tensor's data right after the one before it, padded to the alignment."""
-        if self._alignment < 1:
-            raise _damaged(self._path, "its alignment is 0")
-        start, end = -(-self._at // self._alignment) * self._alignment, 0
-        for tensor in tensors:
-            if tensor.offset != end:
-                raise _damaged(self._path, f"the data of tensor {tensor.name!r} is not where it belongs")
-            end += self._bytes(tensor)
-            if start + end > self._size:
-                raise _damaged(self._path, f"it ends before the data of tensor {tensor.name!r} does")
-            end = -(-end // self._alignment) * self._alignment
-
-    def _bytes(self, tensor: _Tensor) -> int:
-        from gguf import GGML_QUANT_SIZES
-
-        if tensor.type not in GGML_QUANT_SIZES:
-            raise InputError(f"{self._path} holds {tensor.name} in type {tensor.type}, which is unknown.")
-        block, size = GGML_QUANT_SIZES[tensor.type]
-        if tensor.shape and tensor.shape[0] % block:
-            raise _damaged(self._path, f"the rows of tensor {tensor.name!r} are no whole number of blocks")
-        return math.prod(tensor.shape) // block * size

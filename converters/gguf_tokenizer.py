@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import InputError
+from converters.gguf_header import Metadata
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,51 +21,6 @@ if TYPE_CHECKING:
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 _LONGEST_PIECE = 256  # SentencePiece's own limit is 16 by default; the search for merges is quadratic in it
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """The key-value pairs of a GGUF file's header, read with their types checked.
-
-    Each method returns ``default`` for an absent key, or raises InputError where no default is given; a value of
-    another type is an InputError too.
-    """
-
-    path: Path
-    values: dict[str, Any]
-
-    def whole(self, key: str, default: Any = _ABSENT) -> Any:
-        return self._get(key, (int,), "a whole number", default)
-
-    def number(self, key: str, default: Any = _ABSENT) -> Any:
-        return self._get(key, (int, float), "a number", default)
-
-    def flag(self, key: str, default: Any = _ABSENT) -> Any:
-        return self._get(key, (bool,), "true or false", default)
-
-    def text(self, key: str, default: Any = _ABSENT) -> Any:
-        return self._get(key, (str,), "a text", default)
-
-    def array(self, key: str, of: tuple[type, ...], length: int | None = None, default: Any = _ABSENT) -> Any:
-        value = self._get(key, (list,), "an array", default)
-        if value is default:
-            return value
-        if not all(type(item) in of for item in value):
-            raise InputError(f"{self.path} holds values of the wrong type in {key}; fetch it again.")
-        if length is not None and len(value) != length:
-            raise InputError(f"{self.path} holds {len(value)} values in {key} for {length} tokens; fetch it again.")
-        return value
-
-    def _get(self, key: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
-        value = self.values.get(key, default)
-        if value is _ABSENT:
-            raise InputError(f"{self.path} lacks the metadata key {key}, which a LLaMA model needs.")
-        if value is default or type(value) in kinds:
-            return value
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise InputError(f"{self.path} has {shown} for the metadata key {key}; it must be {what}.")
 
 
 @dataclass(frozen=True)

@@ -135,12 +135,12 @@ def check_names(config: ModelConfig, found: Iterable[str], where: str) -> None:
             raise DuplicateTensor(f"{where} holds the tensor {name} twice.")
         if name not in expected:
             raise UnexpectedTensor(
-                f"{where} holds the tensor {name}, which its config.json has no place for{_hint(name, config)}."
+                f"{where} holds the tensor {name}, which its configuration has no place for{_hint(name, config)}."
             )
         seen.add(name)
     for parameter in parameters(config):
         if parameter.name not in seen:
-            raise MissingTensor(f"{where} lacks the tensor {parameter.name} that its config.json calls for.")
+            raise MissingTensor(f"{where} lacks the tensor {parameter.name} that its configuration calls for.")
 
 
 def _hint(name: str, config: ModelConfig) -> str:

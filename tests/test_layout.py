@@ -26,7 +26,7 @@ ODD = ModelConfig(
     tie_word_embeddings=True,
 )
 # Published sizes of the models that the presets stand for, in billions: LLaMA 7B, 13B, 33B, 65B (Touvron et al. 2023,
-# table 2). 175B on this architecture is larger than OPT's 175 for its gated feed-forward layer.
+# table 2).
 PUBLISHED = {"7B": 6.7, "13B": 13.0, "33B": 32.5, "65B": 65.2}
 
 
