@@ -58,7 +58,7 @@ def command(
     llama-convert --source my-llama/       a Hugging Face directory
     llama-convert --source model.gguf      a GGUF file
     """
-    from converters.config import resolve
+    from converters.config import find_config, read_config
     from converters.convert import Conversion, convert, describe
     from converters.errors import InputError
     from converters.units import parse_bytes
@@ -68,7 +68,11 @@ def command(
     if source is None:
         from converters.random_init import RandomSource
 
-        config = resolve(config_name).cut(layers).with_dtype(dtype)
+        found = find_config(config_name)
+        if isinstance(found, Path):
+            _check_distinct(found, out)
+            found = read_config(found)
+        config = found.cut(layers).with_dtype(dtype)
         weights = RandomSource(config, seed)
     else:
         from converters.checkpoint import open_source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ from converters.errors import InputError
 
 DISTRIBUTION = "llama-tpu-toolchain"
 _USAGE_ERROR = 2
+_OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """Run a click command and exit: 0, or 2 with one ``Error:`` line on stderr for anything the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
     try:
         status = command.main(args=args, standalone_mode=False)
         sys.stdout.flush()
@@ -34,7 +38,11 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(_describe(error))
     except MemoryError:
-        _fail("Out of memory. Close other programs, or cut the model with --layers.")
+        _fail(_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words; it has no class for this on the CPU
+            raise
+        _fail(_OUT_OF_MEMORY)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -13,6 +13,7 @@ from converters.errors import InputError
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
+_MAX_NAME = 100
 _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
 
 # Features that change the arithmetic: a config that turns one on is not this decoder's model.
@@ -49,6 +50,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        # The name is shown and written to files; it may come from a file or a path that holds anything.
+        plain = "".join(character for character in self.name if character.isprintable())[:_MAX_NAME].strip()
+        object.__setattr__(self, "name", plain or "llama")
         sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
         for field in (*sizes, "num_layers", "max_position_embeddings"):
             value = getattr(self, field)
@@ -65,6 +69,8 @@ class ModelConfig:
             value = getattr(self, field)
             if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
                 raise InputError(f"{field} is {_shown(value)}; it must be a positive number.")
+        if type(self.tie_word_embeddings) is not bool:
+            raise InputError(f"tie_word_embeddings is {_shown(self.tie_word_embeddings)}; it must be true or false.")
         if self.dtype not in DTYPES:
             raise InputError(f"The weights' dtype is {_shown(self.dtype)}; valid: {', '.join(DTYPES)}.")
 
@@ -159,16 +165,25 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         rms_norm_eps=optional("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(fields),
         max_position_embeddings=optional("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=optional("tie_word_embeddings", False),
         bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
         eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
         dtype=_dtype(fields),
     )
 
 
-def read_config(path: Path) -> ModelConfig:
-    """The configuration in a config.json. Raises InputError where it can't be read or isn't a LLaMA's."""
-    return from_hf(read_json(path), name=path.absolute().parent.name)
+def read_config(path: Path, quantized: bool = False) -> ModelConfig:
+    """The configuration in a config.json. Raises InputError where it can't be read or isn't a LLaMA's.
+
+    With ``quantized`` it may say that its model is quantized, as ours beside shards do.
+    """
+    fields = read_json(path)
+    if quantized and isinstance(fields, dict):
+        fields.pop("quantization_config", None)
+    try:
+        return from_hf(fields, name=path.absolute().parent.name)
+    except InputError as error:
+        raise InputError(f"{path.parent}: {error}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -260,8 +275,8 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def resolve(name_or_path: str) -> ModelConfig:
-    """The configuration for ``--config``: a preset's name in any case, or the path of a config.json."""
+def find_config(name_or_path: str) -> ModelConfig | Path:
+    """What ``--config`` names: a preset, in any case, or the path of a config.json (or of its directory)."""
     for name, preset in PRESETS.items():
         if name.lower() == name_or_path.lower():
             return preset
@@ -272,4 +287,4 @@ def resolve(name_or_path: str) -> ModelConfig:
         raise InputError(
             f"Unknown configuration {name_or_path!r}; give one of {', '.join(PRESETS)}, or the path of a config.json."
         )
-    return read_config(path)
+    return path

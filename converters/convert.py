@@ -16,7 +16,7 @@ from converters.output import State, claim
 from converters.progress import progress
 from converters.random_init import RandomSource
 from converters.source import TensorSource
-from converters.units import format_bytes, format_count
+from converters.units import format_bytes, format_count, plural
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # files are written by themselves only where they leave a tenth of their size free
@@ -51,8 +51,8 @@ class Conversion:
         }
 
     def missing_bytes(self) -> int:
-        """Bytes of files that a run would still have to write."""
-        return sum(file.nbytes for file in self.files if not (self.out / file.name).exists())
+        """Bytes that a run would still have to write; a file of the same name gives its room, whatever it holds."""
+        return sum(max(0, file.nbytes - _size(self.out / file.name)) for file in self.files)
 
     def choose_storage(self) -> tuple[str, str]:
         """``files`` or ``seed``, and a sentence that says why; an empty one where the user chose."""
@@ -80,7 +80,7 @@ def convert(conversion: Conversion, force: bool) -> str:
         _check_room(conversion)
     arguments = conversion.arguments()
     companions = checkpoint.COMPANION_NAMES
-    with claim(conversion.out, arguments, checkpoint.finished_arguments, companions, force) as state:
+    with claim(conversion.out, arguments, checkpoint.finished, companions, force) as state:
         if state is State.FINISHED:
             return f"{conversion.out} is already complete; nothing was left to do."
         if storage == "seed":
@@ -111,6 +111,10 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _check_room(conversion: Conversion) -> None:
     needed, free = conversion.missing_bytes(), free_bytes(conversion.out)
     if needed > free:
@@ -123,5 +127,8 @@ def _check_room(conversion: Conversion) -> None:
 def _summary(conversion: Conversion, storage: str) -> str:
     config = conversion.config
     count = format_count(sum(parameter.elements for parameter in parameters(config)))
-    form = "a seed" if storage == "seed" else f"{len(conversion.files)} files, {format_bytes(conversion.nbytes)}"
-    return f"{conversion.out}: {config.name}, {config.num_layers} layers, {count} parameters, {config.dtype}, {form}"
+    form = (
+        "a seed" if storage == "seed" else f"{plural(len(conversion.files), 'file')}, {format_bytes(conversion.nbytes)}"
+    )
+    layers = plural(config.num_layers, "layer")
+    return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {config.dtype}, {form}"

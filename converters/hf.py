@@ -117,29 +117,29 @@ def _weight_files(directory: Path) -> list[TensorFile]:
 
 def _indexed_files(index: Path) -> list[TensorFile]:
     """The files that an index names, each opened, after holding what they contain against it."""
-    weight_map = _weight_map(index)
+    places = weight_map(index)
     files = {}
-    for file_name in dict.fromkeys(weight_map.values()):
+    for file_name in dict.fromkeys(places.values()):
         path = index.parent / file_name
         if not path.is_file():
             raise InputError(f"{index} names the file {file_name}, which is not there. Fetch it, or convert again.")
         files[file_name] = open_tensor_file(path)
     names = {file_name: set(file.names()) for file_name, file in files.items()}
-    for name, file_name in weight_map.items():
+    for name, file_name in places.items():
         if name not in names[file_name]:
             raise MissingTensor(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
     return list(files.values())
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """An index's map from tensor to file, every name a plain one: an index must not reach out of its directory."""
     content: Any = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
         raise InputError(f"{index} has no weight_map; fetch or write it again.")
-    for name, file_name in weight_map.items():
+    for name, file_name in places.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file_name):
             raise InputError(
                 f"{index} places the tensor {name[:80]} in {str(file_name)[:80]!r}; it must be a file beside it."
             )
-    return weight_map
+    return places

@@ -7,10 +7,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.config import read_json
 from converters.errors import InputError
@@ -33,35 +33,50 @@ class State(Enum):
     FINISHED = "finished"  # the same arguments have already made it
 
 
+class Finished(NamedTuple):
+    """What a finished directory says of itself: the arguments that made it, and the files that must be there."""
+
+    arguments: dict[str, Any]
+    files: tuple[str, ...]
+
+
 @contextmanager
 def claim(
     out: Path,
     arguments: dict[str, Any],
-    finished_arguments: Callable[[Path], dict[str, Any] | None],
+    finished: Callable[[Path], Finished | None],
     companions: frozenset[str],
     force: bool,
 ) -> Iterator[State]:
     """Hold ``out`` for one process while it is filled with what ``arguments`` describe.
 
-    ``finished_arguments`` tells with which arguments a finished directory was made (None: it isn't finished).
-    ``companions`` are further file names that belong to the output. The caller writes the finishing file last, inside
-    the context; leaving it with an exception keeps what there is for a rerun. Raises InputError where the directory
-    holds something else and ``force`` is off, or another process is filling it.
+    ``finished`` reads a directory that the caller finished before (None: it didn't; InputError: it did, and the record
+    is damaged). ``companions`` are further file names that belong to the output. The caller writes the finishing file
+    last, inside the context; leaving it with an exception keeps what there is for a rerun, unless a rerun could only
+    end the same way: InputError in a directory that was empty leaves nothing. Raises InputError where the directory
+    holds something else and ``force`` is off, or files that the caller never wrote, or another process is filling it.
     """
-    _make_directory(out)
-    with _lock(out):
-        state = _inspect(out, arguments, finished_arguments)
+    with _directory(out), _lock(out):
+        state, ours = _inspect(out, arguments, finished)
         if state is None and not force:
             raise InputError(
                 f"{out} already holds something else (other arguments, or other files). "
                 "Give --force to replace what this tool wrote there, or another --out."
             )
+        if state is None and not ours:
+            for path in _outputs(out, companions):
+                raise InputError(f"{path} was not written by this tool, and --force keeps it. Give another --out.")
         if state is None or (force and state is State.FINISHED):
             remove_output(out, companions)
             state = State.EMPTY
         if state is not State.FINISHED:
             write_json(out / IN_PROGRESS, arguments)
-        yield state
+        try:
+            yield state
+        except InputError:
+            if state is State.EMPTY:
+                remove_output(out, companions)
+            raise
         (out / IN_PROGRESS).unlink(missing_ok=True)
 
 
@@ -75,27 +90,54 @@ def check_finished(directory: Path, command: str) -> None:
 
 def remove_output(out: Path, companions: frozenset[str]) -> None:
     """Remove the files that these commands write, so that a directory can be filled anew."""
-    for path in out.iterdir():
-        name = path.name.removesuffix(PARTIAL_SUFFIX)
-        if (_OURS.fullmatch(name) or name in companions) and name != _LOCK and path.is_file():
-            path.unlink()
+    for path in _outputs(out, companions):
+        path.unlink()
+
+
+def _outputs(out: Path, companions: frozenset[str]) -> list[Path]:
+    """The files in ``out`` that bear names of these commands' output, unfinished ones included."""
+    return [
+        path
+        for path in out.iterdir()
+        if path.is_file()
+        and path.name != _LOCK
+        and (_OURS.fullmatch(name := path.name.removesuffix(PARTIAL_SUFFIX)) or name in companions)
+    ]
 
 
 def _inspect(
-    out: Path, arguments: dict[str, Any], finished_arguments: Callable[[Path], dict[str, Any] | None]
-) -> State | None:
+    out: Path, arguments: dict[str, Any], finished: Callable[[Path], Finished | None]
+) -> tuple[State | None, bool]:
+    """The state, None where ``out`` holds something else; and whether the caller's command wrote what is there."""
     arguments = json.loads(json.dumps(arguments))  # as a file would hold them
-    if (out / IN_PROGRESS).exists():
-        return State.UNFINISHED if read_json(out / IN_PROGRESS) == arguments else None
     if all(path.name == _LOCK for path in out.iterdir()):
-        return State.EMPTY
-    return State.FINISHED if finished_arguments(out) == arguments else None
+        return State.EMPTY, True
+    try:
+        if (out / IN_PROGRESS).exists():
+            return (State.UNFINISHED if read_json(out / IN_PROGRESS) == arguments else None), True
+        made = finished(out)
+    except InputError:
+        return None, True
+    if made is None or made.arguments != arguments:
+        return None, made is not None
+    whole = all((out / name).is_file() for name in made.files)
+    return (State.FINISHED if whole else State.UNFINISHED), True
 
 
-def _make_directory(out: Path) -> None:
+@contextmanager
+def _directory(out: Path) -> Iterator[None]:
+    """``out`` with its parents, made where they are missing, and gone again where an InputError leaves them empty."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Give --out a directory.")
+    made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except InputError:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 @contextmanager

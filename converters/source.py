@@ -10,7 +10,7 @@ from converters.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 8 << 20  # of float32: a block and its intermediates stay in a core's share of the cache or near it
+BLOCK_ELEMENTS = 1 << 18  # as float32, 1 MB: a block and what is made of it stay in the cache
 
 
 class TensorSource(Protocol):
@@ -35,7 +35,7 @@ class TensorSource(Protocol):
 
 
 def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges that cover rows [start, stop) of ``width`` elements, each about BLOCK_BYTES as float32."""
-    step = max(1, BLOCK_BYTES // (4 * width))
+    """Consecutive ranges that cover rows [start, stop) of ``width`` elements, each of about BLOCK_ELEMENTS."""
+    step = max(1, BLOCK_ELEMENTS // width)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from converters.errors import InputError
+from converters.errors import DuplicateTensor, InputError
 from converters.files import CODES
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class SafetensorsFile:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again.") from None
+        self._check_unique()
 
     def names(self) -> list[str]:
         return list(self._slices)
@@ -60,6 +62,20 @@ class SafetensorsFile:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._slices[name][start:stop]
+
+    def _check_unique(self) -> None:
+        """The library keeps the last of two entries of one name and says nothing."""
+
+        def unique(pairs: list[tuple[str, Any]]) -> None:
+            seen = set()
+            for name, _ in pairs:
+                if name in seen:
+                    raise DuplicateTensor(f"{self.path} holds {name} twice in its header. Fetch or write it again.")
+                seen.add(name)
+
+        with self.path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        json.loads(header, object_pairs_hook=unique)
 
 
 class PickleFile:
@@ -82,6 +98,9 @@ class PickleFile:
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
             raise InputError(f"{path} does not hold a dictionary of tensors; it is no checkpoint file.")
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                raise InputError(f"{path}: the tensor {name} is sparse or holds no values. Save it as a plain tensor.")
         self._tensors = tensors
 
     def names(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from converters.errors import InputError
@@ -13,10 +14,10 @@ def parse_bytes(text: str) -> int:
     """``5GB`` -> 5000000000. Raises InputError for anything that isn't a positive size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
     factor = _FACTORS.get(match[2]) if match else None
-    size = int(float(match[1]) * factor) if match and factor else 0
-    if size < 1:
+    size = float(match[1]) * factor if match and factor else 0
+    if not 1 <= size < math.inf:
         raise InputError(f"{text!r} is no size; write it like 500MB or 5GB.")
-    return size
+    return int(size)
 
 
 def format_bytes(count: int) -> str:
@@ -25,6 +26,11 @@ def format_bytes(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count} bytes"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def format_count(count: int) -> str:

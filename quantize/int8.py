@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 QMAX = 127
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it float32 loses the precision that a division needs
 
 
 class Quantized(NamedTuple):
@@ -16,25 +17,28 @@ class Quantized(NamedTuple):
     scale: torch.Tensor
 
 
-class RowError(NamedTuple):
-    """What quantization cost in some rows: sums over their elements, for the report."""
+class RowErrors(NamedTuple):
+    """What quantization cost each row: sums over its elements and the largest difference of one; float64 [out]."""
 
-    squared_error: float
-    squared_weight: float
-    max_error: float
+    squared_error: torch.Tensor
+    squared_weight: torch.Tensor
+    max_error: torch.Tensor
 
 
-def quantize_rows(weight: torch.Tensor) -> Quantized:
-    """Quantize whole rows [out, in] of a floating weight to int8 in [-127, 127].
+def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
+    """Quantize whole rows [out, in] of a floating weight to int8 in [-127, 127], and measure what that costs.
 
     The scale of a row is its largest magnitude / 127, as in the per-channel symmetric scheme of compressed-tensors
-    ("int-quantized", channel); a row of zeros (or too small for that division) has scale 1. Rows are independent, so
-    a weight may be quantized in any blocks of rows; it must not be split along ``in`` before. Values must be finite.
+    ("int-quantized", channel); a row of zeros (or of nothing above 1.5e-36) has scale 1. Rows are independent, so a
+    weight may be quantized in any blocks of rows; it must not be split along ``in`` before. NaN or an infinity in a row
+    makes its scale not finite.
     """
     wide = weight.float()
     scale = wide.abs().amax(dim=1, keepdim=True) / QMAX
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return Quantized((wide / scale).round_().clamp_(-QMAX, QMAX).to(torch.int8), scale)
+    scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
+    steps = wide / scale
+    values = steps.round()
+    return Quantized(values.to(torch.int8), scale), _measure(steps, values, scale)
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:
@@ -42,12 +46,12 @@ def dequantize(quantized: Quantized) -> torch.Tensor:
     return quantized.values.float() * quantized.scale
 
 
-def row_error(weight: torch.Tensor, quantized: Quantized) -> RowError:
-    """Compare rows [out, in] with what their int8 form stands for."""
-    wide = weight.float()
-    difference = dequantize(quantized) - wide
-    return RowError(
-        squared_error=difference.square().sum(dtype=torch.float64).item(),
-        squared_weight=wide.square().sum(dtype=torch.float64).item(),
-        max_error=difference.abs().max().item(),
+def _measure(steps: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> RowErrors:
+    """Compare rows [out, in], given in units of their scale [out, 1], with the whole numbers they became."""
+    difference = values - steps
+    unit = scale.squeeze(1).double()
+    return RowErrors(
+        squared_error=(difference * difference).sum(1).double() * unit.square(),
+        squared_weight=(steps * steps).sum(1).double() * unit.square(),
+        max_error=difference.abs_().amax(1).double() * unit,
     )

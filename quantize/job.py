@@ -11,10 +11,10 @@ from converters.errors import InputError
 from converters.files import TensorSpec, safetensors_bytes
 from converters.output import State, claim
 from converters.progress import progress
-from converters.units import format_bytes
+from converters.units import format_bytes, plural
 from quantize.manifest import FILE_NAME, chip_file
 from quantize.partition import plan_heads
-from quantize.pipeline import BlockSource, Quantizer, Resharder, Sharding, finished_arguments, write_shards
+from quantize.pipeline import BlockSource, Quantizer, Resharder, Sharding, finished, write_shards
 from quantize.scheme import Scheme, chip_specs
 from quantize.shards import Shards
 
@@ -40,10 +40,10 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
     if dry_run:
         return "\n".join(lines)
     total = safetensors_bytes(specs) * len(sharding.only_chips)
-    _check_room(request.out, total)
-    with claim(request.out, sharding.arguments(), finished_arguments, COMPANION_NAMES, force) as state:
+    with claim(request.out, sharding.arguments(), finished, COMPANION_NAMES, force) as state:
         if state is State.FINISHED:
             return f"{request.out} is already complete; nothing was left to do."
+        _check_room(request.out, total)
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", total) as advance:
             write_shards(sharding, source, request.out, advance)
     if isinstance(source, Quantizer) and source.report.summary():
@@ -57,7 +57,7 @@ def verify_output(out: Path) -> str:
     total = sum(record.nbytes for record in shards.manifest.files.values())
     with progress("Verifying", total) as advance:
         shards.verify(advance)
-    return f"{out}: {len(shards.manifest.files)} files, {format_bytes(total)}, every digest as in {FILE_NAME}"
+    return f"{out}: {plural(len(shards.manifest.files), 'file')}, {format_bytes(total)}, every digest as in {FILE_NAME}"
 
 
 def _plan(request: Request) -> tuple[Sharding, BlockSource]:
@@ -120,8 +120,9 @@ def _describe(sharding: Sharding, specs: list[TensorSpec], out: Path) -> list[st
     first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
     files = first if count == 1 else f"{first} ... {last}"
     lines = [
-        f"{out}: {config.name}, {config.num_layers} layers, {sharding.scheme.name}, {count} of {sharding.chips} chips' "
-        f"files, {format_bytes(per_chip)} each, {format_bytes(per_chip * count)} in all ({files})"
+        f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {sharding.scheme.name}, "
+        f"{count} of {sharding.chips} chips' files, {format_bytes(per_chip)} each, "
+        f"{format_bytes(per_chip * count)} in all ({files})"
     ]
     values = sum(spec.nbytes for spec in specs) * sharding.chips
     whole = sum(spec.nbytes for spec in chip_specs(config, sharding.scheme, 1))

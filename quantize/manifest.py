@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.config import ModelConfig, from_hf, read_json
+from converters.config import ModelConfig, read_json
 from converters.errors import InputError
 from converters.files import write_json
 from quantize.partition import MAX_CHIPS, padding
@@ -69,14 +69,6 @@ def describe_tensors(config: ModelConfig, scheme: Scheme, chips: int) -> dict[st
         }
         for tensor in stored_tensors(config, scheme)
     }
-
-
-def read_shards_config(directory: Path) -> ModelConfig:
-    """The configuration of the model in a shards directory, whose config.json says that it is quantized."""
-    fields = read_json(directory / "config.json")
-    if isinstance(fields, dict):
-        fields = {key: value for key, value in fields.items() if key != "quantization_config"}
-    return from_hf(fields, name=directory.absolute().name)
 
 
 def read_manifest(directory: Path, config: ModelConfig) -> Manifest:

@@ -15,8 +15,9 @@ from converters.checkpoint import check_finite
 from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.files import SafetensorsWriter, write_json, write_whole
+from converters.output import Finished
 from converters.source import TensorSource, row_blocks
-from quantize.int8 import quantize_rows, row_error
+from quantize.int8 import quantize_rows
 from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
@@ -50,12 +51,14 @@ class Quantizer:
     def block(self, stored: StoredParameter, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         name = stored.weight.name
         weight = self._source.rows(name, start, stop)
-        check_finite(weight, name)
         if stored.scale is None:
-            return weight.to(getattr(torch, stored.weight.dtype)), None
-        quantized = quantize_rows(weight)
+            weight = weight.to(getattr(torch, stored.weight.dtype))
+            check_finite(weight, name)
+            return weight, None
+        quantized, errors = quantize_rows(weight)
+        check_finite(quantized.scale, name)
         if start >= self._reported.get(name, 0):  # the rows of a repeated KV head count once
-            self.report.add(name, row_error(weight, quantized))
+            self.report.add(name, errors)
             self._reported[name] = stop
         return quantized
 
@@ -127,15 +130,15 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
     Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
 
 
-def finished_arguments(out: Path) -> dict[str, Any] | None:
-    """The arguments with which a finished directory of shards was made; None for any other directory."""
+def finished(out: Path) -> Finished | None:
+    """What a finished directory of shards was made with; None for any other directory."""
     if not (out / FILE_NAME).is_file():
         return None
     shards = Shards(out)
     manifest = shards.manifest
-    return Sharding(
-        shards.config, manifest.scheme, manifest.chips, tuple(sorted(manifest.files)), manifest.source_fingerprint
-    ).arguments()
+    chips = tuple(sorted(manifest.files))
+    sharding = Sharding(shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint)
+    return Finished(sharding.arguments(), (REPORT, *(chip_file(chip, manifest.chips) for chip in chips)))
 
 
 def _write_parameter(

@@ -5,38 +5,35 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from quantize.int8 import RowError
+from quantize.int8 import RowErrors
 
 FILE_NAME = "quantization_report.json"
 FORMAT_VERSION = 1
 
 
 class Report:
-    """Errors of the quantized tensors. The relative error is norm(dequantized - weight) / norm(weight)."""
+    """Errors of the quantized tensors. The relative error is norm(dequantized - weight) / norm(weight).
+
+    Rows are added up exactly (math.fsum), so that the report doesn't depend on the blocks in which they came.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, RowError] = {}
+        self._tensors: dict[str, dict[str, float]] = {}
+        self._name = ""
+        self._rows: list[RowErrors] = []
 
-    def add(self, name: str, error: RowError) -> None:
-        """Take in the error of some more rows of a tensor."""
-        before = self._sums.get(name, RowError(0.0, 0.0, 0.0))
-        self._sums[name] = RowError(
-            before.squared_error + error.squared_error,
-            before.squared_weight + error.squared_weight,
-            max(before.max_error, error.max_error),
-        )
+    def add(self, name: str, errors: RowErrors) -> None:
+        """Take in some more rows of a tensor; a tensor's rows come one after another."""
+        if name != self._name:
+            self._close()
+            self._name = name
+        self._rows.append(errors)
 
     def content(self) -> dict[str, Any]:
         """quantization_report.json: relative and largest error of every quantized tensor, and the worst of them."""
-        tensors = {
-            name: {
-                "relative_error": math.sqrt(sums.squared_error / sums.squared_weight) if sums.squared_weight else 0.0,
-                "max_error": sums.max_error,
-            }
-            for name, sums in self._sums.items()
-        }
-        worst = max(tensors, key=lambda name: tensors[name]["relative_error"], default=None)
-        return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": tensors}
+        self._close()
+        worst = max(self._tensors, key=lambda name: self._tensors[name]["relative_error"], default=None)
+        return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": self._tensors}
 
     def summary(self) -> str:
         """One line for the user; empty where nothing was quantized."""
@@ -47,3 +44,17 @@ class Report:
         errors = [entry["relative_error"] for entry in content["tensors"].values()]
         mean = sum(errors) / len(errors)
         return f"Relative error of the int8 weights: mean {mean:.2%}, worst {worst:.2%} ({content['worst']})"
+
+    def _close(self) -> None:
+        """Sum up the tensor whose rows have been coming."""
+        if not self._rows:
+            return
+        squared_error, squared_weight = (
+            math.fsum(value for rows in self._rows for value in part(rows).tolist())
+            for part in (lambda rows: rows.squared_error, lambda rows: rows.squared_weight)
+        )
+        self._tensors[self._name] = {
+            "relative_error": math.sqrt(squared_error / squared_weight) if squared_weight else 0.0,
+            "max_error": max(rows.max_error.max().item() for rows in self._rows),
+        }
+        self._rows = []

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.config import ModelConfig
+from converters.config import ModelConfig, read_config
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
 from converters.hf import COMPANIONS
 from converters.output import check_finished
 from converters.tensor_files import SafetensorsFile
-from quantize.manifest import FILE_NAME, Manifest, chip_file, read_manifest, read_shards_config
+from quantize.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.partition import Segment, parameter_segments
 from quantize.scheme import StoredTensor, chip_specs, stored_tensors
 
@@ -30,7 +30,7 @@ class Shards:
         if not (directory / FILE_NAME).exists():
             raise InputError(f"{directory} has no {FILE_NAME}: it is no finished output of llama-quantize.")
         self.directory = directory
-        self.config: ModelConfig = read_shards_config(directory)
+        self.config: ModelConfig = read_config(directory / "config.json", quantized=True)
         self.manifest: Manifest = read_manifest(directory, self.config)
         self.tensors: dict[str, StoredTensor] = {
             tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from converters.units import format_bytes
+from converters.units import format_bytes, plural
 from runtime.generate import Generation
 
 
@@ -73,14 +73,14 @@ class Run:
         peak = "not reported" if memory.device_peak_bytes is None else format_bytes(memory.device_peak_bytes)
         rows = (
             ("model", self.model),
-            ("platform", f"{self.platform}, {self.chips} chip{'s' if self.chips > 1 else ''}"),
+            ("platform", f"{self.platform}, {plural(self.chips, 'chip')}"),
             ("batch size", self.batch_size),
             ("prompt tokens", self.prompt_tokens),
             ("new tokens (L)", figures["new_tokens"]),
             ("latency (T)", f"{figures['latency_s']:.3f} s"),
             ("per-token latency (T/L)", f"{figures['per_token_latency_ms']:.2f} ms"),
             ("throughput (B*L/T)", f"{figures['throughput_tokens_per_s']:.2f} tokens/s"),
-            ("prefill", f"{figures['prefill_ms']:.1f} ms, {self.generation.prefill_executions} executions"),
+            ("prefill", f"{figures['prefill_ms']:.1f} ms, {plural(self.generation.prefill_executions, 'execution')}"),
             ("load", f"{self.load_s:.2f} s"),
             ("compile (warm-up)", f"{self.compile_s:.2f} s"),
             ("recompilations", self.recompilations),

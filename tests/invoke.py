@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 
 import click
+from models import snapshot
 
 from converters.command import run
 
@@ -55,3 +58,13 @@ def run_command(command: click.Command, *args: object) -> tuple[int | str | None
     for stream in streams:
         stream.flush()
     return status, Result(*(stream.buffer.getvalue().decode() for stream in streams))
+
+
+def refuse(root: Path, command: click.Command, *args: object, says: Iterable[str] = ()) -> str:
+    """A command that must refuse, name what is wrong (``says``) and leave everything below ``root`` as it was."""
+    before = snapshot(root)
+    line = invoke_error(command, *args)
+    assert snapshot(root) == before
+    for words in says:
+        assert words in line
+    return line

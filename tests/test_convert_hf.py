@@ -21,7 +21,7 @@ from converters.layout import parameters
 
 VARIETIES: dict[str, dict[str, Any]] = {
     "multi-head": {},
-    "grouped-query": {"heads": 6, "kv_heads": 2, "seed": 1},
+    "grouped-query": {"heads": 6, "kv_heads": 2, "seed": 2},
     "one-kv-head": {"kv_heads": 1},
     "tied": {"tied": True},
     "indexed": {"max_shard_size": "20KB"},
@@ -37,10 +37,10 @@ VARIETIES: dict[str, dict[str, Any]] = {
     "bin-tied-bfloat16": {"form": "bin", "tied": True, "dtype": "bfloat16"},
 }
 FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "rms_norm_eps rope_parameters max_position_embeddings tie_word_embeddings hidden_act attention_bias mlp_bias "
-    "bos_token_id eos_token_id model_type"
-).split()
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings"),
+    *("hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "model_type"),
+)
 
 
 def load(directory: Path, dtype: torch.dtype | str = "auto") -> LlamaForCausalLM:
@@ -206,7 +206,7 @@ def test_values_of_a_file_begin_aligned(tmp_path: Path) -> None:
 def test_the_same_command_again(tmp_path: Path) -> None:
     make_model(tmp_path / "hf")
     arguments = ("--source", tmp_path / "hf", "--out", tmp_path / "out")
-    assert "parameters, bfloat16, 1 files" in invoke(convert, *arguments).stdout
+    assert "parameters, bfloat16, 1 file" in invoke(convert, *arguments).stdout
     before = snapshot(tmp_path / "out")
     written = (tmp_path / "out" / "model-00001-of-00001.safetensors").stat().st_mtime_ns
     assert "already complete" in invoke(convert, *arguments).stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantize.int8 import dequantize, quantize_rows, row_error
+from quantize.int8 import dequantize, quantize_rows
 
 
 def _weight(seed: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -15,7 +15,7 @@ def _weight(seed: int, rows: int, columns: int, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_scales_are_the_formula(dtype: torch.dtype) -> None:
     weight = _weight(0, 40, 172, dtype)
-    quantized = quantize_rows(weight)
+    quantized, _ = quantize_rows(weight)
     exact = weight.double()
     scale = exact.abs().amax(1, keepdim=True) / 127
     assert quantized.scale.dtype == torch.float32
@@ -28,41 +28,55 @@ def test_values_and_scales_are_the_formula(dtype: torch.dtype) -> None:
 
 def test_error_is_at_most_half_a_step() -> None:
     weight = _weight(1, 64, 512)
-    quantized = quantize_rows(weight)
+    quantized, _ = quantize_rows(weight)
     assert ((dequantize(quantized) - weight).abs() <= quantized.scale * 0.5001).all()
 
 
 def test_rows_are_independent() -> None:
     weight = _weight(2, 30, 64, torch.bfloat16)
-    whole = quantize_rows(weight)
-    pieces = [quantize_rows(weight[start : start + 7]) for start in range(0, 30, 7)]
+    whole, _ = quantize_rows(weight)
+    pieces = [quantize_rows(weight[start : start + 7])[0] for start in range(0, 30, 7)]
     assert torch.equal(whole.values, torch.cat([piece.values for piece in pieces]))
     assert torch.equal(whole.scale, torch.cat([piece.scale for piece in pieces]))
 
 
 def test_odd_rows() -> None:
     weight = torch.tensor([[0.0, 0.0, 0.0], [0.0, -3.0, 0.0], [1e-38, -1e-38, 0.0], [3e38, -1e38, 0.0]])
-    values, scale = quantize_rows(weight)
+    (values, scale), _ = quantize_rows(weight)
     assert values.tolist()[:2] == [[0, 0, 0], [0, -127, 0]]
     assert scale[0].item() == 1.0
     assert scale[1].item() == pytest.approx(3 / 127)
     assert values.abs().max() <= 127
-    assert dequantize(quantize_rows(weight)).isfinite().all()
+    assert dequantize(quantize_rows(weight)[0]).isfinite().all()
     assert values.tolist()[3] == [127, -42, 0]
 
 
 def test_smallest_denormals_do_not_divide_by_zero() -> None:
     weight = torch.tensor([[1e-45, 0.0, -1e-45]])
-    values, scale = quantize_rows(weight)
+    (values, scale), _ = quantize_rows(weight)
     assert scale.item() > 0
     assert (values.double() * scale.double() - weight.double()).abs().max() < 1e-40
 
 
-def test_row_error_is_the_difference() -> None:
+def test_error_is_the_difference() -> None:
     weight = _weight(3, 16, 100, torch.bfloat16)
-    quantized = quantize_rows(weight)
+    quantized, errors = quantize_rows(weight)
     exact = (quantized.values.double() * quantized.scale.double() - weight.double()).abs()
-    error = row_error(weight, quantized)
-    assert error.squared_error == pytest.approx(exact.square().sum().item(), rel=1e-4)
-    assert error.squared_weight == pytest.approx(weight.double().square().sum().item(), rel=1e-6)
-    assert error.max_error == pytest.approx(exact.max().item(), rel=1e-4)
+    torch.testing.assert_close(errors.squared_error, exact.square().sum(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(errors.squared_weight, weight.double().square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(errors.max_error, exact.amax(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows_in_the_scale_of_its_row(bad: float) -> None:
+    weight = _weight(4, 3, 20)
+    weight[1, 7] = bad
+    (_, scale), _ = quantize_rows(weight)
+    assert scale.isfinite().flatten().tolist() == [True, False, True]
+
+
+def test_the_weight_itself_stays() -> None:
+    weight = _weight(5, 3, 20)
+    before = weight.clone()
+    quantize_rows(weight)
+    assert torch.equal(weight, before)

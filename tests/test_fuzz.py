@@ -1,0 +1,201 @@
+"""Files damaged at random, in every place where a command reads one: it does its work or refuses in one line."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import click
+import gguf
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from invoke import error_line, invoke, run_command
+from models import SMALL, random_tensors, snapshot, write_hf
+from mutate import Mutation, damage_bytes, damage_header, damage_json
+
+from converters.cli import command as convert
+from converters.gguf import BLOCK_NAMES, MODEL_NAMES
+from converters.random_init import FILE_NAME as SEED
+from quantize.cli import command as quantize
+from runtime.cli import command as run
+
+SECONDS = 10  # far more than any case takes; a command that takes longer counts as hanging
+INDEX = "model.safetensors.index.json"
+Arguments = Callable[[Path, Path], tuple[object, ...]]  # (input, output) -> the command's arguments
+
+
+class Command(NamedTuple):
+    command: click.Command
+    arguments: Arguments
+
+
+CONVERT = Command(convert, lambda source, out: ("--source", source, "--out", out, "--max-shard-size", "4KB"))
+QUANTIZE = Command(quantize, lambda source, out: (source, "--int8", "--chips", 3, "--out", out, "--verify"))
+VERIFY = Command(quantize, lambda source, out: ("--verify", "--out", source))
+RUN = Command(run, lambda source, out: ("--shards", source, "--backend", "eager", *RUN_SIZES))
+RUN_SIZES = ("--prompt", "some text", "--max-new-tokens", 1, "--max-seq-len", 16, "--buckets", 8)
+
+
+class Target(NamedTuple):
+    """A file of one of the inputs below, how it is damaged, and the commands that read it."""
+
+    folder: str
+    file: str
+    damage: Mutation
+    commands: tuple[Command, ...]
+
+
+TARGETS = (
+    Target("hf", "model.safetensors", damage_header, (CONVERT,)),
+    Target("hf", "model.safetensors", damage_bytes, (CONVERT,)),
+    Target("hf", "config.json", damage_json, (CONVERT,)),
+    Target("indexed", INDEX, damage_json, (CONVERT,)),
+    Target("indexed", "model-00002-of-00003.safetensors", damage_header, (CONVERT,)),
+    Target("bin", "pytorch_model.bin", damage_bytes, (CONVERT,)),
+    Target("gguf", "m.gguf", damage_bytes, (CONVERT,)),
+    Target("checkpoint", "config.json", damage_json, (QUANTIZE,)),
+    Target("checkpoint", INDEX, damage_json, (QUANTIZE,)),
+    Target("seed", "config.json", damage_json, (QUANTIZE,)),
+    Target("seed", SEED, damage_json, (QUANTIZE,)),
+    Target("shards", "shards.json", damage_json, (VERIFY, QUANTIZE, RUN)),
+    Target("shards", "config.json", damage_json, (VERIFY, QUANTIZE, RUN)),
+    Target("shards", "chip-01-of-02.safetensors", damage_header, (VERIFY, QUANTIZE, RUN)),
+    Target("shards", "chip-01-of-02.safetensors", damage_bytes, (VERIFY, QUANTIZE, RUN)),
+    Target("shards", "tokenizer.json", damage_json, (RUN,)),
+)
+NAMES = [f"{target.folder}-{target.file}-{target.damage.__name__[7:]}" for target in TARGETS]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small model in every form that a command reads."""
+    root = tmp_path_factory.mktemp("inputs")
+    write_hf(root / "hf")
+    write_hf(root / "indexed", files=3)
+    write_hf(root / "bin")
+    (root / "bin" / "model.safetensors").unlink()
+    torch.save(random_tensors(), root / "bin" / "pytorch_model.bin")
+    (root / "gguf").mkdir()
+    write_gguf(root / "gguf" / "m.gguf")
+    invoke(convert, *CONVERT.arguments(root / "indexed", root / "checkpoint"))
+    invoke(convert, "--config", root / "hf", "--storage", "seed", "--out", root / "seed")
+    write_tokenizer(root / "hf" / "tokenizer.json")
+    invoke(quantize, root / "hf", "--int8", "--chips", 2, "--out", root / "shards")
+    return root
+
+
+def write_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(SMALL.hidden_size)
+    writer.add_feed_forward_length(SMALL.intermediate_size)
+    writer.add_block_count(SMALL.num_layers)
+    writer.add_context_length(SMALL.max_position_embeddings)
+    writer.add_head_count(SMALL.num_heads)
+    writer.add_head_count_kv(SMALL.num_kv_heads)
+    writer.add_layer_norm_rms_eps(SMALL.rms_norm_eps)
+    tensors = {name: tensor.float().numpy() for name, tensor in random_tensors().items()}
+    for name, hf_name in MODEL_NAMES.items():
+        writer.add_tensor(name, tensors[hf_name])
+    for layer in range(SMALL.num_layers):
+        for name, hf_name in BLOCK_NAMES.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", tensors[f"model.layers.{layer}.{hf_name}.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {chr(97 + number): number for number in range(26)} | {"s o": 26, "so": 27, "▁": 28, "<unk>": 29}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("s", "o")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(path))
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no command can take it for one of its own."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check(inputs: Path, target: Target, random: Random) -> None:
+    """Damage a copy of the input and run the commands on it; success or one line, and no trace of a failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "in"), Path(folder, "out")
+        shutil.copytree(inputs / target.folder, source)
+        path = source / target.file
+        path.write_bytes(target.damage(path.read_bytes(), random))
+        before = snapshot(source)
+        for command, arguments in target.commands:
+            given = path if target.folder == "gguf" else source
+            with at_most(SECONDS):
+                status, result = run_command(command, *arguments(given, out))
+            assert snapshot(source) == before
+            if status != 0:
+                assert status == 2
+                error_line(result)
+                assert not out.exists()
+            elif out.exists():
+                left = snapshot(out)
+                assert "config.json" in left
+                assert not [name for name in left if name.endswith((".partial", ".lock", ".in-progress.json"))]
+                shutil.rmtree(out)
+
+
+def fuzz(examples: int) -> settings:
+    """So many examples, the same at every run."""
+    unchecked = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=unchecked)
+
+
+RANDOM = st.randoms(use_true_random=False)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+@fuzz(4)
+@given(random=RANDOM)
+def test_damaged_file(inputs: Path, target: Target, random: Random) -> None:
+    check(inputs, target, random)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+@fuzz(40)
+@given(random=RANDOM)
+def test_damaged_file_at_length(inputs: Path, target: Target, random: Random) -> None:
+    check(inputs, target, random)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+def test_undamaged_file(inputs: Path, target: Target) -> None:
+    """Every command takes its input as it was: the refusals above are of the damage."""
+    for command, arguments in target.commands:
+        source = inputs / target.folder / (target.file if target.folder == "gguf" else "")
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            invoke(command, *arguments(source, Path(folder, "out")))
+            assert time.perf_counter() - begin < SECONDS / 2
