@@ -152,11 +152,12 @@ def _copy(
 
 def check_finite(block: torch.Tensor, name: str) -> None:
     """Raise InputError, naming the tensor, where a block of weights holds NaN or an infinity."""
-    if not block.abs().amax().isfinite():  # several times as fast as isfinite of every value
-        raise InputError(
-            f"The tensor {name} holds NaN or infinite values (or values too large for {str(block.dtype)[6:]}). "
-            "Fetch the source again, or give a wider --dtype."
-        )
+    if block.abs().amax().isfinite():  # several times as fast as isfinite of every value
+        return
+    narrow = " (or values too large for float16)" if str(block.dtype) == "torch.float16" else ""
+    raise InputError(
+        f"The tensor {name} holds NaN or infinite values{narrow}. Fetch the source again, or give a wider --dtype."
+    )
 
 
 def _index(config: ModelConfig, files: list[ModelFile], arguments: dict[str, Any]) -> dict[str, Any]:

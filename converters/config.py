@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
+_MAX_NUMBER = 10**15
 _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
 
 # Features that change the arithmetic: a config that turns one on is not this decoder's model.
@@ -67,8 +67,8 @@ class ModelConfig:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
         for field in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-                raise InputError(f"{field} is {_shown(value)}; it must be a positive number.")
+            if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:  # neither is true of NaN
+                raise InputError(f"{field} is {_shown(value)}; it must be a positive number, {_MAX_NUMBER} at most.")
         if type(self.tie_word_embeddings) is not bool:
             raise InputError(f"tie_word_embeddings is {_shown(self.tie_word_embeddings)}; it must be true or false.")
         if self.dtype not in DTYPES:

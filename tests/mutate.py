@@ -13,7 +13,7 @@ _NESTED: Any = 0
 for _ in range(60):
     _NESTED = [_NESTED]
 ODD_VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**53, -(2**63), 2**64, 10**40),
+    *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**53, -(2**63), 2**64, 10**400),
     *(0.5, -0.0, 1e308, float("inf"), float("nan")),
     *("", "1", "x", "\ud800", "é☃\u2028\x1b[2J", "../x", "/etc/passwd", "a" * 10000, "\0"),
     *([], {}, [[]], [1, 2], {"a": {"b": None}}, _NESTED),

@@ -385,6 +385,8 @@ def test_truncated_pickle(size: int, tmp_path: Path) -> None:
         ({"vocab_size": 10**300}, "vocab_size"),
         ({"num_hidden_layers": 10**6}, "num_layers"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": 10**40}, "rope_theta"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
