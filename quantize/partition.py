@@ -84,22 +84,23 @@ def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
     return HeadPlan(chips, kv_per_chip, group, tuple(kv_heads), tuple(query_heads))
 
 
-def axis_segments(config: ModelConfig, axis: Axis, chips: int) -> list[list[Segment]]:
+@lru_cache(maxsize=64)  # the layers of a model all ask the same
+def axis_segments(config: ModelConfig, axis: Axis, chips: int) -> tuple[tuple[Segment, ...], ...]:
     """For each chip, what it holds of an axis that is split: segments in order, adjacent ones joined."""
     check_chips(chips)
     if axis in (Axis.QUERY, Axis.KV):
         plan = plan_heads(config.num_heads, config.num_kv_heads, chips)
         heads = plan.query_heads if axis is Axis.QUERY else plan.kv_heads
         per_chip = len(heads) // chips
-        return [
+        return tuple(
             _head_segments(heads[chip * per_chip : (chip + 1) * per_chip], config.head_dim) for chip in range(chips)
-        ]
+        )
     length = axis.length(config)
     block = -(-length // chips)
-    return [_block_segments(length, block, chip * block) for chip in range(chips)]
+    return tuple(_block_segments(length, block, chip * block) for chip in range(chips))
 
 
-def parameter_segments(config: ModelConfig, parameter: Parameter, chips: int) -> list[list[Segment]]:
+def parameter_segments(config: ModelConfig, parameter: Parameter, chips: int) -> tuple[tuple[Segment, ...], ...]:
     """For each chip, what it holds of ``parameter`` along its shard axis. The parameter must have one."""
     return axis_segments(config, parameter.row.axes[parameter.row.shard], chips)
 
@@ -125,17 +126,17 @@ def check_chips(chips: int) -> None:
         raise InputError(f"{chips} chips can't be sharded for; give 1 to {MAX_CHIPS}.")
 
 
-def _head_segments(heads: tuple[int | None, ...], head_dim: int) -> list[Segment]:
+def _head_segments(heads: tuple[int | None, ...], head_dim: int) -> tuple[Segment, ...]:
     """Heads as segments of elements, runs of following heads (and of zero heads) joined."""
     segments = []
     for _, run in groupby(enumerate(heads), key=lambda item: None if item[1] is None else item[1] - item[0]):
         members = [head for _, head in run]
         start = None if members[0] is None else members[0] * head_dim
         segments.append(Segment(start, len(members) * head_dim))
-    return segments
+    return tuple(segments)
 
 
-def _block_segments(length: int, block: int, start: int) -> list[Segment]:
+def _block_segments(length: int, block: int, start: int) -> tuple[Segment, ...]:
     held = max(0, min(block, length - start))
-    segments = [Segment(start, held)] if held else []
-    return segments + ([Segment(None, block - held)] if held < block else [])
+    segments = (Segment(start, held),) if held else ()
+    return (*segments, Segment(None, block - held)) if held < block else segments

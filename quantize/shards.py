@@ -36,7 +36,7 @@ class Shards:
             tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)
         }
         self._files: dict[int, SafetensorsFile] = {}
-        self._segments: dict[str, list[list[Segment]]] = {}
+        self._segments: dict[str, tuple[tuple[Segment, ...], ...]] = {}
 
     @property
     def chips(self) -> int:

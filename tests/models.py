@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -99,7 +101,15 @@ def _save_bin(state: dict[str, torch.Tensor], directory: Path, indexed: bool) ->
 
 
 SMALL = ModelConfig(
-    "small", hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, vocab_size=50
+    "small",
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    vocab_size=50,
+    max_position_embeddings=128,
 )
 
 
@@ -138,6 +148,20 @@ def write_hf(
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Let ``change`` alter the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def renew(directory: Path, name: str) -> None:
+    """Make a shards directory's manifest agree with a file that was changed: size and digest."""
+    data = (directory / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(directory / "shards.json", lambda content: content["files"].update({name: entry}))
 
 
 def snapshot(directory: Path) -> dict[str, str]:

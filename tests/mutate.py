@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -67,9 +68,9 @@ def _damage_value(document: Any, random: Random) -> Any:
     if not places:
         return random.choice(ODD_VALUES)
     holder, key = random.choice(places)
-    kind = random.choice(("odd", "odd", "odd", "near", "remove", "rename", "exchange"))
+    kind = random.choice(("odd", "odd", "odd", "near", "remove", "rename", "copy"))
     if kind == "odd":
-        holder[key] = random.choice(ODD_VALUES)
+        holder[key] = deepcopy(random.choice(ODD_VALUES))
     elif kind == "near" and type(holder[key]) is int:
         holder[key] += random.choice((-1, 1, holder[key]))
     elif kind == "remove":
@@ -79,23 +80,13 @@ def _damage_value(document: Any, random: Random) -> Any:
         holder[name] = holder.pop(key)
     else:
         other, place = random.choice(places)
-        holder[key], other[place] = other[place], holder[key]
-        if _cyclic(document):
-            return random.choice(ODD_VALUES)
+        holder[key] = deepcopy(other[place])
     return document
 
 
-def _places(value: Any) -> Any:
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key or index) in a JSON value."""
-    for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in list(pairs):
         yield value, key
-        if isinstance(child, (dict, list)):
-            yield from _places(child)
-
-
-def _cyclic(document: Any) -> bool:
-    try:
-        json.dumps(document)
-    except ValueError:
-        return True
-    return False
+        yield from _places(child)

@@ -44,14 +44,14 @@ def test_output_is_the_input(fill: Fill, name: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     command, arguments = fill
     for force in ((), ("--force",)):
-        refuse(tmp_path, command, *arguments, "--out", f"{tmp_path}/{name}", *force, says=["input"])
+        refuse(tmp_path, command, *arguments, "--out", f"{tmp_path}/{name}", *force, says=["an input is never changed"])
 
 
 def test_output_is_where_the_gguf_file_is(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "m.gguf").write_bytes(b"GGUF")
     arguments = ("--source", tmp_path / "models" / "m.gguf", "--out", tmp_path / "models", "--force")
-    refuse(tmp_path, convert, *arguments, says=["input"])
+    refuse(tmp_path, convert, *arguments, says=["an input is never changed"])
 
 
 @pytest.mark.parametrize("name", ["config.json", ""])
@@ -59,7 +59,7 @@ def test_output_is_where_the_configuration_is(name: str, tmp_path: Path) -> None
     """--force on a directory of our own would replace the config.json that was given."""
     invoke(convert, "--config", "tiny", "--storage", "seed", "--out", tmp_path / "own")
     arguments = ("--config", tmp_path / "own" / name, "--storage", "seed", "--seed", 9, "--out", tmp_path / "own")
-    refuse(tmp_path, convert, *arguments, "--force", says=["input"])
+    refuse(tmp_path, convert, *arguments, "--force", says=["an input is never changed"])
 
 
 def test_a_folder_named_like_a_preset_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 from invoke import invoke, refuse
-from models import SMALL, write_hf
+from models import SMALL, edit_json, renew, write_hf
 from safetensors.torch import load_file, save_file
 
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
@@ -53,19 +51,6 @@ def loaded(out: Path, *says: str) -> None:
 
 
 EVERYWHERE = (verified, resharded, loaded)
-
-
-def edit(out: Path, change: Callable[[dict[str, Any]], object], name: str = "shards.json") -> None:
-    content = json.loads((out / name).read_text())
-    change(content)
-    (out / name).write_text(json.dumps(content))
-
-
-def renew(out: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed: size and digest."""
-    data = (out / name).read_bytes()
-    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit(out, lambda content: content["files"].update({name: entry}))
 
 
 def test_undamaged(out: Path) -> None:
@@ -196,19 +181,19 @@ def test_manifest_that_is_none(refused: Callable[..., None], out: Path) -> None:
     ids=str,
 )
 def test_manifest_that_cannot_be_true(change: dict[str, Any], says: str, out: Path) -> None:
-    edit(out, lambda content: content.update(change))
+    edit_json(out / "shards.json", lambda content: content.update(change))
     for refused in EVERYWHERE:
         refused(out, says)
 
 
 def test_shape_in_the_manifest(out: Path) -> None:
-    edit(out, lambda content: content["tensors"]["lm_head.weight"].update(shape=[50, 17]))
+    edit_json(out / "shards.json", lambda content: content["tensors"]["lm_head.weight"].update(shape=[50, 17]))
     verified(out, "lists other tensors")
 
 
 @pytest.mark.parametrize("refused", EVERYWHERE)
 def test_config_of_another_model(refused: Callable[..., None], out: Path) -> None:
-    edit(out, lambda content: content.update(vocab_size=51), "config.json")
+    edit_json(out / "config.json", lambda content: content.update(vocab_size=51))
     refused(out, "shards.json", "config.json")
     (out / "config.json").unlink()
     refused(out, "config.json does not exist")

@@ -1,0 +1,89 @@
+"""Configurations that are refused, and odd ones that must do no harm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from invoke import invoke, refuse, refuse_source
+from models import write_hf
+
+from converters.cli import command as convert
+from quantize.cli import command as quantize
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": "mistral"}, "'mistral'"),
+        ({"model_type": 7}, "7"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"rope_parameters": [1]}, "RoPE"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"num_key_value_heads": 0}, "num_kv_heads"),
+        ({"head_dim": 3}, "odd"),
+        ({"head_dim": None, "num_attention_heads": 3}, "no multiple"),
+        ({"hidden_size": -16}, "hidden_size"),
+        ({"hidden_size": 16.0}, "16.0"),
+        ({"hidden_size": "16"}, "'16'"),
+        ({"hidden_size": True}, "True"),
+        ({"vocab_size": 10**300}, "vocab_size"),
+        ({"num_hidden_layers": 10**6}, "num_layers"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": 10**40}, "rope_theta"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"eos_token_id": -1}, "eos_token_id"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+        ({"bos_token_id": 1.5}, "bos_token_id"),
+        ({"torch_dtype": 7}, "dtype"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    ],
+    ids=str,
+)
+def test_config_that_asks_for_something_else(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", **fields)
+    refuse_source(tmp_path, says)
+    alone = tmp_path / "hf" / "config.json"
+    refuse(tmp_path, convert, "--config", alone, "--out", tmp_path / "out", says=[says])
+
+
+def test_values_nested_to_the_limit_of_the_parser(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    text = path.read_text().replace('"hidden_size": 16', '"hidden_size": %s')
+    for depth in (*range(850, 1000, 3), 10**4):
+        path.write_text(text % ("[" * depth + "]" * depth))
+        refuse_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31mred", "x" * 100_000, "", "/", 7])
+def test_odd_names_of_models_do_no_harm(name: Any, tmp_path: Path) -> None:
+    """The name is shown and written again, so it must be plain text by then."""
+    write_hf(tmp_path / "hf", _name_or_path=name)
+    said = invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "out").stdout
+    assert len(said.splitlines()) == 1
+    assert said.rstrip("\n").isprintable()
+    assert len(said) < 1000
+    invoke(quantize, tmp_path / "out", "--int8", "--out", tmp_path / "shards")
+
+
+def test_gigantic_config_beside_a_small_file(tmp_path: Path) -> None:
+    """Refused for what the file lacks: nothing of the promised size is allocated."""
+    sizes = {"hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 4096, "vocab_size": 1 << 24}
+    write_hf(tmp_path / "hf", **sizes)
+    refuse_source(tmp_path, "lacks the tensor model.layers.2.")
+    write_hf(tmp_path / "hf", **sizes | {"num_hidden_layers": 2})
+    refuse_source(tmp_path, "model.embed_tokens.weight", "[50, 16]", "[16777216, 1048576]")
