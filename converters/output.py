@@ -21,7 +21,7 @@ _LOCK = ".lock"
 # What these commands write into their output; --force removes these and nothing else.
 _OURS = re.compile(
     r"(config|generation_config|model\.safetensors\.index|random_init|shards|quantization_report)\.json"
-    r"|model-\d{5}-of-\d{5}\.safetensors|chip-\d{2,}-of-\d{2,}\.safetensors|\.in-progress\.json|\.lock"
+    r"|model-\d{5}-of-\d{5}\.safetensors|chip-\d{2,}-of-\d{2,}\.safetensors|\.in-progress\.json|\.journal\.json|\.lock"
 )
 
 

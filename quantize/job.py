@@ -12,9 +12,10 @@ from converters.files import TensorSpec, safetensors_bytes
 from converters.output import State, claim
 from converters.progress import progress
 from converters.units import format_bytes, plural
+from quantize.blocks import BlockSource, Quantizer, Resharder
 from quantize.manifest import FILE_NAME, chip_file
 from quantize.partition import plan_heads
-from quantize.pipeline import BlockSource, Quantizer, Resharder, Sharding, finished, write_shards
+from quantize.pipeline import Sharding, finished, write_shards
 from quantize.scheme import Scheme, chip_specs
 from quantize.shards import Shards
 
