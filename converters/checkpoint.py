@@ -60,7 +60,7 @@ def open_source(path: Path) -> TensorSource:
         return open_gguf(path)
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a Hugging Face directory or a .gguf file.")
-    check_finished(path, "llama-convert")
+    check_finished(path, "llama-convert", INDEX)
     if (path / "shards.json").exists():
         raise InputError(f"{path} holds shards of a quantized model; give the checkpoint they were made from.")
     if (path / random_init.FILE_NAME).exists():
@@ -128,7 +128,7 @@ def _write_file(
     table = {parameter.name: parameter for parameter in parameters(config)}
     left = [table[spec.name] for spec in file.specs[done or 0 :]]
     try:
-        for parameter, stop, block in in_order(_blocks(source, left, config.dtype)):
+        for parameter, stop, block in in_order(block_tasks(source, left, config.dtype)):
             writer.append(block)
             advance(block.nbytes)
             if stop == parameter.shape[0]:
@@ -138,7 +138,7 @@ def _write_file(
         writer.stop()
 
 
-def _blocks(
+def block_tasks(
     source: TensorSource, wanted: list[Parameter], dtype: str
 ) -> Iterator[Callable[[], tuple[Parameter, int, torch.Tensor]]]:
     """Tasks that read the blocks of these parameters in order: each gives the row at which it stops, and the block."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 WORKERS = 2
-_AHEAD = 8  # blocks made but not yet taken in: enough to ride out a write, few enough to stay small
+AHEAD = 8  # blocks made but not yet taken in: enough to ride out a write, few enough to stay small
 
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -28,7 +28,7 @@ def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
         try:
             for task in tasks:
                 running.append(pool.submit(task))
-                if len(running) > _AHEAD:
+                if len(running) > AHEAD:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

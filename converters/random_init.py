@@ -54,6 +54,9 @@ class RandomSource:
         described = json.dumps([self.config.to_hf(), random_init_record(self.seed)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
+    def files(self) -> list[Path]:
+        return []
+
     def companions(self) -> dict[str, bytes]:
         return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converters.config import ModelConfig
@@ -28,6 +29,10 @@ class TensorSource(Protocol):
 
     def fingerprint(self) -> str:
         """A hex digest that changes when the source's configuration or files do."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The files that values are read from; none for values that are made."""
         ...
 
     def companions(self) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,10 @@ class BlockSource(Protocol):
 
     def restore(self, state: Any) -> None: ...
 
+    def files(self) -> list[Path]:
+        """The files that values are read from."""
+        ...
+
     def small_files(self) -> dict[str, bytes]:
         """The files beside the shards: file name -> content."""
         ...
@@ -79,6 +84,9 @@ class Quantizer:
     def restore(self, state: Any) -> None:
         self.report.restore(state)
 
+    def files(self) -> list[Path]:
+        return self._source.files()
+
     def small_files(self) -> dict[str, bytes]:
         return self._source.companions() | {REPORT: (json.dumps(self.report.content(), indent=1) + "\n").encode()}
 
@@ -102,6 +110,9 @@ class Resharder:
 
     def restore(self, state: Any) -> None:
         """Nothing was kept."""
+
+    def files(self) -> list[Path]:
+        return self._shards.paths()
 
     def small_files(self) -> dict[str, bytes]:
         report = self._shards.directory / REPORT

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 from converters.config import ModelConfig
-from converters.files import SafetensorsWriter, partial_path, tensors_before, write_json, write_whole
+from converters.files import (
+    SafetensorsWriter,
+    TensorSpec,
+    partial_path,
+    safetensors_bytes,
+    tensors_before,
+    write_json,
+    write_whole,
+)
 from converters.journal import Journal
 from converters.output import Finished
 from converters.parallel import in_order
@@ -37,6 +45,29 @@ class Sharding:
     chips: int
     only_chips: tuple[int, ...]
     source_fingerprint: str
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The entries of each file."""
+        return chip_specs(self.config, self.scheme, self.chips)
+
+    @property
+    def file_bytes(self) -> int:
+        return safetensors_bytes(self.specs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all the files to be made."""
+        return self.file_bytes * len(self.only_chips)
+
+    def file_names(self) -> dict[int, str]:
+        """By chip, the files to be made."""
+        return {chip: chip_file(chip, self.chips) for chip in self.only_chips}
+
+    def missing_bytes(self, out: Path) -> int:
+        """Bytes that a run would still have to write behind what an interrupted one left."""
+        partials = [partial_path(out / name) for name in self.file_names().values()]
+        return self.nbytes - sum(path.stat().st_size for path in partials if path.is_file())
 
     def arguments(self) -> dict[str, Any]:
         """What the result is a function of."""
@@ -72,8 +103,7 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
 def _write_chips(
     sharding: Sharding, source: BlockSource, out: Path, journal: Journal, advance: Advance
 ) -> dict[int, FileRecord]:
-    specs = chip_specs(sharding.config, sharding.scheme, sharding.chips)
-    names = {chip: chip_file(chip, sharding.chips) for chip in sharding.only_chips}
+    specs, names = sharding.specs, sharding.file_names()
     for name in names.values():  # all files or none are whole: those that a crash left behind the others are not
         if (out / name).exists():
             os.replace(out / name, partial_path(out / name))
@@ -88,9 +118,9 @@ def _write_chips(
     advance(sum(writer.nbytes for writer in writers.values()))
     scales: list[torch.Tensor] = []
     try:
-        for piece in in_order(_tasks(sharding, source, skip=done or 0)):
+        for piece in in_order(piece_tasks(sharding, source, skip=done or 0)):
             _take(piece, writers, scales, source)
-            advance(sum(part.nbytes for part in piece.parts))
+            advance(piece.nbytes)
             if piece.step.ends_parameter:
                 journal.note(by_name, source.state())
         journal.note(by_name, source.state(), at_once=True)
@@ -133,8 +163,12 @@ class _Piece(NamedTuple):
     parts: list[torch.Tensor]
     block: Block
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
-def _tasks(sharding: Sharding, source: BlockSource, skip: int) -> Iterator[Callable[[], _Piece]]:
+
+def piece_tasks(sharding: Sharding, source: BlockSource, skip: int = 0) -> Iterator[Callable[[], _Piece]]:
     """The work on every parameter but those of the first ``skip`` tensors, in the order of the files."""
     tensors = 0
     for stored in stored_parameters(sharding.config, sharding.scheme):
