@@ -53,7 +53,8 @@ class Journal:
         self.wait()
         self._noted = written
         positions = {name: writer.nbytes for name, writer in writers.items()}
-        descriptors = [os.dup(writer.flush()) for writer in writers.values()]
+        flushed = [writer.flush() for writer in writers.values()]  # all, before one fails and leaves copies open
+        descriptors = [os.dup(descriptor) for descriptor in flushed]
         self._running = self._pool.submit(self._save, descriptors, {"positions": positions, "state": state})
 
     def wait(self) -> None:

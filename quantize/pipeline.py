@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,26 +111,36 @@ def _write_chips(
     done = tensors_before(specs, position)
     if done:
         source.restore(state)
-    writers = {
-        chip: SafetensorsWriter(out / name, specs, position if done else 0, hashed=True) for chip, name in names.items()
-    }
+    with ExitStack() as stack:
+        writers = {}
+        for chip, name in names.items():
+            writers[chip] = SafetensorsWriter(out / name, specs, position if done else 0, hashed=True)
+            stack.callback(writers[chip].stop)
+        _write_pieces(piece_tasks(sharding, source, skip=done or 0), writers, names, source, journal, advance)
+        for writer in writers.values():
+            writer.close()
+    return {chip: FileRecord(writer.nbytes, writer.sha256) for chip, writer in writers.items()}
+
+
+def _write_pieces(
+    tasks: Iterator[Callable[[], _Piece]],
+    writers: dict[int, SafetensorsWriter],
+    names: dict[int, str],
+    source: BlockSource,
+    journal: Journal,
+    advance: Advance,
+) -> None:
+    """Append what the tasks give to the chips' files, noting how far they have come at the end of each parameter."""
     by_name = {names[chip]: writer for chip, writer in writers.items()}
     advance(sum(writer.nbytes for writer in writers.values()))
     scales: list[torch.Tensor] = []
-    try:
-        for piece in in_order(piece_tasks(sharding, source, skip=done or 0)):
-            _take(piece, writers, scales, source)
-            advance(piece.nbytes)
-            if piece.step.ends_parameter:
-                journal.note(by_name, source.state())
-        journal.note(by_name, source.state(), at_once=True)
-        journal.wait()
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.stop()
-    return {chip: FileRecord(writer.nbytes, writer.sha256) for chip, writer in writers.items()}
+    for piece in in_order(tasks):
+        _take(piece, writers, scales, source)
+        advance(piece.nbytes)
+        if piece.step.ends_parameter:
+            journal.note(by_name, source.state())
+    journal.note(by_name, source.state(), at_once=True)
+    journal.wait()
 
 
 def finished(out: Path) -> Finished | None:
