@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import random_init
 from converters.config import ModelConfig, read_json
 from converters.errors import InputError
-from converters.files import CODES, SafetensorsWriter, TensorSpec, safetensors_bytes, write_json, write_whole
+from converters.files import (
+    CODES,
+    SafetensorsWriter,
+    TensorSpec,
+    safetensors_bytes,
+    tensors_before,
+    write_json,
+    write_whole,
+)
 from converters.hf import COMPANIONS, INDEX, open_hf, weight_map
+from converters.journal import Journal
 from converters.layout import Parameter, parameters
 from converters.output import Finished, check_finished
+from converters.parallel import in_order
 from converters.source import TensorSource, row_blocks
 
 if TYPE_CHECKING:
@@ -48,7 +60,7 @@ def open_source(path: Path) -> TensorSource:
         return open_gguf(path)
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a Hugging Face directory or a .gguf file.")
-    check_finished(path, "llama-convert")
+    check_finished(path, "llama-convert", INDEX)
     if (path / "shards.json").exists():
         raise InputError(f"{path} holds shards of a quantized model; give the checkpoint they were made from.")
     if (path / random_init.FILE_NAME).exists():
@@ -85,25 +97,61 @@ def write_files(
     arguments: dict[str, Any],
     advance: Callable[[int], None],
 ) -> None:
-    """Write the checkpoint as files, the index last; a file that is there already is whole and stays.
+    """Write the checkpoint as files, the index last, going on where an interrupted run stopped.
 
-    ``config`` is the source's, with the dtype to write; ``advance`` is told bytes as they are done.
+    A file that has its name is whole and stays. ``config`` is the source's, with the dtype to write; ``advance`` is
+    told bytes as they are done.
     """
     _write_small_files(source, config, out)
+    with closing(Journal(out)) as journal:
+        for file in files:
+            if (out / file.name).exists():
+                advance(file.nbytes)
+            else:
+                _write_file(source, config, out, file, journal, advance)
+        write_json(out / INDEX, _index(config, files, arguments))
+        journal.remove()
+
+
+def _write_file(
+    source: TensorSource,
+    config: ModelConfig,
+    out: Path,
+    file: ModelFile,
+    journal: Journal,
+    advance: Callable[[int], None],
+) -> None:
+    position, _ = journal.read([file.name])
+    done = tensors_before(file.specs, position)
+    writer = SafetensorsWriter(out / file.name, file.specs, position if done else 0)
+    advance(writer.nbytes)
     table = {parameter.name: parameter for parameter in parameters(config)}
-    for file in files:
-        if (out / file.name).exists():
-            advance(sum(spec.nbytes for spec in file.specs))
-            continue
-        writer = SafetensorsWriter(out / file.name, file.specs)
-        try:
-            for spec in file.specs:
-                _copy(source, table[spec.name], config.dtype, writer, advance)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-    write_json(out / INDEX, _index(config, files, arguments))
+    left = [table[spec.name] for spec in file.specs[done or 0 :]]
+    try:
+        for parameter, stop, block in in_order(block_tasks(source, left, config.dtype)):
+            writer.append(block)
+            advance(block.nbytes)
+            if stop == parameter.shape[0]:
+                journal.note({file.name: writer})
+        writer.close()
+    finally:
+        writer.stop()
+
+
+def block_tasks(
+    source: TensorSource, wanted: list[Parameter], dtype: str
+) -> Iterator[Callable[[], tuple[Parameter, int, torch.Tensor]]]:
+    """Tasks that read the blocks of these parameters in order: each gives the row at which it stops, and the block."""
+    import torch
+
+    def read(parameter: Parameter, start: int, stop: int) -> tuple[Parameter, int, torch.Tensor]:
+        block = source.rows(parameter.name, start, stop).to(getattr(torch, dtype))
+        check_finite(block, parameter.name)
+        return parameter, stop, block
+
+    for parameter in wanted:
+        for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
+            yield partial(read, parameter, start, stop)
 
 
 def write_seed(source: random_init.RandomSource, out: Path, arguments: dict[str, Any]) -> None:
@@ -132,22 +180,6 @@ def _write_small_files(source: TensorSource, config: ModelConfig, out: Path) -> 
     write_json(out / "config.json", config.to_hf())
     for name, content in source.companions().items():
         write_whole(out / name, content)
-
-
-def _copy(
-    source: TensorSource,
-    parameter: Parameter,
-    dtype: str,
-    writer: SafetensorsWriter,
-    advance: Callable[[int], None],
-) -> None:
-    import torch
-
-    for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
-        block = source.rows(parameter.name, start, stop).to(getattr(torch, dtype))
-        check_finite(block, parameter.name)
-        writer.append(block)
-        advance(block.nbytes)
 
 
 def check_finite(block: torch.Tensor, name: str) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converters import checkpoint
 from converters.config import ModelConfig
 from converters.errors import InputError
+from converters.files import partial_path
 from converters.hf import INDEX
 from converters.layout import parameters
 from converters.output import State, claim
+from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.random_init import RandomSource
 from converters.source import TensorSource
@@ -52,7 +53,7 @@ class Conversion:
 
     def missing_bytes(self) -> int:
         """Bytes that a run would still have to write; a file of the same name gives its room, whatever it holds."""
-        return sum(max(0, file.nbytes - _size(self.out / file.name)) for file in self.files)
+        return sum(max(0, file.nbytes - _written(self.out / file.name)) for file in self.files)
 
     def choose_storage(self) -> tuple[str, str]:
         """``files`` or ``seed``, and a sentence that says why; an empty one where the user chose."""
@@ -77,10 +78,11 @@ def convert(conversion: Conversion, force: bool) -> str:
     if storage == "seed" and not isinstance(conversion.source, RandomSource):
         raise InputError("--storage seed is for random weights (--config); a --source is always written as files.")
     if storage == "files":
-        _check_room(conversion)
+        _check_fits(conversion)
     arguments = conversion.arguments()
     companions = checkpoint.COMPANION_NAMES
-    with claim(conversion.out, arguments, checkpoint.finished, companions, force) as state:
+    files = conversion.source.files()
+    with claim(conversion.out, arguments, files, checkpoint.finished, companions, force) as state:
         if state is State.FINISHED:
             return f"{conversion.out} is already complete; nothing was left to do."
         if storage == "seed":
@@ -100,28 +102,29 @@ def describe(conversion: Conversion) -> str:
     if storage == "files":
         lines += [f"  {file.name}  {format_bytes(file.nbytes)}" for file in conversion.files]
         lines += [f"  {INDEX}, config.json", f"  {format_bytes(free_bytes(conversion.out))} free here"]
+        tasks = checkpoint.block_tasks(conversion.source, parameters(conversion.config), conversion.config.dtype)
+        lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda done: done[2].nbytes))
     return "\n".join(filter(None, lines))
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where ``path`` is or will be."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _check_room(conversion: Conversion) -> None:
+def _check_fits(conversion: Conversion) -> None:
+    """Raise InputError, saying what would fit, where the files don't."""
+    check_machine(conversion.out, len(conversion.files) + len(checkpoint.COMPANION_NAMES))
     needed, free = conversion.missing_bytes(), free_bytes(conversion.out)
-    if needed > free:
-        raise InputError(
-            f"{conversion.out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. Give --out on a "
-            "larger disk, --layers for fewer layers, or (random weights) --storage seed."
-        )
+    if not needed or room_for(needed) <= free:
+        return
+    fitting = layers_that_fit(conversion.config, lambda config: replace(conversion, config=config).nbytes, free)
+    seed = ", or --storage seed" if isinstance(conversion.source, RandomSource) else ""
+    raise InputError(
+        f"{conversion.out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. "
+        f"Give --out on a larger disk{fitting}{seed}."
+    )
+
+
+def _written(path: Path) -> int:
+    """Bytes of a file that are there already, under its name or as the unfinished one."""
+    sizes = [file.stat().st_size for file in (path, partial_path(path)) if file.is_file()]
+    return sizes[0] if sizes else 0
 
 
 def _summary(conversion: Conversion, storage: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
     import torch
 
 PARTIAL_SUFFIX = ".partial"
+_BUFFER_BYTES = 1 << 20
 # torch's dtype names -> the codes of the safetensors format, with bytes per element.
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file under a temporary name, flush it to the disk, then give it its name."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = partial_path(path)
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
@@ -78,6 +85,16 @@ def safetensors_header(tensors: Sequence[TensorSpec]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+def tensors_before(tensors: Sequence[TensorSpec], position: int) -> int | None:
+    """How many of ``tensors`` end at or before byte ``position`` of their file; None where none ends just there."""
+    end = len(safetensors_header(tensors))
+    for count, tensor in enumerate(tensors):
+        if end >= position:
+            return count if end == position else None
+        end += tensor.nbytes
+    return len(tensors) if end == position else None
+
+
 def safetensors_bytes(tensors: Sequence[TensorSpec]) -> int:
     """The size of the file that SafetensorsWriter makes of ``tensors``."""
     return len(safetensors_header(tensors)) + sum(tensor.nbytes for tensor in tensors)
@@ -86,45 +103,66 @@ def safetensors_bytes(tensors: Sequence[TensorSpec]) -> int:
 class SafetensorsWriter:
     """A safetensors file written front to back, block by block; it has its name only once ``close`` has returned.
 
-    ``append`` takes the values of the header's tensors one after another, in any number of blocks. ``sha256`` and
-    ``nbytes`` describe the finished file.
+    ``append`` takes the values of the header's tensors one after another, in any number of blocks. With ``resume_at``
+    an unfinished file is continued from that byte, which ``sync`` has once flushed to the disk. ``nbytes`` counts what
+    is written; with ``hashed``, ``sha256`` is the digest of that.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], resume_at: int = 0, hashed: bool = False) -> None:
         self._path = path
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        self._file = self._partial.open("wb", buffering=0)
-        self._digest = hashlib.sha256()
-        self.nbytes = 0
+        self._partial = partial_path(path)
+        self._digest = hashlib.sha256() if hashed else None
         self._expected = safetensors_bytes(tensors)
-        self._write(safetensors_header(tensors))
+        self.nbytes = 0
+        if resume_at:
+            self._file = self._partial.open("r+b", buffering=_BUFFER_BYTES)
+            self._skip(resume_at)
+        else:
+            self._file = self._partial.open("wb", buffering=_BUFFER_BYTES)
+            self._write(safetensors_header(tensors))
 
     def append(self, block: torch.Tensor) -> None:
-        """Write the next values, given as a contiguous host tensor of the dtype that the header states."""
+        """Write the next values, given as a host tensor of the dtype that the header states."""
         import torch
 
         self._write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def flush(self) -> int:
+        """Hand what is written to the system. Returns a file descriptor to fsync."""
+        self._file.flush()
+        return self._file.fileno()
 
     def close(self) -> None:
         """Flush the file to the disk and give it its name. Raises ValueError where values are missing."""
         if self.nbytes != self._expected:
             raise ValueError(f"{self._path.name}: {self.nbytes} bytes written of {self._expected} announced")
-        os.fsync(self._file.fileno())
+        os.fsync(self.flush())
         self._file.close()
         publish(self._partial, self._path)
 
-    def abandon(self) -> None:
-        """Give the file up, leaving nothing behind."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+    def stop(self) -> None:
+        """Close the file as it is, unfinished and without its name, for a later run to continue."""
+        with suppress(OSError):  # what can't be flushed, on a full disk, isn't relied on by any journal
+            self._file.close()
 
     @property
     def sha256(self) -> str:
+        if self._digest is None:
+            raise ValueError(f"{self._path.name} is written without a digest")
         return self._digest.hexdigest()
 
+    def _skip(self, count: int) -> None:
+        """Stand behind the first ``count`` bytes, with their digest taken, and drop the rest."""
+        if self._digest is None:
+            self._file.seek(count)
+        else:
+            while self._file.tell() < count:
+                self._digest.update(self._file.read(min(_BUFFER_BYTES, count - self._file.tell())))
+        self._file.truncate(count)
+        self.nbytes = count
+
     def _write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+        if self._digest is not None:
+            self._digest.update(data)
+        self._file.write(data)
         self.nbytes += len(data)
-        rest = memoryview(data)
-        while rest:  # an unbuffered write may take less than it was given
-            rest = rest[self._file.write(rest) :]

@@ -35,6 +35,15 @@ def sample_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def stamp_files(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of the last change (in ns) of each file, by name: what tells an unfinished run that one changed."""
+    stamps = {}
+    for path in paths:
+        status = path.stat()
+        stamps[path.name] = [status.st_size, status.st_mtime_ns]
+    return stamps
+
+
 def _ranges(size: int) -> Iterator[tuple[int, int]]:
     """The byte ranges (start, length) sampled of a file of ``size`` bytes."""
     yield 0, _HEAD_BYTES

@@ -13,6 +13,7 @@ from converters.fingerprint import sample_files
 from converters.gguf_header import Metadata, check_header, damaged
 from converters.gguf_tokenizer import special_ids, tokenizer_files
 from converters.layout import Parameter, check_names, parameters
+from converters.mapped import release
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,13 +87,19 @@ class GGUFSource:
                 values = gguf.dequantize(data[interleaved_rows(start, stop, self.config.head_dim)], kind)
             else:
                 values = gguf.dequantize(data[start:stop], kind)
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+            values = np.array(values, dtype=np.float32)
+        used = data if data.ndim == 1 else data[start:stop]
+        release(used.ctypes.data, used.nbytes)
+        return torch.from_numpy(values)
 
     def fingerprint(self) -> str:
         """The hex sha256 of the header (configuration, tokenizer, tensor table) and a sample of the file's pages."""
         digest = hashlib.sha256(self._header)
         digest.update(sample_files([self._path]).encode())
         return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        return [self._path]
 
     def companions(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; empty for a file without a tokenizer."""

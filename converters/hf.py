@@ -48,8 +48,10 @@ class HFSource:
 
     def fingerprint(self) -> str:
         described = json.dumps(self.config.to_hf(), sort_keys=True)
-        files = sorted({file.path for file in self._holder.values()})
-        return hashlib.sha256(f"{described}{sample_files(files)}".encode()).hexdigest()
+        return hashlib.sha256(f"{described}{sample_files(self.files())}".encode()).hexdigest()
+
+    def files(self) -> list[Path]:
+        return sorted({file.path for file in self._holder.values()})
 
     def companions(self) -> dict[str, bytes]:
         present = (self._directory / name for name in COMPANIONS)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from converters.config import read_json
 from converters.errors import InputError
 from converters.files import PARTIAL_SUFFIX, write_json
+from converters.fingerprint import stamp_files
 
 IN_PROGRESS = ".in-progress.json"
 _LOCK = ".lock"
 # What these commands write into their output; --force removes these and nothing else.
 _OURS = re.compile(
     r"(config|generation_config|model\.safetensors\.index|random_init|shards|quantization_report)\.json"
-    r"|model-\d{5}-of-\d{5}\.safetensors|chip-\d{2,}-of-\d{2,}\.safetensors|\.in-progress\.json|\.lock"
+    r"|model-\d{5}-of-\d{5}\.safetensors|chip-\d{2,}-of-\d{2,}\.safetensors|\.in-progress\.json|\.journal\.json|\.lock"
 )
 
 
@@ -44,11 +45,12 @@ class Finished(NamedTuple):
 def claim(
     out: Path,
     arguments: dict[str, Any],
+    source_files: list[Path],
     finished: Callable[[Path], Finished | None],
     companions: frozenset[str],
     force: bool,
 ) -> Iterator[State]:
-    """Hold ``out`` for one process while it is filled with what ``arguments`` describe.
+    """Hold ``out`` for one process while it is filled with what ``arguments`` describe, read from ``source_files``.
 
     ``finished`` reads a directory that the caller finished before (None: it didn't; InputError: it did, and the record
     is damaged). ``companions`` are further file names that belong to the output. The caller writes the finishing file
@@ -57,20 +59,21 @@ def claim(
     holds something else and ``force`` is off, or files that the caller never wrote, or another process is filling it.
     """
     with _directory(out), _lock(out):
-        state, ours = _inspect(out, arguments, finished)
+        begun = json.loads(json.dumps({"arguments": arguments, "source_files": stamp_files(source_files)}))
+        found = _inspect(out, begun, finished)
+        state = found.state
         if state is None and not force:
             raise InputError(
-                f"{out} already holds something else (other arguments, or other files). "
-                "Give --force to replace what this tool wrote there, or another --out."
+                f"{out} {found.problem}. Give --force to replace what this tool wrote there, or another --out."
             )
-        if state is None and not ours:
+        if state is None and not found.ours:
             for path in _outputs(out, companions):
                 raise InputError(f"{path} was not written by this tool, and --force keeps it. Give another --out.")
         if state is None or (force and state is State.FINISHED):
             remove_output(out, companions)
             state = State.EMPTY
         if state is not State.FINISHED:
-            write_json(out / IN_PROGRESS, arguments)
+            write_json(out / IN_PROGRESS, begun)
         try:
             yield state
         except InputError:
@@ -80,12 +83,16 @@ def claim(
         (out / IN_PROGRESS).unlink(missing_ok=True)
 
 
-def check_finished(directory: Path, command: str) -> None:
-    """Raise InputError where ``directory`` is missing, or was left half-written by ``command``."""
+def check_finished(directory: Path, command: str, last: str) -> None:
+    """Raise InputError where ``directory`` is missing, or was left by ``command`` before its ``last`` file."""
     if not directory.is_dir():
         raise InputError(f"{directory} is no directory. Give the one that {command} wrote.")
     if (directory / IN_PROGRESS).exists():
-        raise InputError(f"{directory} is unfinished. Run its {command} again: it goes on where it stopped.")
+        missing = sorted(path.name.removesuffix(PARTIAL_SUFFIX) for path in directory.glob("*" + PARTIAL_SUFFIX))
+        raise InputError(
+            f"{directory} is unfinished ({', '.join(missing[:3]) or last} not whole yet). Run its {command} again: it "
+            "goes on where it stopped."
+        )
 
 
 def remove_output(out: Path, companions: frozenset[str]) -> None:
@@ -105,23 +112,46 @@ def _outputs(out: Path, companions: frozenset[str]) -> list[Path]:
     ]
 
 
-def _inspect(
-    out: Path, arguments: dict[str, Any], finished: Callable[[Path], Finished | None]
-) -> tuple[State | None, bool]:
-    """The state, None where ``out`` holds something else; and whether the caller's command wrote what is there."""
-    arguments = json.loads(json.dumps(arguments))  # as a file would hold them
+class _Found(NamedTuple):
+    """The state of a directory; None, with the problem in words, where it holds something else."""
+
+    state: State | None
+    problem: str = ""
+    ours: bool = True  # whether the caller's command wrote what is there
+
+
+def _inspect(out: Path, begun: dict[str, Any], finished: Callable[[Path], Finished | None]) -> _Found:
     if all(path.name == _LOCK for path in out.iterdir()):
-        return State.EMPTY, True
+        return _Found(State.EMPTY)
     try:
         if (out / IN_PROGRESS).exists():
-            return (State.UNFINISHED if read_json(out / IN_PROGRESS) == arguments else None), True
+            record = read_json(out / IN_PROGRESS)
+            if record == begun:
+                return _Found(State.UNFINISHED)
+            return _Found(None, f"was begun with {_difference(record, begun)}")
         made = finished(out)
-    except InputError:
-        return None, True
-    if made is None or made.arguments != arguments:
-        return None, made is not None
+    except InputError as error:
+        return _Found(None, f"is damaged ({str(error).rstrip('.')})")
+    if made is None:
+        return _Found(None, "already holds other files", ours=False)
+    if made.arguments != begun["arguments"]:
+        return _Found(None, f"was made with {_difference({'arguments': made.arguments}, begun)}")
     whole = all((out / name).is_file() for name in made.files)
-    return (State.FINISHED if whole else State.UNFINISHED), True
+    return _Found(State.FINISHED if whole else State.UNFINISHED)
+
+
+def _difference(record: Any, begun: dict[str, Any]) -> str:
+    """In words, how the arguments of an earlier run differ from this one's."""
+    earlier = record.get("arguments") if isinstance(record, dict) else None
+    if not isinstance(earlier, dict):
+        return "other arguments"
+    wanted = begun["arguments"]
+    if earlier.get("source_fingerprint") != wanted["source_fingerprint"]:
+        return "another source, or its source has changed since"
+    changed = [key for key in wanted if earlier.get(key) != wanted[key]]
+    if not changed:
+        return "a source that has changed since"
+    return "other arguments (" + ", ".join(f"{key} {earlier.get(key)}, now {wanted[key]}" for key in changed) + ")"
 
 
 @contextmanager
@@ -147,8 +177,11 @@ def _lock(out: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
-            raise InputError(f"Another process is writing to {out}. Wait for it, or give another --out.") from None
+            held = False
+        if not held:  # or the holder has just left and taken the file with it
+            raise InputError(f"Another process is writing to {out}. Wait for it, or give another --out.")
         try:
             yield
         finally:

@@ -5,42 +5,34 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 WORKERS = 2
-_AHEAD = 6  # blocks made but not yet taken in: enough to ride out a write, few enough to stay small
+AHEAD = 8  # blocks made but not yet taken in: enough to ride out a write, few enough to stay small
 
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
     """The results of ``tasks`` in their order, while the next few run in WORKERS threads.
 
-    A task's exception is raised where its result would have come. Tasks that have begun are waited for at the end.
+    Each task has one core: torch doesn't spread its operations over threads of its own meanwhile. A task's exception
+    is raised where its result would have come.
     """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    running: deque[Future[T]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
-        running: deque[Future[T]] = deque()
         try:
             for task in tasks:
                 running.append(pool.submit(task))
-                if len(running) > _AHEAD:
+                if len(running) > AHEAD:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
             for future in running:
                 future.cancel()
-
-
-@contextmanager
-def one_thread_per_task() -> Iterator[None]:
-    """Keep torch from spreading each operation of a task over threads of its own."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+            torch.set_num_threads(threads)

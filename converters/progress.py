@@ -1,29 +1,28 @@
-"""Progress of long work: a bar on stderr in a terminal, nothing elsewhere."""
+"""Progress of long work on stderr: a bar in a terminal; in a log, a plain line now and then."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from converters.units import format_bytes, format_seconds
+
+FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # short work says nothing in a log
 
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Show how much of ``total_bytes`` is done; the value is a function to call with each further number of bytes."""
     if not sys.stderr.isatty():
-        yield lambda done: None
+        yield _Lines(label, total_bytes).advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total_bytes)
         yield lambda done: bar.advance(task, done)
 
@@ -38,3 +37,28 @@ def spinner(label: str) -> Iterator[None]:
 
     with Console(stderr=True).status(label):
         yield
+
+
+class _Lines:
+    """Progress in a log: done, share, rate and time left, on a line of its own."""
+
+    def __init__(self, label: str, total_bytes: int) -> None:
+        self._label, self._total = label, total_bytes
+        self._done = 0
+        self._begin = time.monotonic()
+        self._next = self._begin + FIRST_LINE_S
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + NEXT_LINE_S
+        rate = self._done / (now - self._begin)
+        left = format_seconds(max(0, self._total - self._done) / rate) if rate else "unknown"
+        print(
+            f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)} "
+            f"({self._done / max(1, self._total):.0%}), {format_bytes(int(rate))}/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from converters.config import ModelConfig, read_config, read_json
 from converters.errors import InputError
 from converters.layout import parameters
+from converters.source import CACHED_ELEMENTS, row_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,15 +47,15 @@ class RandomSource:
         dtype = getattr(torch, self.config.dtype)
         if parameter.row.is_norm:
             return torch.ones(shape, dtype=dtype)
-        import numpy as np
-
-        bits = _random_bits(self.seed, name, start * parameter.width, stop * parameter.width)
-        # Of all ways to look 16 bits up in a table, numpy's take is the fastest; "clip" spares it a check of bounds.
-        return torch.from_numpy(np.take(_quantiles(self.config.dtype), bits, mode="clip")).view(dtype).view(shape)
+        values = _draw(self.seed, name, start * parameter.width, stop * parameter.width, _quantiles(self.config.dtype))
+        return torch.from_numpy(values).view(dtype).view(shape)
 
     def fingerprint(self) -> str:
         described = json.dumps([self.config.to_hf(), random_init_record(self.seed)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
+
+    def files(self) -> list[Path]:
+        return []
 
     def companions(self) -> dict[str, bytes]:
         return {}
@@ -75,6 +76,18 @@ def open_random_init(directory: Path) -> RandomSource:
     if record.get("distribution") != DISTRIBUTION or type(seed) is not int or seed < 0:
         raise InputError(f"{path} describes weights that this version can't make; make it again with llama-convert.")
     return RandomSource(read_config(directory / "config.json"), seed)
+
+
+def _draw(seed: int, name: str, start: int, stop: int, table: np.ndarray) -> np.ndarray:
+    """Values [start, stop) of a tensor, looked up in ``table`` piece by piece, as the cache likes it."""
+    import numpy as np
+
+    values = np.empty(stop - start, dtype=table.dtype)
+    for first, last in row_blocks(start, stop, 1, CACHED_ELEMENTS):
+        bits = _random_bits(seed, name, first, last)
+        # Of all ways to look 16 bits up, numpy's take is the fastest; "clip" spares it a check of bounds.
+        np.take(table, bits, mode="clip", out=values[first - start : last - start])
+    return values
 
 
 def _random_bits(seed: int, name: str, start: int, stop: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converters.config import ModelConfig
@@ -10,7 +11,8 @@ from converters.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 18  # as float32, 1 MB: a block and what is made of it stay in the cache
+BLOCK_ELEMENTS = 1 << 21  # 4 MB in bfloat16: few enough to hold several, enough to be worth handing to a thread
+CACHED_ELEMENTS = 1 << 18  # as float32, 1 MB: arithmetic in steps of this size stays in a core's cache
 
 
 class TensorSource(Protocol):
@@ -29,13 +31,17 @@ class TensorSource(Protocol):
         """A hex digest that changes when the source's configuration or files do."""
         ...
 
+    def files(self) -> list[Path]:
+        """The files that values are read from; none for values that are made."""
+        ...
+
     def companions(self) -> dict[str, bytes]:
         """The files that go with the weights (tokenizer, generation settings): file name -> content."""
         ...
 
 
-def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges that cover rows [start, stop) of ``width`` elements, each of about BLOCK_ELEMENTS."""
-    step = max(1, BLOCK_ELEMENTS // width)
+def row_blocks(start: int, stop: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges that cover rows [start, stop) of ``width`` elements, each of about ``elements``."""
+    step = max(1, elements // width)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
 from converters.files import CODES
+from converters.mapped import release
 
 if TYPE_CHECKING:
     import torch
@@ -32,50 +34,68 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file, mapped by the library, which holds its header against its length."""
+    """A safetensors file. The library holds its header against its length; values are read, not mapped.
+
+    So what is resident is what was asked for, however large the file.
+    """
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-            self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
+            with safe_open(path, framework="numpy"):  # checks lengths, offsets and overlaps
+                pass
+            self._file = path.open("rb", buffering=0)
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length), object_pairs_hook=self._unique)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again.") from None
-        self._check_unique()
+        self._begin = 8 + length
+        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def names(self) -> list[str]:
-        return list(self._slices)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
+        return tuple(self._entries[name]["shape"])
 
     def dtype(self, name: str) -> str:
         return _DTYPE_NAMES.get(self.code(name), self.code(name))
 
     def code(self, name: str) -> str:
         """The format's code of the stored dtype (``BF16``)."""
-        return self._slices[name].get_dtype()
+        return self._entries[name]["dtype"]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._slices[name][start:stop]
+        import torch
 
-    def _check_unique(self) -> None:
-        """The library keeps the last of two entries of one name and says nothing."""
+        values = torch.empty((stop - start, *self.shape(name)[1:]), dtype=getattr(torch, self.dtype(name)))
+        row_bytes = values.nbytes // max(1, stop - start)
+        self._read(self._begin + self._entries[name]["data_offsets"][0] + start * row_bytes, values)
+        return values
 
-        def unique(pairs: list[tuple[str, Any]]) -> None:
-            seen = set()
-            for name, _ in pairs:
-                if name in seen:
-                    raise DuplicateTensor(f"{self.path} holds {name} twice in its header. Fetch or write it again.")
-                seen.add(name)
+    def _read(self, offset: int, values: torch.Tensor) -> None:
+        """Fill ``values`` with the bytes from ``offset``. Raises InputError where the file has become shorter."""
+        import torch
 
-        with self.path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        json.loads(header, object_pairs_hook=unique)
+        left = memoryview(values.view(-1).view(torch.uint8).numpy())
+        while left:
+            count = os.preadv(self._file.fileno(), [left], offset)
+            if not count:
+                raise InputError(f"{self.path} has become shorter while it was read. Fetch it again.")
+            left, offset = left[count:], offset + count
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object whose names are unique; the library keeps the last of two and says nothing."""
+        entries: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise DuplicateTensor(f"{self.path} holds {name} twice in its header. Fetch or write it again.")
+            entries[name] = value
+        return entries
 
 
 class PickleFile:
@@ -113,7 +133,11 @@ class PickleFile:
         return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._tensors[name][start:stop]
+        mapped = self._tensors[name][start:stop]
+        values = mapped.clone()
+        if mapped.is_contiguous():
+            release(mapped.data_ptr(), mapped.nbytes)
+        return values
 
 
 _DTYPE_NAMES = {code: name for name, code in CODES.items()}

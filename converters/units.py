@@ -28,6 +28,14 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def format_seconds(seconds: float) -> str:
+    """4000 -> ``1 h 7 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def plural(count: int, noun: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

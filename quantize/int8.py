@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from converters.source import CACHED_ELEMENTS, row_blocks
+
 QMAX = 127
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it float32 loses the precision that a division needs
 
@@ -33,12 +35,19 @@ def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
     weight may be quantized in any blocks of rows; it must not be split along ``in`` before. NaN or an infinity in a row
     makes its scale not finite.
     """
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1, keepdim=True) / QMAX
-    scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
-    steps = wide / scale
-    values = steps.round()
-    return Quantized(values.to(torch.int8), scale), _measure(steps, values, scale)
+    rows, width = weight.shape
+    values = torch.empty(rows, width, dtype=torch.int8)
+    parts = []
+    for start, stop in row_blocks(0, rows, width, CACHED_ELEMENTS):
+        wide = weight[start:stop].float()
+        scale = wide.abs().amax(dim=1, keepdim=True) / QMAX
+        scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
+        steps = wide / scale
+        whole = steps.round()
+        values[start:stop] = whole
+        parts.append((scale, *_measure(steps, whole, scale)))
+    scale, *errors = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return Quantized(values, scale), RowErrors(*errors)
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.checkpoint import COMPANION_NAMES, open_source
-from converters.convert import free_bytes
 from converters.errors import InputError
-from converters.files import TensorSpec, safetensors_bytes
 from converters.output import State, claim
+from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.units import format_bytes, plural
+from quantize.blocks import BlockSource, Quantizer, Resharder
 from quantize.manifest import FILE_NAME, chip_file
 from quantize.partition import plan_heads
-from quantize.pipeline import BlockSource, Quantizer, Resharder, Sharding, finished, write_shards
+from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.scheme import Scheme, chip_specs
 from quantize.shards import Shards
 
@@ -35,16 +35,16 @@ class Request:
 def quantize(request: Request, force: bool, dry_run: bool) -> str:
     """Make the shards, or what an interrupted run left of them. Returns the lines to show the user."""
     sharding, source = _plan(request)
-    specs = chip_specs(sharding.config, sharding.scheme, sharding.chips)
-    lines = _describe(sharding, specs, request.out)
+    lines = _describe(sharding, request.out)
     if dry_run:
+        lines.append(f"  {format_bytes(free_bytes(request.out))} free here")
+        lines.append(estimate(request.out, sharding.nbytes, piece_tasks(sharding, source), lambda piece: piece.nbytes))
         return "\n".join(lines)
-    total = safetensors_bytes(specs) * len(sharding.only_chips)
-    with claim(request.out, sharding.arguments(), finished, COMPANION_NAMES, force) as state:
+    with claim(request.out, sharding.arguments(), source.files(), finished, COMPANION_NAMES, force) as state:
         if state is State.FINISHED:
             return f"{request.out} is already complete; nothing was left to do."
-        _check_room(request.out, total)
-        with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", total) as advance:
+        _check_fits(sharding, request.out)
+        with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, request.out, advance)
     if isinstance(source, Quantizer) and source.report.summary():
         lines.append(source.report.summary())
@@ -103,26 +103,31 @@ def _check_distinct(checkpoint: Path, out: Path) -> None:
         raise InputError(f"--out {out} is the input. Give another directory; an input is never changed.")
 
 
-def _check_room(out: Path, total: int) -> None:
-    # Files of the same name are replaced only once the new ones are whole, so they give no room.
-    free = free_bytes(out)
-    if total > free:
-        raise InputError(
-            f"{out} needs {format_bytes(total)} and {format_bytes(free)} are free there. Give --out on a larger disk, "
-            "--only-chip for some chips' files, or --layers for fewer layers."
-        )
+def _check_fits(sharding: Sharding, out: Path) -> None:
+    """Raise InputError, saying what would fit, where the files don't."""
+    check_machine(out, len(sharding.only_chips) + len(COMPANION_NAMES))
+    needed, free = sharding.missing_bytes(out), free_bytes(out)
+    if not needed or room_for(needed) <= free:
+        return
+    layers = layers_that_fit(sharding.config, lambda config: replace(sharding, config=config).nbytes, free)
+    files = free // room_for(sharding.file_bytes)
+    chips = f", --only-chip for {files} of the files" if 0 < files < len(sharding.only_chips) else ""
+    raise InputError(
+        f"{out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. Give --out on a larger "
+        f"disk{chips}{layers}."
+    )
 
 
-def _describe(sharding: Sharding, specs: list[TensorSpec], out: Path) -> list[str]:
+def _describe(sharding: Sharding, out: Path) -> list[str]:
     """What the output holds, and what the number of chips costs in padding."""
-    config, per_chip = sharding.config, safetensors_bytes(specs)
+    config, specs = sharding.config, sharding.specs
     count = len(sharding.only_chips)
     first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
     files = first if count == 1 else f"{first} ... {last}"
     lines = [
         f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {sharding.scheme.name}, "
-        f"{count} of {sharding.chips} chips' files, {format_bytes(per_chip)} each, "
-        f"{format_bytes(per_chip * count)} in all ({files})"
+        f"{count} of {sharding.chips} chips' files, {format_bytes(sharding.file_bytes)} each, "
+        f"{format_bytes(sharding.nbytes)} in all ({files})"
     ]
     values = sum(spec.nbytes for spec in specs) * sharding.chips
     whole = sum(spec.nbytes for spec in chip_specs(config, sharding.scheme, 1))

@@ -2,85 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from converters.checkpoint import check_finite
 from converters.config import ModelConfig
-from converters.errors import InputError
-from converters.files import SafetensorsWriter, write_json, write_whole
+from converters.files import (
+    SafetensorsWriter,
+    TensorSpec,
+    partial_path,
+    safetensors_bytes,
+    tensors_before,
+    write_json,
+    write_whole,
+)
+from converters.journal import Journal
 from converters.output import Finished
-from converters.source import TensorSource, row_blocks
-from quantize.int8 import quantize_rows
+from converters.parallel import in_order
+from converters.source import row_blocks
+from quantize.blocks import Block, BlockSource
 from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
-from quantize.report import Report
 from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_config, stored_parameters
 from quantize.shards import Shards
 
 Advance = Callable[[int], None]
-
-
-class BlockSource(Protocol):
-    """Where the values of the shards come from, in their stored form and before the split."""
-
-    def block(self, stored: StoredParameter, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows [start, stop): the values, and the scale [stop - start, 1] of a quantized parameter."""
-        ...
-
-    def small_files(self) -> dict[str, bytes]:
-        """The files beside the shards: file name -> content."""
-        ...
-
-
-class Quantizer:
-    """Blocks of a checkpoint, quantized as they are read. Scales see whole rows, so chips never change them."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self.report = Report()
-        self._reported: dict[str, int] = {}
-
-    def block(self, stored: StoredParameter, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        name = stored.weight.name
-        weight = self._source.rows(name, start, stop)
-        if stored.scale is None:
-            weight = weight.to(getattr(torch, stored.weight.dtype))
-            check_finite(weight, name)
-            return weight, None
-        quantized, errors = quantize_rows(weight)
-        check_finite(quantized.scale, name)
-        if start >= self._reported.get(name, 0):  # the rows of a repeated KV head count once
-            self.report.add(name, errors)
-            self._reported[name] = stop
-        return quantized
-
-    def small_files(self) -> dict[str, bytes]:
-        return self._source.companions() | {REPORT: _json_bytes(self.report.content())}
-
-
-class Resharder:
-    """Blocks of finished shards, as they are: values and scales don't depend on the number of chips."""
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def block(self, stored: StoredParameter, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        values = self._shards.rows(stored.weight.name, start, stop)
-        return values, None if stored.scale is None else self._shards.rows(stored.scale.name, start, stop)
-
-    def small_files(self) -> dict[str, bytes]:
-        report = self._shards.directory / REPORT
-        if not report.is_file():
-            raise InputError(f"{report} is missing. Fetch it again, or quantize the checkpoint again.")
-        return self._shards.companions() | {REPORT: report.read_bytes()}
 
 
 @dataclass(frozen=True)
@@ -92,6 +45,29 @@ class Sharding:
     chips: int
     only_chips: tuple[int, ...]
     source_fingerprint: str
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The entries of each file."""
+        return chip_specs(self.config, self.scheme, self.chips)
+
+    @property
+    def file_bytes(self) -> int:
+        return safetensors_bytes(self.specs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all the files to be made."""
+        return self.file_bytes * len(self.only_chips)
+
+    def file_names(self) -> dict[int, str]:
+        """By chip, the files to be made."""
+        return {chip: chip_file(chip, self.chips) for chip in self.only_chips}
+
+    def missing_bytes(self, out: Path) -> int:
+        """Bytes that a run would still have to write behind what an interrupted one left."""
+        partials = [partial_path(out / name) for name in self.file_names().values()]
+        return self.nbytes - sum(path.stat().st_size for path in partials if path.is_file())
 
     def arguments(self) -> dict[str, Any]:
         """What the result is a function of."""
@@ -106,28 +82,65 @@ class Sharding:
 
 
 def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Advance) -> None:
-    """Write the chips' files, then the small files, then the manifest. ``advance`` is told bytes as they are done."""
+    """Write the chips' files, then the small files, then the manifest, going on where an interrupted run stopped.
+
+    ``advance`` is told bytes as they are done.
+    """
     config, scheme, chips = sharding.config, sharding.scheme, sharding.chips
-    specs = chip_specs(config, scheme, chips)
-    with ExitStack() as cleanup:
+    with closing(Journal(out)) as journal:
+        records = _write_chips(sharding, source, out, journal, advance)
+        for name, content in source.small_files().items():
+            write_whole(out / name, content)
+        fields = config.to_hf()
+        if scheme.name == "int8":
+            fields["quantization_config"] = quantization_config(scheme)
+        write_json(out / "config.json", fields)
+        tensors = describe_tensors(config, scheme, chips)
+        Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
+        journal.remove()
+
+
+def _write_chips(
+    sharding: Sharding, source: BlockSource, out: Path, journal: Journal, advance: Advance
+) -> dict[int, FileRecord]:
+    specs, names = sharding.specs, sharding.file_names()
+    for name in names.values():  # all files or none are whole: those that a crash left behind the others are not
+        if (out / name).exists():
+            os.replace(out / name, partial_path(out / name))
+    position, state = journal.read(list(names.values()))
+    done = tensors_before(specs, position)
+    if done:
+        source.restore(state)
+    with ExitStack() as stack:
         writers = {}
-        for chip in sharding.only_chips:
-            writers[chip] = SafetensorsWriter(out / chip_file(chip, chips), specs)
-            cleanup.callback(writers[chip].abandon)
-        for stored in stored_parameters(config, scheme):
-            _write_parameter(stored, config, chips, source, writers, advance)
+        for chip, name in names.items():
+            writers[chip] = SafetensorsWriter(out / name, specs, position if done else 0, hashed=True)
+            stack.callback(writers[chip].stop)
+        _write_pieces(piece_tasks(sharding, source, skip=done or 0), writers, names, source, journal, advance)
         for writer in writers.values():
             writer.close()
-        cleanup.pop_all()
-    for name, content in source.small_files().items():
-        write_whole(out / name, content)
-    fields = config.to_hf()
-    if scheme.name == "int8":
-        fields["quantization_config"] = quantization_config(scheme)
-    write_json(out / "config.json", fields)
-    records = {chip: FileRecord(writer.nbytes, writer.sha256) for chip, writer in writers.items()}
-    tensors = describe_tensors(config, scheme, chips)
-    Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
+    return {chip: FileRecord(writer.nbytes, writer.sha256) for chip, writer in writers.items()}
+
+
+def _write_pieces(
+    tasks: Iterator[Callable[[], _Piece]],
+    writers: dict[int, SafetensorsWriter],
+    names: dict[int, str],
+    source: BlockSource,
+    journal: Journal,
+    advance: Advance,
+) -> None:
+    """Append what the tasks give to the chips' files, noting how far they have come at the end of each parameter."""
+    by_name = {names[chip]: writer for chip, writer in writers.items()}
+    advance(sum(writer.nbytes for writer in writers.values()))
+    scales: list[torch.Tensor] = []
+    for piece in in_order(tasks):
+        _take(piece, writers, scales, source)
+        advance(piece.nbytes)
+        if piece.step.ends_parameter:
+            journal.note(by_name, source.state())
+    journal.note(by_name, source.state(), at_once=True)
+    journal.wait()
 
 
 def finished(out: Path) -> Finished | None:
@@ -141,71 +154,95 @@ def finished(out: Path) -> Finished | None:
     return Finished(sharding.arguments(), (REPORT, *(chip_file(chip, manifest.chips) for chip in chips)))
 
 
-def _write_parameter(
-    stored: StoredParameter,
-    config: ModelConfig,
-    chips: int,
-    source: BlockSource,
-    writers: dict[int, SafetensorsWriter],
-    advance: Advance,
-) -> None:
-    """Append one parameter, and its scale behind it, to every chip's file."""
-    parameter = stored.weight.parameter
-    shard = parameter.row.shard
-    if shard == 0:
-        for chip, segments in enumerate(parameter_segments(config, parameter, chips)):
-            if chip in writers:
-                _write_rows(stored, segments, source, writers[chip], advance)
+@dataclass(frozen=True)
+class _Step:
+    """Some rows of a parameter on their way into the files of ``chips``; ``start`` None means rows of padding."""
+
+    stored: StoredParameter
+    start: int | None
+    count: int
+    chips: tuple[int, ...]
+    ends_tensor: bool  # in the files of these chips: its scale comes next
+    ends_parameter: bool  # in all files
+
+
+class _Piece(NamedTuple):
+    """A step done: for each of its chips the values to append, and the scale of the rows."""
+
+    step: _Step
+    parts: list[torch.Tensor]
+    block: Block
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def piece_tasks(sharding: Sharding, source: BlockSource, skip: int = 0) -> Iterator[Callable[[], _Piece]]:
+    """The work on every parameter but those of the first ``skip`` tensors, in the order of the files."""
+    tensors = 0
+    for stored in stored_parameters(sharding.config, sharding.scheme):
+        tensors += len(stored.tensors)
+        if tensors <= skip:
+            continue
+        parameter = stored.weight.parameter
+        columns = parameter_segments(sharding.config, parameter, sharding.chips) if parameter.row.shard == 1 else None
+        for step in _steps(stored, sharding):
+            yield partial(_do, step, columns, source)
+
+
+def _steps(stored: StoredParameter, sharding: Sharding) -> Iterator[_Step]:
+    """A parameter split along its rows goes chip by chip; any other, block by block into all files."""
+    parameter, chips = stored.weight.parameter, sharding.only_chips
+    if parameter.row.shard != 0:
+        for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
+            last = stop == parameter.shape[0]
+            yield _Step(stored, start, stop - start, chips, last, last)
         return
-    columns = None if shard is None else parameter_segments(config, parameter, chips)
-    scales = []
-    for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
-        values, scale = source.block(stored, start, stop)
-        scales.append(scale)
-        for chip, writer in writers.items():
-            local = values if columns is None else _take_columns(values, columns[chip])
-            writer.append(local)
-            advance(local.nbytes)
-    if stored.scale is not None:
-        for writer in writers.values():
-            writer.append(torch.cat(scales))
+    segments = parameter_segments(sharding.config, parameter, sharding.chips)
+    for chip in chips:
+        blocks = [block for segment in segments[chip] for block in _segment_blocks(segment, parameter.width)]
+        for number, (start, count) in enumerate(blocks, 1):
+            last = number == len(blocks)
+            yield _Step(stored, start, count, (chip,), last, last and chip == chips[-1])
 
 
-def _write_rows(
-    stored: StoredParameter,
-    segments: Sequence[Segment],
-    source: BlockSource,
-    writer: SafetensorsWriter,
-    advance: Advance,
+def _segment_blocks(segment: Segment, width: int) -> Iterator[tuple[int | None, int]]:
+    first = segment.start or 0
+    for start, stop in row_blocks(first, first + segment.length, width):
+        yield (None if segment.start is None else start), stop - start
+
+
+def _do(step: _Step, columns: list[list[Segment]] | None, source: BlockSource) -> _Piece:
+    if step.start is None:
+        block = _zero_rows(step.stored, step.count)
+    else:
+        block = source.block(step.stored, step.start, step.start + step.count)
+    parts = [block.values if columns is None else _take_columns(block.values, columns[chip]) for chip in step.chips]
+    return _Piece(step, parts, block)
+
+
+def _take(
+    piece: _Piece, writers: dict[int, SafetensorsWriter], scales: list[torch.Tensor], source: BlockSource
 ) -> None:
-    """Append the rows that one chip holds of a parameter split along its rows, then their scale."""
-    scales = []
-    for values, scale in _row_pieces(stored, segments, source):
-        writer.append(values)
-        scales.append(scale)
-        advance(values.nbytes)
-    if stored.scale is not None:
-        writer.append(torch.cat(scales))
+    """Append a piece to its files; ``scales`` gathers the scale that follows when the tensor ends."""
+    step, block = piece.step, piece.block
+    for chip, part in zip(step.chips, piece.parts, strict=True):
+        writers[chip].append(part)
+    if step.start is not None:
+        source.passed(step.stored, step.start, block)
+    if block.scale is not None:
+        scales.append(block.scale)
+        if step.ends_tensor:
+            for chip in step.chips:
+                writers[chip].append(torch.cat(scales))
+            scales.clear()
 
 
-def _row_pieces(
-    stored: StoredParameter, segments: Sequence[Segment], source: BlockSource
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    parameter = stored.weight.parameter
-    for segment in segments:
-        first = segment.start or 0
-        for start, stop in row_blocks(first, first + segment.length, parameter.width):
-            if segment.start is None:
-                yield _zero_rows(stored, stop - start)
-            else:
-                yield source.block(stored, start, stop)
-
-
-def _zero_rows(stored: StoredParameter, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _zero_rows(stored: StoredParameter, count: int) -> Block:
     """Padding: zeros, whose scale is 1 like that of any row of zeros."""
-    width = stored.weight.parameter.shape[1:]
-    values = torch.zeros((count, *width), dtype=getattr(torch, stored.weight.dtype))
-    return values, None if stored.scale is None else torch.ones((count, 1), dtype=torch.float32)
+    values = torch.zeros((count, *stored.weight.parameter.shape[1:]), dtype=getattr(torch, stored.weight.dtype))
+    return Block(values, None if stored.scale is None else torch.ones((count, 1)), None)
 
 
 def _take_columns(values: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
@@ -216,8 +253,4 @@ def _take_columns(values: torch.Tensor, segments: Sequence[Segment]) -> torch.Te
         else values[:, segment.start : segment.start + segment.length]
         for segment in segments
     ]
-    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return torch.cat(pieces, dim=1)

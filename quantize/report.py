@@ -29,6 +29,15 @@ class Report:
             self._name = name
         self._rows.append(errors)
 
+    def finished(self) -> dict[str, dict[str, float]]:
+        """The entries of the tensors that came so far, whole ones: what ``restore`` takes."""
+        self._close()
+        return dict(self._tensors)
+
+    def restore(self, tensors: dict[str, dict[str, float]]) -> None:
+        """Begin with the entries of an earlier run."""
+        self._tensors = dict(tensors)
+
     def content(self) -> dict[str, Any]:
         """quantization_report.json: relative and largest error of every quantized tensor, and the worst of them."""
         self._close()

@@ -26,7 +26,7 @@ class Shards:
     """The shards of a model. Opening reads the manifest; a chip's file is opened and checked when first needed."""
 
     def __init__(self, directory: Path) -> None:
-        check_finished(directory, "llama-quantize")
+        check_finished(directory, "llama-quantize", FILE_NAME)
         if not (directory / FILE_NAME).exists():
             raise InputError(f"{directory} has no {FILE_NAME}: it is no finished output of llama-quantize.")
         self.directory = directory
@@ -49,6 +49,10 @@ class Shards:
             names = ", ".join(chip_file(chip, self.chips) for chip in missing[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise InputError(f"{self.directory} lacks {names}{more}. Fetch them, or write them with llama-quantize.")
+
+    def paths(self) -> list[Path]:
+        """The chips' files that the manifest lists."""
+        return [self._path(chip) for chip in sorted(self.manifest.files)]
 
     def local(self, name: str, chip: int) -> torch.Tensor:
         """The part of a tensor that ``chip`` holds, padding included."""

@@ -16,7 +16,7 @@ from invoke import invoke
 from models import SMALL, snapshot
 from safetensors import safe_open
 
-from converters import convert as conversion
+from converters import preflight
 from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.config import PRESETS
@@ -165,7 +165,7 @@ Usage = namedtuple("Usage", "total used free")
 def free(monkeypatch: pytest.MonkeyPatch):
     """A function that makes the disk look as if so many bytes were free."""
     return lambda count: monkeypatch.setattr(
-        conversion.shutil, "disk_usage", lambda path: Usage(2 * count, count, count)
+        preflight.shutil, "disk_usage", lambda path: Usage(2 * count, count, count)
     )
 
 

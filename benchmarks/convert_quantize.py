@@ -1,0 +1,244 @@
+"""Conversion and quantization against the disk's own speed and against other int8 quantizers.
+
+    python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--json FILE] [--repeat 3]
+
+Makes a 7B-shaped checkpoint of random weights, then quantizes it by each method in a process of its own, in turns, with
+two threads and with the source's pages dropped from the cache first; reports the median time, giga-weights per second
+and the most resident memory (the operating system's account of the process, mapped files included). torchao is measured
+where it is installed (for torch 2.9: pip install torchao==0.14.1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+CHUNK = 8 << 20
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCRIPTS = Path(sys.executable).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.method:
+        METHODS[options.method](options.work)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as work:
+        results = measure(Path(work), options.layers, options.repeat)
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(work: Path, layers: int, repeat: int) -> dict[str, Any]:
+    """Every method ``repeat`` times, in turns."""
+    checkpoint = work / "checkpoint"
+    making = _run(
+        [SCRIPTS / "llama-convert", "--config", "7B", "--layers", layers, "--storage", "files", "--out", checkpoint],
+        work,
+    )
+    weights = json.loads((checkpoint / "model.safetensors.index.json").read_text())["metadata"]["total_parameters"]
+    names = [name for name in METHODS if name != "torchao" or importlib.util.find_spec("torchao")]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(repeat):
+        for name in names:
+            _drop_from_cache(checkpoint)
+            command = [sys.executable, __file__, "--method", name, "--work", work]
+            if name == "ours":
+                command = [SCRIPTS / "llama-quantize", checkpoint, "--int8", "--chips", 8, "--out", work / "out"]
+            runs[name].append(_run(command, work))
+            shutil.rmtree(work / "out", ignore_errors=True)
+            (work / "out.safetensors").unlink(missing_ok=True)
+    rows = {}
+    for name, taken in runs.items():
+        seconds = [run["seconds"] for run in taken]
+        rows[name] = {
+            "seconds": statistics.median(seconds),
+            "spread_s": [min(seconds), max(seconds)],
+            "giga_weights_per_s": weights / 1e9 / statistics.median(seconds),
+            "peak_rss_bytes": max(run["peak_rss_bytes"] for run in taken),
+        }
+    return {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
+        "layers": layers,
+        "weights": weights,
+        "convert_from_seed": making | {"bytes_per_s": 2 * weights / making["seconds"]},
+        "before_the_disk": before_the_disk(),
+        "quantize": rows,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    floor_s, ours_s = (results["quantize"][name]["seconds"] for name in ("floor", "ours"))
+    making, memory = results["convert_from_seed"], results["before_the_disk"]
+    lines = [
+        f"7B shape, {results['layers']} layers, {results['weights'] / 1e9:.2f} G weights; {results['machine']}",
+        "",
+        f"In memory: random weights made at {memory['random_bytes_per_s'] / 1e9:.2f} GB/s, quantized at "
+        f"{memory['quantize_weights_per_s'] / 1e9:.2f} Gw/s.",
+        f"llama-convert --storage files: {making['seconds']:.1f} s, {making['bytes_per_s'] / 1e9:.2f} GB/s, peak RSS "
+        f"{making['peak_rss_bytes'] / 1e9:.2f} GB.",
+        "",
+        "| int8 quantization, disk to disk | s (median) | spread | Gw/s | to the floor | to ours | peak RSS, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results["quantize"].items():
+        low, high = row["spread_s"]
+        lines.append(
+            f"| {name} | {row['seconds']:.1f} | {low:.1f} - {high:.1f} | {row['giga_weights_per_s']:.2f} | "
+            f"{row['seconds'] / floor_s:.2f} | {row['seconds'] / ours_s:.2f} | {row['peak_rss_bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def before_the_disk() -> dict[str, float]:
+    """Rates of the two inner loops on all cores, values going nowhere."""
+    from converters.config import PRESETS
+    from converters.random_init import RandomSource
+    from converters.source import row_blocks
+    from quantize.int8 import quantize_rows
+
+    source, name = RandomSource(PRESETS["7B"], 0), "model.layers.0.mlp.up_proj.weight"
+    ranges = list(row_blocks(0, 11008, 4096))
+    weight = source.rows(name, 0, 11008)
+    making = _rate([lambda a=a, b=b: source.rows(name, a, b) for a, b in ranges])
+    quantizing = _rate([lambda a=a, b=b: quantize_rows(weight[a:b]) for a, b in ranges])
+    return {"random_bytes_per_s": weight.nbytes * making, "quantize_weights_per_s": weight.numel() * quantizing}
+
+
+def _rate(tasks: list[Callable[[], Any]]) -> float:
+    """Times per second that a list of tasks is done: the median of nine."""
+    from converters.parallel import in_order
+
+    seconds = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        for _ in in_order(tasks):
+            pass
+        seconds.append(time.perf_counter() - begin)
+    return 1 / statistics.median(seconds)
+
+
+def floor(work: Path) -> None:
+    """The source's bytes read, and then half as many written, by plain sequential I/O with one fsync."""
+    count = 0
+    for path in sorted((work / "checkpoint").glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                count += len(chunk)
+    block, left = os.urandom(CHUNK), count // 2
+    with (work / "out.safetensors").open("wb", buffering=0) as file:
+        while left > 0:
+            left -= file.write(block[: min(left, CHUNK)])
+        os.fsync(file.fileno())
+
+
+def plain(work: Path) -> None:
+    """The expression as one would write it, tensor by tensor."""
+    import torch
+
+    def quantize(weight: Any) -> dict[str, Any]:
+        scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        return {"": torch.clamp(torch.round(weight.float() / scale), -127, 127).to(torch.int8), "_scale": scale}
+
+    _whole_model(work, quantize)
+
+
+def gpt_fast(work: Path) -> None:
+    """The arithmetic of gpt-fast's per-channel int8 quantizer: row minima and maxima, a scale for [-128, 127]."""
+    import torch
+
+    def quantize(weight: Any) -> dict[str, Any]:
+        low, high = torch.aminmax(weight.float(), dim=1)
+        largest = torch.maximum(-torch.clamp(low, max=0), torch.clamp(high, min=0))
+        scale = torch.clamp(largest / 127.5, min=torch.finfo(torch.float32).eps)
+        zero = torch.zeros_like(scale, dtype=torch.int64)
+        values = torch.round(weight / scale.unsqueeze(1)) + zero.unsqueeze(1)
+        return {"": torch.clamp(values, -128, 127).to(torch.int8), "_scale": scale}
+
+    _whole_model(work, quantize)
+
+
+def torchao(work: Path) -> None:
+    """torchao's int8 weight-only quantization, of a linear module for each weight."""
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantize(weight: Any) -> dict[str, Any]:
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantize_(linear, Int8WeightOnlyConfig())
+        inner = linear.weight.tensor_impl
+        return {"": inner.int_data, "_scale": inner.scale.reshape(-1, 1)}
+
+    _whole_model(work, quantize)
+
+
+def _whole_model(work: Path, quantize: Callable[[Any], dict[str, Any]]) -> None:
+    """Quantize every linear of the checkpoint and save one file at the end, as such tools do."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(THREADS)
+    result = {}
+    for path in sorted((work / "checkpoint").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                tensor = file.get_tensor(name)
+                parts = quantize(tensor) if name.split(".")[-2] in LINEARS else {"": tensor}
+                result |= {name + suffix: part.contiguous() for suffix, part in parts.items()}
+    save_file(result, work / "out.safetensors")
+    with (work / "out.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _run(command: list[object], work: Path) -> dict[str, float]:
+    """Run a process and take its time and its peak resident memory from the system's account of it."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, cwd=work)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command} ended with status {process.returncode}")
+    return {"seconds": time.perf_counter() - begin, "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def _drop_from_cache(folder: Path) -> None:
+    """Have the next reader of these files go to the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+METHODS: dict[str, Callable[[Path], None]] = {
+    "floor": floor,
+    "ours": lambda work: None,  # run as the command that it is
+    "plain torch expression": plain,
+    "gpt-fast's arithmetic": gpt_fast,
+    "torchao": torchao,
+}
+
+if __name__ == "__main__":
+    main()
