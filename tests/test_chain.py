@@ -87,7 +87,7 @@ def test_json_on_several_chips(folder: Path) -> None:
     assert figures["memory"]["host_peak_rss_bytes"] > 100e6
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_other_backends_give_the_same_tokens(folder: Path, backend: str) -> None:
     args = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--dtype", "float32", "--json", "-", "--shards", "out")
     xla = json.loads(_run(folder, "llama-run", *args).stdout)

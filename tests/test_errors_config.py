@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from invoke import invoke, refuse, refuse_source
+from invoke import invoke, invoke_error, refuse, refuse_source
 from models import write_hf
 
 from converters.cli import command as convert
@@ -87,3 +88,12 @@ def test_gigantic_config_beside_a_small_file(tmp_path: Path) -> None:
     refuse_source(tmp_path, "lacks the tensor model.layers.2.")
     write_hf(tmp_path / "hf", **sizes | {"num_hidden_layers": 2})
     refuse_source(tmp_path, "model.embed_tokens.weight", "[50, 16]", "[16777216, 1048576]")
+
+
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    """A file system takes any bytes for a name; a terminal shows them escaped."""
+    source, out = (tmp_path / os.fsdecode(name) for name in (b"in\xff", b"out\xff"))
+    write_hf(source, _name_or_path=None)
+    assert "out\\udcff: in, 2 layers" in invoke(convert, "--source", source, "--out", out).stdout
+    assert "shards\\udcff" in invoke(quantize, out, "--int8", "--out", tmp_path / os.fsdecode(b"shards\xff")).stdout
+    assert "none\\udcff does not exist" in invoke_error(convert, "--source", tmp_path / os.fsdecode(b"none\xff"))

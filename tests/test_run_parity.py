@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from converters.cli import command as convert
 from quantize.cli import command as quantize
 
-CHIP_COUNTS = (1, 2, 3, 4, 8)
 NEW_TOKENS = 64
 BUCKETS = [16, 32]
 LENGTHS = (1, 5, 17, 33, 70)  # of prompts: none in a bucket, one bucket, two sections, three sections
@@ -65,7 +64,7 @@ def _jobs(cases: dict[str, Case], chips: int, folder: Path, **changes: Any) -> l
     return jobs
 
 
-@pytest.mark.parametrize("chips", CHIP_COUNTS)
+@pytest.mark.parametrize("chips", [1, 3, *(pytest.param(chips, marks=pytest.mark.slow) for chips in (2, 4, 8))])
 def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_path: Path) -> None:
     """Prefill logits within 1e-4, greedy tokens equal, nothing compiled after warm-up, memory as the files say."""
     results = decode(_jobs(cases, chips, tmp_path), tmp_path)
@@ -83,6 +82,7 @@ def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_pat
     assert compared >= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chips", [1, 4])
 def test_bfloat16_is_near(cases: dict[str, Case], chips: int, tmp_path: Path) -> None:
     results = decode(_jobs(cases, chips, tmp_path, dtype="bfloat16", new_tokens=2), tmp_path)

@@ -1,0 +1,87 @@
+"""Peak memory by the operating system's own account, on a model whose largest tensor is most of the limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+LIMIT_BYTES = 1.5e9  # resident at the peak, mapped files and the interpreter with torch (about 0.5 GB) included
+VOCAB, HIDDEN = 262_144, 2048  # an embedding of 1.07 GB in bfloat16
+FIELDS = {
+    "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": 1,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": VOCAB, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def _run(command: str, *arguments: object) -> None:
+    """Run a console script and hold its peak against the limit."""
+    script = Path(sys.executable).with_name(command)
+    launcher = Path(__file__).with_name("child_rusage.py")
+    done = subprocess.run(
+        [sys.executable, launcher, script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < LIMIT_BYTES, f"{command}: {int(done.stdout) / 1e9:.2f} GB"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as files, made from a seed within the limit."""
+    root = tmp_path_factory.mktemp("memory")
+    (root / "config.json").write_text(json.dumps(FIELDS))
+    _run("llama-convert", "--config", root / "config.json", "--storage", "files", "--out", root / "checkpoint")
+    return root / "checkpoint"
+
+
+@pytest.mark.slow
+def test_quantizing_and_resharding_files(checkpoint: Path, tmp_path: Path) -> None:
+    _run("llama-quantize", checkpoint, "--int8", "--chips", 8, "--out", tmp_path / "eight")
+    _run("llama-quantize", tmp_path / "eight", "--int8", "--chips", 3, "--out", tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_converting_a_pickle(checkpoint: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with safe_open(checkpoint / "model-00001-of-00001.safetensors", "pt") as file:
+        torch.save({name: file.get_tensor(name) for name in file.keys()}, hf / "pytorch_model.bin")  # noqa: SIM118
+    _run("llama-convert", "--source", hf, "--out", tmp_path / "out")
+    for part in ("out", "hf"):
+        for path in (tmp_path / part).iterdir():
+            path.unlink()
+
+
+@pytest.mark.slow
+def test_converting_gguf(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    for add, value in (
+        (writer.add_embedding_length, HIDDEN), (writer.add_feed_forward_length, 512), (writer.add_block_count, 1),
+        (writer.add_head_count, 16), (writer.add_head_count_kv, 4), (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_context_length, 256),
+    ):  # fmt: skip
+        add(value)
+    shapes = {
+        "token_embd": (VOCAB, HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_norm": (HIDDEN,),
+        "blk.0.attn_q": (HIDDEN, HIDDEN), "blk.0.attn_k": (512, HIDDEN), "blk.0.attn_v": (512, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, HIDDEN), "blk.0.ffn_norm": (HIDDEN,), "blk.0.ffn_gate": (512, HIDDEN),
+        "blk.0.ffn_up": (512, HIDDEN), "blk.0.ffn_down": (HIDDEN, 512),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        values = np.ones(shape, dtype=np.float32 if len(shape) == 1 else np.float16)
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _run("llama-convert", "--source", tmp_path / "model.gguf", "--out", tmp_path / "out")
