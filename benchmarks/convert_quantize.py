@@ -4,8 +4,10 @@
 
 Makes a 7B-shaped checkpoint of random weights, then quantizes it by each method in a process of its own, in turns, with
 two threads and with the source's pages dropped from the cache first; reports the median time, giga-weights per second
-and the most resident memory (the operating system's account of the process, mapped files included). torchao is measured
-where it is installed (for torch 2.9: pip install torchao==0.14.1).
+and the most resident memory (the operating system's account of the process, mapped files included).
+
+torchao is measured where it is installed (for torch 2.9: pip install torchao==0.14.1), llama.cpp's quantizer where
+--llama-cpp names the folder of its libraries (npm pack @node-llama-cpp/linux-x64 fetches a build, in package/bins).
 """
 
 from __future__ import annotations
@@ -25,8 +27,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 THREADS = 2
+_UINT8 = np.dtype(np.uint8)
 CHUNK = 8 << 20
+LLAMA_CPP = "LLAMA_CPP_LIBRARIES"  # hands the folder to the process that measures
+MOSTLY_Q8_0 = 7  # llama.cpp's number for the file type
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCRIPTS = Path(sys.executable).parent
 
@@ -37,12 +44,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.method:
         METHODS[options.method](options.work)
         return
+    if options.llama_cpp:
+        os.environ[LLAMA_CPP] = str(options.llama_cpp.resolve())
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         results = measure(Path(work), options.layers, options.repeat)
     print(table(results))
@@ -58,17 +68,24 @@ def measure(work: Path, layers: int, repeat: int) -> dict[str, Any]:
         work,
     )
     weights = json.loads((checkpoint / "model.safetensors.index.json").read_text())["metadata"]["total_parameters"]
-    names = [name for name in METHODS if name != "torchao" or importlib.util.find_spec("torchao")]
+    names = list(METHODS)
+    if not importlib.util.find_spec("torchao"):
+        names.remove("torchao")
+    if LLAMA_CPP in os.environ:
+        _write_gguf(checkpoint, work / "model.gguf", layers)
+    else:
+        names.remove("llama.cpp Q8_0")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
-            _drop_from_cache(checkpoint)
+            _drop_from_cache([*checkpoint.iterdir(), *work.glob("*.gguf")])
             command = [sys.executable, __file__, "--method", name, "--work", work]
             if name == "ours":
                 command = [SCRIPTS / "llama-quantize", checkpoint, "--int8", "--chips", 8, "--out", work / "out"]
             runs[name].append(_run(command, work))
             shutil.rmtree(work / "out", ignore_errors=True)
-            (work / "out.safetensors").unlink(missing_ok=True)
+            for path in work.glob("out.*"):
+                path.unlink()
     rows = {}
     for name, taken in runs.items():
         seconds = [run["seconds"] for run in taken]
@@ -194,6 +211,68 @@ def torchao(work: Path) -> None:
     _whole_model(work, quantize)
 
 
+def llama_cpp(work: Path) -> None:
+    """llama.cpp's quantizer from bfloat16 to Q8_0: blocks of 32 weights with a scale each, the head included."""
+    import ctypes
+
+    folder = Path(os.environ[LLAMA_CPP])
+    for name in ("libggml-base", "libggml.", "libllama."):
+        library = ctypes.CDLL(str(next(folder.glob(f"{name}*so*"))), mode=ctypes.RTLD_GLOBAL)
+
+    class Parameters(ctypes.Structure):
+        # The first two fields of llama_model_quantize_params, and room for the rest of any version.
+        _fields_ = [("threads", ctypes.c_int32), ("type", ctypes.c_int32), ("rest", ctypes.c_uint8 * 504)]
+
+    library.llama_model_quantize_default_params.restype = Parameters
+    parameters = library.llama_model_quantize_default_params()
+    parameters.threads, parameters.type = THREADS, MOSTLY_Q8_0
+    paths = (str(work / "model.gguf").encode(), str(work / "out.gguf").encode())
+    if library.llama_model_quantize(*paths, ctypes.byref(parameters)):
+        sys.exit("llama.cpp could not quantize")
+    with (work / "out.gguf").open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_gguf(checkpoint: Path, path: Path, layers: int) -> None:
+    """The checkpoint as a bfloat16 GGUF file (rows left in their order: it is only quantized, never run)."""
+    import torch
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from converters.checkpoint import open_source
+    from converters.gguf import BLOCK_NAMES, MODEL_NAMES
+    from converters.layout import parameters
+
+    source = open_source(checkpoint)
+    config = source.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_vocab_size(config.vocab_size)
+    names = {hf: gguf for gguf, hf in MODEL_NAMES.items()} | {
+        f"model.layers.{n}.{hf}.weight": f"blk.{n}.{gguf}.weight"
+        for n in range(layers)
+        for gguf, hf in BLOCK_NAMES.items()
+    }
+    kinds = {1: (torch.float32, GGMLQuantizationType.F32), 2: (torch.bfloat16, GGMLQuantizationType.BF16)}
+    for parameter in parameters(config):
+        dtype, kind = kinds[len(parameter.shape)]
+        row = (*parameter.shape[:-1], parameter.shape[-1] * dtype.itemsize)
+        nbytes = parameter.elements * dtype.itemsize
+        writer.add_tensor_info(names[parameter.name], row, _UINT8, nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for parameter in parameters(config):
+        dtype, _ = kinds[len(parameter.shape)]
+        values = source.rows(parameter.name, 0, parameter.shape[0]).to(dtype)
+        writer.write_tensor_data(values.view(torch.uint8).numpy())
+    writer.close()
+
+
 def _whole_model(work: Path, quantize: Callable[[Any], dict[str, Any]]) -> None:
     """Quantize every linear of the checkpoint and save one file at the end, as such tools do."""
     import torch
@@ -224,10 +303,10 @@ def _run(command: list[object], work: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "peak_rss_bytes": usage.ru_maxrss * 1024}
 
 
-def _drop_from_cache(folder: Path) -> None:
+def _drop_from_cache(paths: list[Path]) -> None:
     """Have the next reader of these files go to the disk."""
     os.sync()
-    for path in folder.iterdir():
+    for path in paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -238,6 +317,7 @@ METHODS: dict[str, Callable[[Path], None]] = {
     "plain torch expression": plain,
     "gpt-fast's arithmetic": gpt_fast,
     "torchao": torchao,
+    "llama.cpp Q8_0": llama_cpp,
 }
 
 if __name__ == "__main__":

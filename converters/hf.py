@@ -47,8 +47,11 @@ class HFSource:
         return self._holder[name].rows(name, start, stop)
 
     def fingerprint(self) -> str:
-        described = json.dumps(self.config.to_hf(), sort_keys=True)
-        return hashlib.sha256(f"{described}{sample_files(self.files())}".encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
+        digest.update(sample_files(self.files()).encode())
+        for name, content in self.companions().items():
+            digest.update(name.encode() + hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def files(self) -> list[Path]:
         return sorted({file.path for file in self._holder.values()})

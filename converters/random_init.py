@@ -98,8 +98,7 @@ def _random_bits(seed: int, name: str, start: int, stop: int) -> np.ndarray:
     first_counter = start // (_LANES * _WORDS_PER_COUNTER)
     skipped = start - first_counter * _LANES * _WORDS_PER_COUNTER
     words = -(-(stop - start + skipped) // _LANES)
-    generator = np.random.Generator(np.random.Philox(key=key, counter=[first_counter, 0, 0, 0]))
-    raw = generator.integers(0, 2**64 - 1, words, dtype=np.uint64, endpoint=True)
+    raw = np.random.Philox(key=key, counter=[first_counter, 0, 0, 0]).random_raw(words)
     return raw.astype("<u8", copy=False).view("<u2")[skipped : skipped + stop - start]
 
 

@@ -15,7 +15,7 @@ from quantize.blocks import BlockSource, Quantizer, Resharder
 from quantize.manifest import FILE_NAME, chip_file
 from quantize.partition import plan_heads
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
-from quantize.scheme import Scheme, chip_specs
+from quantize.scheme import Scheme, padding_bytes
 from quantize.shards import Shards
 
 
@@ -120,7 +120,7 @@ def _check_fits(sharding: Sharding, out: Path) -> None:
 
 def _describe(sharding: Sharding, out: Path) -> list[str]:
     """What the output holds, and what the number of chips costs in padding."""
-    config, specs = sharding.config, sharding.specs
+    config = sharding.config
     count = len(sharding.only_chips)
     first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
     files = first if count == 1 else f"{first} ... {last}"
@@ -129,17 +129,14 @@ def _describe(sharding: Sharding, out: Path) -> list[str]:
         f"{count} of {sharding.chips} chips' files, {format_bytes(sharding.file_bytes)} each, "
         f"{format_bytes(sharding.nbytes)} in all ({files})"
     ]
-    values = sum(spec.nbytes for spec in specs) * sharding.chips
-    whole = sum(spec.nbytes for spec in chip_specs(config, sharding.scheme, 1))
     plan = plan_heads(config.num_heads, config.num_kv_heads, sharding.chips)
     if plan.query_slots != config.num_heads or plan.kv_slots != config.num_kv_heads:
         lines.append(
             f"{config.num_heads} query and {config.num_kv_heads} KV heads take {plan.query_slots} and {plan.kv_slots} "
             f"places on {sharding.chips} chips (heads of zeros, repeated KV heads)."
         )
-    if values > whole:
-        lines.append(
-            f"Padding and copies on every chip add {format_bytes(values - whole)} ({values / whole - 1:.1%}) "
-            "over all chips."
-        )
+    extra = padding_bytes(config, sharding.scheme, sharding.chips)
+    if extra:
+        share = extra / (sharding.file_bytes * sharding.chips - extra)
+        lines.append(f"Padding adds {format_bytes(extra)} ({share:.1%}) over all chips.")
     return lines

@@ -7,9 +7,9 @@ from typing import Any
 
 from converters.config import ModelConfig
 from converters.errors import InputError
-from converters.files import CODES, TensorSpec
+from converters.files import CODES, ITEM_BYTES, TensorSpec
 from converters.layout import LM_HEAD, Parameter, Row, make_parameter, parameters
-from quantize.partition import local_shape
+from quantize.partition import local_shape, padding
 
 SCHEMES = ("int8", "bf16")
 
@@ -84,6 +84,17 @@ def stored_tensors(config: ModelConfig, scheme: Scheme) -> list[StoredTensor]:
 def chip_specs(config: ModelConfig, scheme: Scheme, chips: int) -> list[TensorSpec]:
     """The entries of each chip's file: the same for every chip."""
     return [tensor.spec(config, chips) for tensor in stored_tensors(config, scheme)]
+
+
+def padding_bytes(config: ModelConfig, scheme: Scheme, chips: int) -> int:
+    """What splitting adds over all chips: heads of zeros, repeated KV heads, blocks rounded up to equal ones."""
+    total = 0
+    for tensor in stored_tensors(config, scheme):
+        extra = padding(config, tensor.parameter, chips)
+        if extra:
+            shard_length = tensor.parameter.shape[tensor.parameter.row.shard]
+            total += extra * tensor.parameter.elements // shard_length * ITEM_BYTES[CODES[tensor.dtype]]
+    return total
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:

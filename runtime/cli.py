@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -87,12 +88,15 @@ def command(
     llama-run --shards out/ --batch-size 8 --json -        a prompt drawn by --seed
     """
     from converters.errors import InputError
+    from converters.files import write_whole
     from quantize.shards import Shards
     from runtime.buckets import parse_buckets
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
     sizes = parse_buckets(buckets)
+    if json_out not in (None, "-"):
+        _check_writable(Path(json_out))
     Shards(shards)  # what is wrong with the directory should show before torch is loaded
     from runtime.run import Request
     from runtime.run import run as run_request
@@ -121,11 +125,19 @@ def command(
     else:
         _show(done, prompts)
         if json_out is not None:
-            Path(json_out).write_text(content + "\n", "utf-8")
+            write_whole(Path(json_out), (content + "\n").encode())
     if done.recompilations:
         click.echo(f"Error: {done.recompilations} graphs were compiled after warm-up; none should be.", err=True)
         return 1
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise InputError for a path that can't be written, before a run is spent on it."""
+    from converters.errors import InputError
+
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"--json {path} can't be written. Give a file in a folder that is there, or -.")
 
 
 def _show(done, prompts: tuple[str, ...]) -> None:

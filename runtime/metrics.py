@@ -19,6 +19,7 @@ class Memory:
     """Bytes per chip, and of the host process; ``device_peak`` is None where the device keeps no account."""
 
     parameter_bytes_per_chip: int
+    padding_bytes_per_chip: int  # of the parameters: what splitting over these chips adds
     kv_cache_bytes_per_chip: int
     device_peak_bytes: int | None
     host_peak_rss_bytes: int
@@ -84,13 +85,20 @@ class Run:
             ("load", f"{self.load_s:.2f} s"),
             ("compile (warm-up)", f"{self.compile_s:.2f} s"),
             ("recompilations", self.recompilations),
-            ("parameters per chip", format_bytes(memory.parameter_bytes_per_chip)),
+            ("parameters per chip", _parameters(memory)),
             ("KV cache per chip", format_bytes(memory.kv_cache_bytes_per_chip)),
             ("device peak", peak),
             ("host peak RSS", format_bytes(memory.host_peak_rss_bytes)),
         )
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _parameters(memory: Memory) -> str:
+    padding = (
+        f", of which padding {format_bytes(memory.padding_bytes_per_chip)}" if memory.padding_bytes_per_chip else ""
+    )
+    return format_bytes(memory.parameter_bytes_per_chip) + padding
 
 
 def host_peak_rss_bytes() -> int:

@@ -11,7 +11,7 @@ import torch
 from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.progress import progress, spinner
-from quantize.scheme import stored_tensors
+from quantize.scheme import padding_bytes, stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
 from runtime.generate import Generator, check_prompts
@@ -71,7 +71,8 @@ def run(request: Request) -> Run | None:
         generation = generator.generate(prompts, min(room, request.max_new_tokens))
         recompilations = backend.compilations() - before
     cache_bytes = cache_bytes_per_chip(config, backend.chips, len(prompts), request.max_seq_len, dtype.itemsize)
-    memory = Memory(parameter_bytes, cache_bytes, backend.peak_bytes(), host_peak_rss_bytes())
+    padding = padding_bytes(config, shards.manifest.scheme, backend.chips) // backend.chips
+    memory = Memory(parameter_bytes, padding, cache_bytes, backend.peak_bytes(), host_peak_rss_bytes())
     if not backend.leader:
         return None
     return Run(

@@ -15,7 +15,9 @@ class TextCodec:
 
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever it can't read
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain Exception for what the library can't read; a panic is not even that
             raise InputError(f"{path} is no tokenizer that can be read ({error}). Fetch it again.") from None
 
     def encode(self, text: str) -> list[int]:

@@ -218,3 +218,9 @@ print("done")
     words = [sys.executable, "-c", code, str(Path(__file__).parent), errors]
     done = subprocess.run(words, capture_output=True, text=True, cwd=root)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_json_that_cannot_be_written_shows_before_the_run(tmp_path: Path) -> None:
+    line = invoke_error(run, "--shards", tmp_path, "--json", tmp_path / "no" / "folder.json")
+    assert "--json" in line
+    assert not (tmp_path / "no").exists()
