@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from converters.allocator import keep_freed_memory
+
 T = TypeVar("T")
 
 WORKERS = 2
@@ -21,6 +23,7 @@ def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
     """
     import torch
 
+    keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     running: deque[Future[T]] = deque()

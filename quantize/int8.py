@@ -37,30 +37,27 @@ def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
     """
     rows, width = weight.shape
     values = torch.empty(rows, width, dtype=torch.int8)
-    parts = []
-    for start, stop in row_blocks(0, rows, width, CACHED_ELEMENTS):
-        wide = weight[start:stop].float()
-        scale = wide.abs().amax(dim=1, keepdim=True) / QMAX
-        scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
-        steps = wide / scale
-        whole = steps.round()
+    scales, squared_errors, squared_weights, max_errors = (torch.empty(rows, 1) for _ in range(4))
+    blocks = list(row_blocks(0, rows, width, CACHED_ELEMENTS))
+    # Two buffers for all blocks: fresh memory for every operation would cost more than the arithmetic.
+    buffers = [torch.empty(blocks[0][1], width) for _ in range(2)]
+    for start, stop in blocks:
+        steps, whole = (buffer[: stop - start] for buffer in buffers)
+        steps.copy_(weight[start:stop])
+        scale = torch.abs(steps, out=whole).amax(dim=1, keepdim=True).div_(QMAX)
+        scale[scale < _SMALLEST_SCALE] = 1.0
+        torch.round(steps.div_(scale), out=whole)
         values[start:stop] = whole
-        parts.append((scale, *_measure(steps, whole, scale)))
-    scale, *errors = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return Quantized(values, scale), RowErrors(*errors)
+        scales[start:stop] = scale
+        errors = whole.sub_(steps)
+        max_errors[start:stop] = torch.maximum(errors.amax(1, keepdim=True), -errors.amin(1, keepdim=True))
+        squared_errors[start:stop] = errors.square_().sum(1, keepdim=True)
+        squared_weights[start:stop] = steps.square_().sum(1, keepdim=True)
+    unit = scales.double()
+    errors = (squared_errors * unit.square(), squared_weights * unit.square(), max_errors * unit)
+    return Quantized(values, scales), RowErrors(*(column.squeeze(1) for column in errors))
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:
     """float32 [out, in]: values * scale."""
     return quantized.values.float() * quantized.scale
-
-
-def _measure(steps: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> RowErrors:
-    """Compare rows [out, in], given in units of their scale [out, 1], with the whole numbers they became."""
-    difference = values - steps
-    unit = scale.squeeze(1).double()
-    return RowErrors(
-        squared_error=(difference * difference).sum(1).double() * unit.square(),
-        squared_weight=(steps * steps).sum(1).double() * unit.square(),
-        max_error=difference.abs_().amax(1).double() * unit,
-    )
