@@ -109,8 +109,8 @@ def write_files(
                 advance(file.nbytes)
             else:
                 _write_file(source, config, out, file, journal, advance)
+        journal.wait()
         write_json(out / INDEX, _index(config, files, arguments))
-        journal.remove()
 
 
 def _write_file(

@@ -64,13 +64,8 @@ class Journal:
             self._running = None
 
     def close(self) -> None:
-        """Stop noting, once what was noted is written down."""
+        """Stop noting, once what was noted is written down. The file goes when the output is finished (output.py)."""
         self._pool.shutdown()
-
-    def remove(self) -> None:
-        """Forget the journal of an output that is finished."""
-        self.wait()
-        self._path.unlink(missing_ok=True)
 
     def _save(self, descriptors: list[int], record: dict[str, Any]) -> None:
         try:

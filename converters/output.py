@@ -16,6 +16,7 @@ from converters.config import read_json
 from converters.errors import InputError
 from converters.files import PARTIAL_SUFFIX, write_json
 from converters.fingerprint import stamp_files
+from converters.journal import FILE_NAME as JOURNAL
 
 IN_PROGRESS = ".in-progress.json"
 _LOCK = ".lock"
@@ -80,7 +81,9 @@ def claim(
             if state is State.EMPTY:
                 remove_output(out, companions)
             raise
+        # In this order: a kill in between leaves a journal by which the rerun sees that nothing is left to do.
         (out / IN_PROGRESS).unlink(missing_ok=True)
+        (out / JOURNAL).unlink(missing_ok=True)
 
 
 def check_finished(directory: Path, command: str, last: str) -> None:
@@ -121,7 +124,7 @@ class _Found(NamedTuple):
 
 
 def _inspect(out: Path, begun: dict[str, Any], finished: Callable[[Path], Finished | None]) -> _Found:
-    if all(path.name == _LOCK for path in out.iterdir()):
+    if all(path.name in (_LOCK, IN_PROGRESS + PARTIAL_SUFFIX) for path in out.iterdir()):
         return _Found(State.EMPTY)
     try:
         if (out / IN_PROGRESS).exists():

@@ -97,7 +97,6 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
         write_json(out / "config.json", fields)
         tensors = describe_tensors(config, scheme, chips)
         Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
-        journal.remove()
 
 
 def _write_chips(
