@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from converters.config import read_json
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX, write_json
+from converters.files import PARTIAL_SUFFIX, partial_path, write_json
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
 
@@ -83,7 +83,8 @@ def claim(
             raise
         # In this order: a kill in between leaves a journal by which the rerun sees that nothing is left to do.
         (out / IN_PROGRESS).unlink(missing_ok=True)
-        (out / JOURNAL).unlink(missing_ok=True)
+        for path in (out / JOURNAL, partial_path(out / JOURNAL)):
+            path.unlink(missing_ok=True)
 
 
 def check_finished(directory: Path, command: str, last: str) -> None:
