@@ -26,6 +26,7 @@ from converters.journal import Journal
 from converters.layout import Parameter, parameters
 from converters.output import Finished, check_finished
 from converters.parallel import in_order
+from converters.progress import Advance
 from converters.source import TensorSource, row_blocks
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def write_files(
     out: Path,
     files: list[ModelFile],
     arguments: dict[str, Any],
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> None:
     """Write the checkpoint as files, the index last, going on where an interrupted run stopped.
 
@@ -119,7 +120,7 @@ def _write_file(
     out: Path,
     file: ModelFile,
     journal: Journal,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> None:
     position, _ = journal.read([file.name])
     done = tensors_before(file.specs, position)
@@ -130,7 +131,7 @@ def _write_file(
     try:
         for parameter, stop, block in in_order(block_tasks(source, left, config.dtype)):
             writer.append(block)
-            advance(block.nbytes)
+            advance(block.nbytes, parameter.name)
             if stop == parameter.shape[0]:
                 journal.note({file.name: writer})
         writer.close()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from converters.units import format_bytes, format_seconds
 
 FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # short work says nothing in a log
 
 
+class Advance(Protocol):
+    """Told of each further ``count`` of bytes that is done, and of the tensor that it belongs to, if there is one."""
+
+    def __call__(self, count: int, tensor: str = "") -> None: ...
+
+
 @contextmanager
-def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show how much of ``total_bytes`` is done; the value is a function to call with each further number of bytes."""
+def progress(label: str, total_bytes: int) -> Iterator[Advance]:
+    """Show how much of ``total_bytes`` is done, with rate and time left, by the function that is the value."""
     if not sys.stderr.isatty():
         yield _Lines(label, total_bytes).advance
         return
@@ -24,7 +32,11 @@ def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total_bytes)
-        yield lambda done: bar.advance(task, done)
+
+        def advance(count: int, tensor: str = "") -> None:
+            bar.update(task, advance=count, description=label + _layer(tensor))
+
+        yield advance
 
 
 @contextmanager
@@ -39,6 +51,12 @@ def spinner(label: str) -> Iterator[None]:
         yield
 
 
+def _layer(tensor: str) -> str:
+    """`` layer 17`` of model.layers.17.mlp.up_proj.weight; nothing for a tensor outside the layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", tensor)
+    return f" layer {match[1]}" if match else ""
+
+
 class _Lines:
     """Progress in a log: done, share, rate and time left, on a line of its own."""
 
@@ -48,7 +66,7 @@ class _Lines:
         self._begin = time.monotonic()
         self._next = self._begin + FIRST_LINE_S
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, tensor: str = "") -> None:
         self._done += count
         now = time.monotonic()
         if now < self._next:
@@ -57,7 +75,7 @@ class _Lines:
         rate = self._done / (now - self._begin)
         left = format_seconds(max(0, self._total - self._done) / rate) if rate else "unknown"
         print(
-            f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)} "
+            f"{self._label}{_layer(tensor)}: {format_bytes(self._done)} of {format_bytes(self._total)} "
             f"({self._done / max(1, self._total):.0%}), {format_bytes(int(rate))}/s, {left} left",
             file=sys.stderr,
             flush=True,

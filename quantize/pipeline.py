@@ -25,6 +25,7 @@ from converters.files import (
 from converters.journal import Journal
 from converters.output import Finished
 from converters.parallel import in_order
+from converters.progress import Advance
 from converters.source import row_blocks
 from quantize.blocks import Block, BlockSource
 from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
@@ -32,8 +33,6 @@ from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
 from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_config, stored_parameters
 from quantize.shards import Shards
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _write_pieces(
     scales: list[torch.Tensor] = []
     for piece in in_order(tasks):
         _take(piece, writers, scales, source)
-        advance(piece.nbytes)
+        advance(piece.nbytes, piece.step.stored.weight.name)
         if piece.step.ends_parameter:
             journal.note(by_name, source.state())
     journal.note(by_name, source.state(), at_once=True)

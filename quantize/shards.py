@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from converters.config import ModelConfig, read_config
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
 from converters.hf import COMPANIONS
 from converters.output import check_finished
+from converters.progress import Advance
 from converters.tensor_files import SafetensorsFile
 from quantize.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.partition import Segment, parameter_segments
@@ -72,7 +73,7 @@ class Shards:
         pieces = self._row_pieces(name, start, stop) if shard == 0 else self._column_pieces(name, start, stop)
         return torch.cat(pieces, dim=shard)
 
-    def verify(self, advance: Callable[[int], None]) -> None:
+    def verify(self, advance: Advance) -> None:
         """Read every file that the manifest lists; raise InputError, naming it, where a byte has changed."""
         self.require(self.manifest.files)
         for chip, record in sorted(self.manifest.files.items()):

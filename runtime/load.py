@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from converters.config import ModelConfig
+from converters.progress import Advance
 from quantize.partition import plan_heads
 from quantize.scheme import stored_tensors
 from quantize.shards import Shards
@@ -16,7 +15,7 @@ from runtime.kv_cache import HEAD_AXIS, KVCache, cache_shape
 
 
 def load_decoder(
-    shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Callable[[int], None]
+    shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
 ) -> tuple[Decoder, int]:
     """The decoder on the device, and the bytes of parameters that each chip holds.
 
@@ -29,7 +28,7 @@ def load_decoder(
         tensor = backend.load(shards, stored)
         bytes_per_chip += tensor.nbytes // (1 if stored.parameter.row.shard is None else backend.chips)
         tensors[stored.name] = tensor
-        advance(tensor.nbytes)
+        advance(tensor.nbytes, stored.name)
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
     return Decoder(config, heads, dtype, tensors, backend.replicate).eval(), bytes_per_chip
 
