@@ -74,11 +74,6 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise InputError(f"The weights' dtype is {_shown(self.dtype)}; valid: {', '.join(DTYPES)}.")
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
     def cut(self, layers: int | None) -> ModelConfig:
         """The same model with only its first ``layers`` blocks (None keeps all)."""
         if layers is None:

@@ -57,8 +57,13 @@ class HFSource:
         return sorted({file.path for file in self._holder.values()})
 
     def companions(self) -> dict[str, bytes]:
-        present = (self._directory / name for name in COMPANIONS)
-        return {path.name: path.read_bytes() for path in present if path.is_file()}
+        return read_companions(self._directory)
+
+
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files and the like in a directory: file name -> content."""
+    present = (directory / name for name in COMPANIONS)
+    return {path.name: path.read_bytes() for path in present if path.is_file()}
 
 
 def open_hf(directory: Path) -> HFSource:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.config import ModelConfig, read_config
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
-from converters.hf import COMPANIONS
+from converters.hf import read_companions
 from converters.output import check_finished
 from converters.progress import Advance
 from converters.tensor_files import SafetensorsFile
@@ -37,7 +37,6 @@ class Shards:
             tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)
         }
         self._files: dict[int, SafetensorsFile] = {}
-        self._segments: dict[str, tuple[tuple[Segment, ...], ...]] = {}
 
     @property
     def chips(self) -> int:
@@ -68,10 +67,8 @@ class Shards:
         shard = tensor.parameter.row.shard
         if shard is None:
             return self._open(0).rows(name, start, stop)
-        if name not in self._segments:
-            self._segments[name] = parameter_segments(self.config, tensor.parameter, self.chips)
-        pieces = self._row_pieces(name, start, stop) if shard == 0 else self._column_pieces(name, start, stop)
-        return torch.cat(pieces, dim=shard)
+        pieces = self._row_pieces if shard == 0 else self._column_pieces
+        return torch.cat(pieces(tensor, start, stop), dim=shard)
 
     def verify(self, advance: Advance) -> None:
         """Read every file that the manifest lists; raise InputError, naming it, where a byte has changed."""
@@ -91,8 +88,7 @@ class Shards:
 
     def companions(self) -> dict[str, bytes]:
         """The tokenizer's files and the like: file name -> content."""
-        present = (self.directory / name for name in COMPANIONS)
-        return {path.name: path.read_bytes() for path in present if path.is_file()}
+        return read_companions(self.directory)
 
     def _path(self, chip: int) -> Path:
         return self.directory / chip_file(chip, self.chips)
@@ -129,24 +125,27 @@ class Shards:
                     f"{self.chips} chips holds {spec.code} {list(spec.shape)}. It belongs to another output."
                 )
 
-    def _row_pieces(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+    def _segments(self, tensor: StoredTensor) -> tuple[tuple[Segment, ...], ...]:
+        return parameter_segments(self.config, tensor.parameter, self.chips)
+
+    def _row_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
         at = start
-        for chip, segments in enumerate(self._segments[name]):
+        for chip, segments in enumerate(self._segments(tensor)):
             offset = 0
             for segment in segments:
                 if segment.start is not None and segment.start <= at < min(stop, segment.start + segment.length):
                     end = min(stop, segment.start + segment.length)
                     first = offset + at - segment.start
-                    pieces.append(self._open(chip).rows(name, first, first + end - at))
+                    pieces.append(self._open(chip).rows(tensor.name, first, first + end - at))
                     at = end
                 offset += segment.length
         return pieces
 
-    def _column_pieces(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+    def _column_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
-        for chip, segments in enumerate(self._segments[name]):
-            local = self._open(chip).rows(name, start, stop)
+        for chip, segments in enumerate(self._segments(tensor)):
+            local = self._open(chip).rows(tensor.name, start, stop)
             offset = 0
             for segment in segments:
                 if segment.start is not None:

@@ -42,7 +42,8 @@ class Request:
 def run(request: Request) -> Run | None:
     """Generate from the shards. Returns None in the processes of a multi-host slice that don't speak for it.
 
-    Everything that can be wrong with the input is found out before the device is brought up.
+    All that can be wrong with the input is found out before the device is brought up, but for missing chips' files:
+    which of them this host needs, the device tells.
     """
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)

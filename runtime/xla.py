@@ -1,7 +1,7 @@
 """The one module that touches torch_xla: devices, placing shards, compiling, counting compilations, memory.
 
 XLA runs one SPMD program over all chips of a mesh with the single axis "tp" (tensor parallel). On the CPU the chips
-are virtual. torch_xla reads its environment when it is imported, so ``start`` sets it first.
+are virtual. torch_xla reads its environment when it is imported, so XLABackend sets it first.
 """
 
 from __future__ import annotations
