@@ -38,7 +38,7 @@ def _backend(name: str, chips: int) -> Backend:
 def _decode(job: dict, backend: Backend) -> dict:
     shards = Shards(Path(job["shards"]))
     dtype = getattr(torch, job["dtype"])
-    decoder, parameter_bytes = load_decoder(shards, shards.config, dtype, backend, lambda done: None)
+    decoder, parameter_bytes = load_decoder(shards, shards.config, dtype, backend, lambda *done: None)
     batches = job["batches"]
     cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], dtype)
     generator = Generator(shards.config, decoder, cache, backend, job["buckets"])
