@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from converters.streams import StreamWriter
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +116,9 @@ class SafetensorsWriter:
         self._expected = safetensors_bytes(tensors)
         self.nbytes = 0
         if resume_at:
-            self._file = self._partial.open("r+b", buffering=_BUFFER_BYTES)
             self._skip(resume_at)
-        else:
-            self._file = self._partial.open("wb", buffering=_BUFFER_BYTES)
+        self._file = StreamWriter(self._partial, resume_at)
+        if not resume_at:
             self._write(safetensors_header(tensors))
 
     def append(self, block: torch.Tensor) -> None:
@@ -129,8 +129,7 @@ class SafetensorsWriter:
 
     def flush(self) -> int:
         """Hand what is written to the system. Returns a file descriptor to fsync."""
-        self._file.flush()
-        return self._file.fileno()
+        return self._file.flush()
 
     def close(self) -> None:
         """Flush the file to the disk and give it its name. Raises ValueError where values are missing."""
@@ -142,8 +141,7 @@ class SafetensorsWriter:
 
     def stop(self) -> None:
         """Close the file as it is, unfinished and without its name, for a later run to continue."""
-        with suppress(OSError):  # what can't be flushed, on a full disk, isn't relied on by any journal
-            self._file.close()
+        self._file.close()
 
     @property
     def sha256(self) -> str:
@@ -152,13 +150,11 @@ class SafetensorsWriter:
         return self._digest.hexdigest()
 
     def _skip(self, count: int) -> None:
-        """Stand behind the first ``count`` bytes, with their digest taken, and drop the rest."""
-        if self._digest is None:
-            self._file.seek(count)
-        else:
-            while self._file.tell() < count:
-                self._digest.update(self._file.read(min(_BUFFER_BYTES, count - self._file.tell())))
-        self._file.truncate(count)
+        """Stand behind the first ``count`` bytes, with their digest taken."""
+        if self._digest is not None:
+            with self._partial.open("rb") as file:
+                while file.tell() < count:
+                    self._digest.update(file.read(min(_BUFFER_BYTES, count - file.tell())))
         self.nbytes = count
 
     def _write(self, data: bytes | memoryview) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
 from converters.files import CODES
 from converters.mapped import release
+from converters.streams import StreamReader
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +47,10 @@ class SafetensorsFile:
         try:
             with safe_open(path, framework="numpy"):  # checks lengths, offsets and overlaps
                 pass
-            self._file = path.open("rb", buffering=0)
-            length = int.from_bytes(self._file.read(8), "little")
-            header = json.loads(self._file.read(length), object_pairs_hook=self._unique)
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length), object_pairs_hook=self._unique)
+            self._stream = StreamReader(path)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except (SafetensorError, ValueError) as error:
@@ -72,21 +74,14 @@ class SafetensorsFile:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        values = torch.empty((stop - start, *self.shape(name)[1:]), dtype=getattr(torch, self.dtype(name)))
-        row_bytes = values.nbytes // max(1, stop - start)
-        self._read(self._begin + self._entries[name]["data_offsets"][0] + start * row_bytes, values)
-        return values
-
-    def _read(self, offset: int, values: torch.Tensor) -> None:
-        """Fill ``values`` with the bytes from ``offset``. Raises InputError where the file has become shorter."""
-        import torch
-
-        left = memoryview(values.view(-1).view(torch.uint8).numpy())
-        while left:
-            count = os.preadv(self._file.fileno(), [left], offset)
-            if not count:
-                raise InputError(f"{self.path} has become shorter while it was read. Fetch it again.")
-            left, offset = left[count:], offset + count
+        shape = (stop - start, *self.shape(name)[1:])
+        dtype = getattr(torch, self.dtype(name))
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        begin = self._begin + self._entries[name]["data_offsets"][0] + start * row_bytes
+        values = self._stream.read(begin, (stop - start) * row_bytes)
+        if values.storage_offset() % dtype.itemsize:  # the format wants no alignment
+            values = values.clone()
+        return values.view(dtype).view(shape)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """A JSON object whose names are unique; the library keeps the last of two and says nothing."""

@@ -1,0 +1,169 @@
+"""Long files read and written once, around the system's page cache where the file system allows it (O_DIRECT).
+
+Copying every byte through the page cache, and making room there, costs a conversion more than its arithmetic.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
+_CHUNK_BYTES = 2 << 20
+_WRITERS = 2  # threads, for all files together
+_SMALL_BYTES = 64 << 10  # below it a read through the page cache, with its reading ahead, is faster
+
+
+class StreamReader:
+    """A file whose stretches are read once each. What the page cache holds already is taken from there."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where the file can't be opened."""
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._direct: int | None = None
+        try:
+            self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except (AttributeError, OSError):  # not on this system, or not on this file system
+            return
+
+    def __del__(self) -> None:
+        if getattr(self, "_direct", None) is not None:
+            os.close(self._direct)
+
+    def read(self, offset: int, count: int) -> torch.Tensor:
+        """``count`` bytes from ``offset`` as uint8. Raises InputError where the file has become shorter."""
+        import torch
+
+        if count >= _SMALL_BYTES and self._direct is not None and not self._cached(offset + count - 1):
+            try:
+                return self._read_direct(self._direct, offset, count)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        values = torch.empty(count, dtype=torch.uint8)
+        self._fill(self._file.fileno(), values, offset, count)
+        return values
+
+    def _read_direct(self, descriptor: int, offset: int, count: int) -> torch.Tensor:
+        """The pages around the stretch read into pages of memory; the stretch is a view of them."""
+        import torch
+
+        begin = offset // _PAGE * _PAGE
+        length = -(-(offset + count - begin) // _PAGE) * _PAGE
+        memory = torch.empty(length + _PAGE, dtype=torch.uint8)
+        pages = memory[-memory.data_ptr() % _PAGE :][:length]
+        self._fill(descriptor, pages, begin, offset + count - begin)
+        return pages[offset - begin :][:count]
+
+    def _fill(self, descriptor: int, values: torch.Tensor, offset: int, least: int) -> None:
+        """Read from ``offset`` until ``values`` holds at least its first ``least`` bytes."""
+        view, done = memoryview(values.numpy()), 0
+        while done < least:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if not count:
+                raise InputError(f"{self._path} has become shorter while it was read. Fetch it again.")
+            done += count
+
+    def _cached(self, position: int) -> bool:
+        """Whether the page cache holds the byte at ``position``."""
+        try:
+            return os.preadv(self._file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT) == 1
+        except (AttributeError, OSError):
+            return False
+
+
+class StreamWriter:
+    """A file written front to back, behind the caller. With ``resume_at`` one that is there is cut and continued."""
+
+    def __init__(self, path: Path, resume_at: int = 0) -> None:
+        self._descriptor = _open_to_write(path, truncate=not resume_at)
+        # One is filled while the other is on its way to the disk; mapped memory begins at a page.
+        self._filling, self._spare = (memoryview(mmap.mmap(-1, _CHUNK_BYTES)) for _ in range(2))
+        self._writing: Future[None] | None = None
+        self._begin = resume_at // _PAGE * _PAGE  # of what is being filled, in the file
+        self._filled = resume_at - self._begin
+        if resume_at:
+            os.truncate(self._descriptor, resume_at)
+            os.preadv(self._descriptor, [self._filling[:_PAGE]], self._begin)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``. Raises the OSError of this or an earlier writing."""
+        left = memoryview(data)
+        while left:
+            count = min(len(left), _CHUNK_BYTES - self._filled)
+            self._filling[self._filled : self._filled + count] = left[:count]
+            self._filled += count
+            left = left[count:]
+            if self._filled == _CHUNK_BYTES:
+                self._wait()
+                self._writing = _writers().submit(self._put, self._filling, _CHUNK_BYTES, self._begin)
+                self._filling, self._spare = self._spare, self._filling
+                self._begin, self._filled = self._begin + _CHUNK_BYTES, 0
+
+    def flush(self) -> int:
+        """Hand all that is written to the system. Returns a file descriptor to fsync."""
+        self._wait()
+        if self._filled:
+            self._put(self._filling, -(-self._filled // _PAGE) * _PAGE, self._begin)
+            os.truncate(self._descriptor, self._begin + self._filled)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file; what wasn't flushed is lost."""
+        if self._descriptor < 0:
+            return
+        with suppress(OSError):  # of a writing that nobody relies on
+            self._wait()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            running, self._writing = self._writing, None
+            running.result()
+
+    def _put(self, pages: memoryview, count: int, position: int) -> None:
+        """Write the first ``count`` bytes of ``pages``, a multiple of a page, at ``position``."""
+        done = 0
+        while done < count:
+            try:
+                done += os.pwrite(self._descriptor, pages[done:count], position + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _leave_direct(self._descriptor):
+                    raise
+
+
+def _open_to_write(path: Path, truncate: bool) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if truncate else 0)
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _leave_direct(descriptor: int) -> bool:
+    """Have a file go through the page cache from now on; False where it did already."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
+
+
+@cache
+def _writers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_WRITERS)
