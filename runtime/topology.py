@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from converters.units import format_bytes, plural
 from quantize.targets import SLICES, Slice
 
 GB = 10**9
@@ -45,6 +46,15 @@ def chip_of(slice_: Slice) -> Chip:
 def slices_of(generation: str) -> list[Slice]:
     """The slices of one generation, smallest first."""
     return [each for each in SLICES if each.generation == generation]
+
+
+def describe(slice_: Slice) -> str:
+    """A slice and its chips in one line."""
+    chip = chip_of(slice_)
+    return (
+        f"{slice_.name}: {plural(slice_.chips, 'chip')}, interconnect {slice_.topology}, each "
+        f"{format_bytes(chip.hbm_bytes)} of HBM at {format_bytes(chip.hbm_bandwidth)}/s"
+    )
 
 
 def libtpu_topology(slice_: Slice) -> str:
