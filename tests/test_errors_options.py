@@ -15,7 +15,12 @@ from converters.config import PRESETS
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 
-COMMANDS = {"llama-convert": "converters.cli", "llama-quantize": "quantize.cli", "llama-run": "runtime.cli"}
+COMMANDS = {
+    "llama-convert": "converters.cli",
+    "llama-quantize": "quantize.cli",
+    "llama-run": "runtime.cli",
+    "llama-plan": "runtime.plan_cli",
+}
 HEAVY = ("torch", "torch_xla", "numpy", "rich", "safetensors", "gguf", "tokenizers")
 
 
