@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -91,12 +90,12 @@ def command(
     from converters.files import write_whole
     from quantize.shards import Shards
     from runtime.buckets import parse_buckets
+    from runtime.json_out import check_json_out
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
     sizes = parse_buckets(buckets)
-    if json_out not in (None, "-"):
-        _check_writable(Path(json_out))
+    check_json_out(json_out)
     Shards(shards)  # what is wrong with the directory should show before torch is loaded
     from runtime.run import Request
     from runtime.run import run as run_request
@@ -130,14 +129,6 @@ def command(
         click.echo(f"Error: {done.recompilations} graphs were compiled after warm-up; none should be.", err=True)
         return 1
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Raise InputError for a path that can't be written, before a run is spent on it."""
-    from converters.errors import InputError
-
-    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"--json {path} can't be written. Give a file in a folder that is there, or -.")
 
 
 def _show(done, prompts: tuple[str, ...]) -> None:

@@ -11,7 +11,8 @@ from quantize.scheme import stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
 from runtime.decoder import Decoder
-from runtime.kv_cache import HEAD_AXIS, KVCache, cache_shape
+from runtime.kv_cache import HEAD_AXIS, KVCache
+from runtime.sizing import cache_shape
 
 
 def load_decoder(

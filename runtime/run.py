@@ -15,9 +15,9 @@ from quantize.scheme import padding_bytes, stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
 from runtime.generate import Generator, check_prompts
-from runtime.kv_cache import cache_bytes_per_chip
 from runtime.load import load_decoder, make_cache
 from runtime.metrics import Memory, Run, host_peak_rss_bytes
+from runtime.sizing import cache_bytes_per_chip
 from runtime.text import TextCodec, find_codec
 
 

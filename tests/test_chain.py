@@ -117,7 +117,7 @@ def test_175b_keeps_the_seed_where_files_do_not_fit(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["config.json", "random_init.json"]
 
 
-@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run"])
+@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run", "llama-plan"])
 def test_help_names_every_option_of_the_contract(command: str) -> None:
     promised = {
         "llama-convert": "--config --source --out --storage --seed --dtype --layers --max-shard-size --force --dry-run",
@@ -125,6 +125,7 @@ def test_help_names_every_option_of_the_contract(command: str) -> None:
         "--quantize-lm-head",
         "llama-run": "--shards --prompt --prompt-ids --prompt-len --max-new-tokens --batch-size --max-seq-len "
         "--buckets --seed --dtype --backend --layers --json",
+        "llama-plan": "--config --shards --int8 --bf16 --target --batch-size --max-seq-len --json",
     }
     text = _run(Path.cwd(), command, "--help").stdout
     assert [option for option in promised[command].split() if option not in text] == []

@@ -15,7 +15,12 @@ from converters.config import PRESETS
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 
-COMMANDS = {"llama-convert": "converters.cli", "llama-quantize": "quantize.cli", "llama-run": "runtime.cli"}
+COMMANDS = {
+    "llama-convert": "converters.cli",
+    "llama-quantize": "quantize.cli",
+    "llama-run": "runtime.cli",
+    "llama-plan": "runtime.plan_cli",
+}
 HEAVY = ("torch", "torch_xla", "numpy", "rich", "safetensors", "gguf", "tokenizers")
 
 
@@ -63,11 +68,11 @@ def test_convert(root: Path, arguments: tuple[str, ...], says: str, monkeypatch:
     [
         (("hf",), "--int8 or --bf16"),
         (("hf", "--int8", "--chips", "4", "--target", "v4-16"), "--chips 4 contradicts --target v4-16, which has 8"),
-        (("hf", "--int8", "--target", "v3-8"), "'v3-8'; write a slice like v4-8, v4-16"),
+        (("hf", "--int8", "--target", "v3-8"), "'v3-8'; give one of v4-8, v4-16"),
         (("hf", "--int8", "--target", "v4-7"), "'v4-7'"),
         (("hf", "--int8", "--target", "v4-0"), "'v4-0'"),
         (("hf", "--int8", "--target", ""), "''"),
-        (("hf", "--int8", "--target", "v5e-99999"), "99999 chips"),
+        (("hf", "--int8", "--target", "v5e-99999"), "'v5e-99999'"),
         (("hf", "--int8", "--chips", "0"), "--chips"),
         (("hf", "--int8", "--chips", "4097"), "--chips"),
         (("hf", "--int8", "--chips", "2", "--only-chip", "2"), "--only-chip 2: 2 chips are numbered 0 to 1"),

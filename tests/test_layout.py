@@ -12,7 +12,8 @@ from converters.layout import check_names, is_known, parameters
 from quantize.partition import local_shape, plan_heads
 from quantize.scheme import Scheme, stored_tensors
 from runtime.decoder import Decoder
-from runtime.kv_cache import KVCache, cache_shape
+from runtime.kv_cache import KVCache
+from runtime.sizing import cache_shape
 
 ODD = ModelConfig(
     name="odd",

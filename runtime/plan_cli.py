@@ -1,0 +1,156 @@
+"""llama-plan: what a model needs of a TPU, and which slices hold it, before any weight exists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converters.command import DISTRIBUTION, run
+
+if TYPE_CHECKING:
+    from converters.config import ModelConfig
+    from quantize.scheme import Scheme
+    from quantize.targets import Slice
+
+_MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be shown
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--config", "config_name", metavar="NAME|FILE", help="A preset (tiny, 7B ... 175B) or a LLaMA config.json."
+)
+@click.option(
+    "--shards",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="What llama-quantize wrote: model, scheme and chips are taken from there.",
+)
+@click.option("--int8", "int8", is_flag=True, help="Linear layers in int8, one scale per output channel.")
+@click.option("--bf16", "bf16", is_flag=True, help="Everything in bfloat16. [default, as in the post]")
+@click.option("--target", metavar="SLICE", help="A TPU slice, v4-16 (8 chips) for instance.")
+@click.option("--batch-size", type=click.IntRange(1, _MOST), default=1, show_default=True, help="Rows decoded at once.")
+@click.option(
+    "--max-seq-len", type=click.IntRange(1, _MOST), default=256, show_default=True, help="Length of the KV cache."
+)
+@click.option("--json", "json_out", metavar="FILE|-", help="Write the plan as JSON; - for stdout, in place of text.")
+@click.version_option(package_name=DISTRIBUTION)
+def command(
+    config_name: str | None,
+    shards: Path | None,
+    int8: bool,
+    bf16: bool,
+    target: str | None,
+    batch_size: int,
+    max_seq_len: int,
+    json_out: str | None,
+) -> None:
+    """Say how large a model is, what each chip of a slice holds of it, and what a decode step takes at least.
+
+    \b
+    llama-plan                                     the post's Table 2, exactly, in bfloat16 and int8
+    llama-plan --config 33B --int8                 which slices hold it, and what padding its heads costs
+    llama-plan --config 175B --int8 --target v4-16
+    """
+    from converters.errors import InputError
+    from quantize.targets import find_slice
+    from runtime.json_out import check_json_out
+
+    if config_name is not None and shards is not None:
+        raise InputError("Give --config or --shards, not both.")
+    if int8 and bf16:
+        raise InputError("Give --int8 or --bf16, not both.")
+    scheme = "int8" if int8 else "bf16" if bf16 else None
+    slice_ = find_slice(target) if target is not None else None
+    check_json_out(json_out)
+    if config_name is None and shards is None:
+        text, content = _presets(scheme, slice_, batch_size, max_seq_len)
+    else:
+        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len)
+    _put(text, content, json_out)
+
+
+def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_len: int) -> tuple[str, Any]:
+    """Text and JSON of every preset, in one scheme or in both: ``{"bf16": [plan, ...], "int8": [plan, ...]}``."""
+    from converters.config import PRESETS
+    from quantize.scheme import Scheme
+    from runtime.plan import Plan, Workload
+    from runtime.plan_overview import overview, overview_on
+
+    schemes = [scheme] if scheme else ["bf16", "int8"]
+    plans = [
+        Plan(Workload(config, Scheme(name), batch_size, max_seq_len), target)
+        for config in PRESETS.values()
+        for name in schemes
+    ]
+    content = {name: [plan.to_json() for plan in plans if plan.workload.scheme.name == name] for name in schemes}
+    return (overview_on if target else overview)(plans), content
+
+
+def _model(
+    config_name: str | None,
+    shards: Path | None,
+    scheme: str | None,
+    target: Slice | None,
+    batch_size: int,
+    max_seq_len: int,
+) -> tuple[str, Any]:
+    """Text and JSON of one model's plan."""
+    from quantize.scheme import Scheme
+    from runtime.plan import Plan, Workload
+    from runtime.plan_text import detail
+
+    if shards is None:
+        config, chosen, chips = _read_config(config_name), Scheme(scheme or "bf16"), None
+    else:
+        config, chosen, chips = _read_shards(shards, scheme, target)
+    workload = Workload(config, chosen, batch_size, max_seq_len)
+    if target is None and chips is None:
+        workload.require_slice()
+    plan = Plan(workload, target, chips)
+    return detail(plan), plan.to_json()
+
+
+def _read_config(config_name: str) -> ModelConfig:
+    """The configuration that --config names, in the bfloat16 in which llama-convert writes by default."""
+    from converters.config import find_config, read_config
+
+    found = find_config(config_name)
+    return (read_config(found) if isinstance(found, Path) else found).with_dtype("bfloat16")
+
+
+def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tuple[ModelConfig, Scheme, int]:
+    """Model, scheme and chips of a manifest. Raises InputError where an option says something else."""
+    from converters.errors import InputError
+    from quantize.shards import Shards
+
+    shards = Shards(directory)
+    scheme = shards.manifest.scheme
+    if asked not in (None, scheme.name):
+        raise InputError(f"--{asked} contradicts {directory}, whose shards were made with --{scheme.name}.")
+    if target is not None and target.chips != shards.chips:
+        raise InputError(
+            f"{directory} has shards for {shards.chips} chips and {target.name} has {target.chips}. Split them anew: "
+            f"llama-quantize {directory} --{scheme.name} --target {target.name} --out OTHER."
+        )
+    return shards.config, scheme, shards.chips
+
+
+def _put(text: str, content: Any, json_out: str | None) -> None:
+    """The text on stdout, and the JSON in its file; or the JSON on stdout alone."""
+    from converters.files import write_whole
+
+    line = json.dumps(content, ensure_ascii=False)
+    if json_out == "-":
+        click.echo(line)
+        return
+    click.echo(text)
+    if json_out is not None:
+        write_whole(Path(json_out), (line + "\n").encode())
+
+
+def main() -> None:
+    """The console script."""
+    run(command)
