@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.kv_cache import KVCache
+
+
+class CacheUse(NamedTuple):
+    """Compiled graphs that were loaded from the compile cache, that it didn't hold, and that it couldn't load."""
+
+    hits: int
+    misses: int
+    failures: int
 
 
 class Backend(Protocol):
@@ -32,12 +40,11 @@ class Backend(Protocol):
         """A host tensor, whole on every chip."""
         ...
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` compiled once per shape of its inputs."""
-        ...
+    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
+        """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
-    def donate(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Let the next graph that takes these tensors write its results over them."""
+        Results may be written over the tensors of the argument at place ``donates``: they are not to be used again.
+        """
         ...
 
     def wait(self) -> None:
@@ -46,6 +53,14 @@ class Backend(Protocol):
 
     def compilations(self) -> int:
         """Graphs compiled so far in this process."""
+        ...
+
+    def cache_use(self) -> CacheUse | None:
+        """How the compile cache did so far; None where nothing is compiled."""
+        ...
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second at which all chips together read their memory, measured for a moment."""
         ...
 
     def peak_bytes(self) -> int | None:

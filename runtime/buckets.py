@@ -36,17 +36,14 @@ def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
 def sections(length: int, buckets: Sequence[int], max_seq_len: int) -> list[Section]:
     """Cut ``length`` prompt tokens into sections of the largest bucket and a rest rounded up to the nearest one.
 
-    A section's padding must not run past the end of the cache, so near it the rest may take several smaller sections.
+    So there are length / largest sections, rounded up. One whose padding would run past the end of the cache begins
+    earlier, and fills some slots once more with the same.
     """
     result = []
     start = 0
     while start < length:
-        rest = length - start
-        fitting = [bucket for bucket in buckets if start + bucket <= max_seq_len]
-        if not fitting:  # the end of the cache: step back over slots already filled and write them once more
-            start = max_seq_len - buckets[0]
-            rest, fitting = length - start, [buckets[0]]
-        bucket = next((bucket for bucket in fitting if bucket >= rest), fitting[-1])
-        result.append(Section(start, min(rest, bucket), bucket))
-        start += min(rest, bucket)
+        bucket = next((bucket for bucket in buckets if bucket >= length - start), buckets[-1])
+        start = min(start, max_seq_len - bucket)
+        result.append(Section(start, min(length - start, bucket), bucket))
+        start += bucket
     return result

@@ -44,14 +44,42 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
 )
 @click.option("--buckets", default="128,256,384,512", show_default=True, help="Prompt lengths to compile for.")
 @click.option(
-    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of a drawn prompt."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    help="0 takes the most probable token; above, tokens are drawn.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Draw among the K most probable; 0: all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=1,
+    show_default=True,
+    help="Draw among the fewest tokens that have this share of the probability.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of drawn tokens, and of a drawn prompt.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of activations and cache.",
+    help="Of activations, and of the cache.",
+)
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "bfloat16", "float32", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Of the cache alone; int8 has a scale per token and head, and its logit error is reported.",
 )
 @click.option(
     "--backend",
@@ -61,6 +89,12 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
     help="XLA over all chips, or PyTorch on this host's CPU or CUDA device.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Run only the first N layers.")
+@click.option(
+    "--compile-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep compiled graphs here, for the next start to load.",
+)
 @click.option(
     "--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - for stdout, in place of the table."
 )
@@ -74,10 +108,15 @@ def command(
     batch_size: int,
     max_seq_len: int,
     buckets: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
     seed: int,
     dtype: str,
+    kv_cache_dtype: str,
     backend: str,
     layers: int | None,
+    compile_cache: Path | None,
     json_out: str | None,
 ) -> int:
     """Continue a prompt with the model in SHARDS, and report latency, throughput and memory.
@@ -94,26 +133,35 @@ def command(
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
+    if temperature == 0 and (top_k, top_p) != (0, 1):
+        raise InputError("--top-k and --top-p choose among drawn tokens: give a --temperature above 0 with them.")
+    if compile_cache is not None and backend == "eager":
+        raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     sizes = parse_buckets(buckets)
     check_json_out(json_out)
     Shards(shards)  # what is wrong with the directory should show before torch is loaded
+    import torch
+
     from runtime.run import Request
     from runtime.run import run as run_request
+    from runtime.sampling import Sampling
 
     done = run_request(
         Request(
-            shards,
-            prompts,
-            prompt_ids,
-            prompt_len,
-            max_new_tokens,
-            batch_size,
-            max_seq_len,
-            sizes,
-            seed,
-            dtype,
-            backend,
-            layers,
+            shards=shards,
+            prompts=prompts,
+            prompt_ids=prompt_ids,
+            prompt_len=prompt_len,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            buckets=sizes,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            dtype=getattr(torch, dtype),
+            kv_cache_dtype=getattr(torch, dtype if kv_cache_dtype == "auto" else kv_cache_dtype),
+            backend=backend,
+            layers=layers,
+            compile_cache=compile_cache,
         )
     )
     if done is None:

@@ -82,11 +82,15 @@ class Attention(nn.Module):
         cos, sin = turn
         q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
         k = _rotate(k, cos[:, :, None], sin[:, :, None])
-        keys, values = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
+        keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
         # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
         scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
+        if scales:  # of an int8 cache; applied to scores and weights, S of each, not to S * D cached values
+            key_scale, value_scale = (scale.squeeze(-1)[:, :, None, None] for scale in scales)  # [B, H, 1, 1, S]
+            scores = scores * key_scale
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        y = torch.einsum("bhgts,bhsd->bthgd", scores.softmax(-1), values.float()).to(x.dtype)
+        weights = scores.softmax(-1) * value_scale if scales else scores.softmax(-1)
+        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float()).to(x.dtype)
         return self.o_proj(y.reshape(batch, length, -1))
 
 

@@ -2,12 +2,15 @@
 
 The last token of a prompt is left to the first decode step. So all tokens come from one graph, the graphs of the
 buckets need no output head, and generating L tokens is L executions, as the post counts them.
+
+The host is not in the loop: a step's tokens and slot are the next one's inputs as they lie on the device, and the host
+reads tokens only when it has launched a few steps more.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +21,12 @@ from converters.errors import InputError
 from runtime.backend import Backend
 from runtime.buckets import Section, sections, usable_buckets
 from runtime.decoder import Decoder
+from runtime.graphs import CACHE_ARGUMENT, fill_graph, greedy_graph, logits_graph, sampled_graph
 from runtime.kv_cache import KVCache
+from runtime.sampling import Controls, Sampling
 
-Tensors = list[Tensor]
 _PAD = 0  # any valid id: what stands on padding is masked
+STEPS_AHEAD = 4  # launched before a step's tokens are read; so many run in vain where all rows have ended
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,9 @@ class Generation:
 
     token_ids: list[list[int]]  # per row, the generated part, the end token included
     steps: int  # decode steps executed: L
-    decode_s: float  # T, the time of those steps
+    decode_s: float  # T, from the launch of the first step until the last token is on the host
     prefill_s: float
+    first_token_s: float  # from the beginning of the prefill until the first token is on the host
     prefill_executions: int
 
 
@@ -51,59 +57,78 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq
 
 
 class Generator:
-    """A decoder with its cache and its compiled graphs, for batches of ``batch_size`` rows.
+    """A decoder with its cache and its compiled graphs, for batches of the cache's number of rows.
 
-    The cache's content is never cleared: what a batch did not write itself, its mask hides.
+    The cache's content is never cleared: what a batch did not write itself, its mask hides. With ``sampled`` the decode
+    step draws as each call of ``generate`` says, greedily too; without, it is greedy and spares the sorting.
     """
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, cache: KVCache, backend: Backend, buckets: Sequence[int]
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        cache: KVCache,
+        backend: Backend,
+        buckets: Sequence[int],
+        sampled: bool = False,
     ) -> None:
-        self._config, self._decoder, self._backend = config, decoder, backend
-        self.batch_size, self.max_seq_len = cache.keys[0].shape[0], cache.slots
+        self._config, self._backend = config, backend
+        self.batch_size, self.max_seq_len = cache.batch_size, cache.slots
         self._buckets = usable_buckets(buckets, self.max_seq_len)
-        self._keys, self._values = cache.keys, cache.values
-        self._fill = backend.compile(_fill_function(decoder, backend.cache_type))
-        self._step = backend.compile(_step_function(decoder, backend.cache_type))
-        self._logits = backend.compile(_logits_function(decoder, backend.cache_type))
+        self._layers = cache.layers
+        self._sampled = sampled
+        self._fill, self._step, self._logits = (
+            backend.compile(make(decoder, backend.cache_type), donates=CACHE_ARGUMENT)
+            for make in (fill_graph, sampled_graph if sampled else greedy_graph, logits_graph)
+        )
 
     def plan(self, length: int) -> list[Section]:
         """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
         return sections(length - 1, self._buckets, self.max_seq_len)
 
-    def warm_up(self, lengths: Iterable[int]) -> None:
-        """Compile, by running them once, the decode step and the buckets that prompts of these lengths take."""
+    def warm_up(self) -> None:
+        """Compile every bucket and the decode step, by running each once; nothing is compiled after that."""
         offsets = torch.zeros(self.batch_size, dtype=torch.long)
-        for bucket in sorted({section.bucket for length in lengths for section in self.plan(length)}):
+        for bucket in self._buckets:
             self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
         tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
         slots = self._backend.replicate(torch.tensor([0]))
-        placed = self._backend.replicate(offsets)
-        for _ in range(2):  # the second step's inputs are the first one's outputs, as in decoding
-            tokens, slots = self._run_step(tokens, slots, placed)
+        offsets, controls = self._backend.replicate(offsets), self._controls(Sampling())
+        for _ in range(min(2, self.max_seq_len)):  # the second's inputs are the first one's outputs, as in decoding
+            tokens, slots = self._run_step(tokens, slots, offsets, controls)
         self._backend.wait()
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generation:
-        """Greedy decoding of ``batch_size`` prompts, each until its end token or ``max_new_tokens``.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Generation:
+        """Continue a batch of prompts, each until its end token or ``max_new_tokens``; greedily by default.
 
-        The prompts must have passed ``check_prompts`` for this cache.
+        The prompts must have passed ``check_prompts`` for this cache, and ``max_new_tokens`` must fit behind them.
         """
+        sampling = sampling or Sampling()
+        if not sampling.greedy and not self._sampled:
+            raise ValueError("a greedy generator can't sample; make it with sampled=True")
+        controls = self._controls(sampling)
         self._backend.wait()
         begin = time.perf_counter()
         last, slots, offsets = self._prefill(prompts)
         self._backend.wait()
         filled = time.perf_counter()
-        produced = self._decode(last, slots, offsets, max_new_tokens)
+        rows, first = self._decode(last, slots, offsets, controls, max_new_tokens)
         done = time.perf_counter()
-        token_ids = [self._until_end(row) for row in torch.cat(produced, dim=1).tolist()]
-        executions = len(self.plan(max(map(len, prompts))))
-        return Generation(token_ids, len(produced), done - filled, filled - begin, executions)
+        return Generation(
+            token_ids=[self._until_end([step[row] for step in rows]) for row in range(self.batch_size)],
+            steps=len(rows),
+            decode_s=done - filled,
+            prefill_s=filled - begin,
+            first_token_s=first - begin,
+            prefill_executions=len(self.plan(max(map(len, prompts)))),
+        )
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits [B, V] that the first new tokens of these prompts are chosen by, on the host."""
         last, slots, offsets = self._prefill(prompts)
-        self._backend.donate(self._keys + self._values)
-        logits, self._keys, self._values = self._logits(last, slots, offsets, self._keys, self._values)
+        logits, self._layers = self._logits(last, slots, offsets, self._layers)
         return logits.cpu()
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,69 +144,48 @@ class Generator:
         place = self._backend.replicate
         return place(last), place(torch.tensor([length - 1])), place(offsets)
 
-    def _decode(self, tokens: Tensor, slots: Tensor, offsets: Tensor, max_new_tokens: int) -> list[Tensor]:
-        """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]; the tokens of each step, on the host."""
+    def _decode(
+        self, tokens: Tensor, slots: Tensor, offsets: Tensor, controls: Controls | None, max_new_tokens: int
+    ) -> tuple[list[list[int]], float]:
+        """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]: tokens [L, B], and when the first came.
+
+        Tokens are read STEPS_AHEAD steps behind the last launch, so that the device never waits for the host.
+        """
+        launched: list[Tensor] = []
+        rows: list[list[int]] = []
         open_rows = set(range(self.batch_size))
-        produced = []
-        for _ in range(max_new_tokens):
-            tokens, slots = self._run_step(tokens, slots, offsets)
-            produced.append(tokens.cpu())
-            open_rows -= {row for row in open_rows if produced[-1][row].item() in self._config.eos_token_ids}
-            if not open_rows:
+        first = 0.0
+        while len(rows) < max_new_tokens:
+            if open_rows and len(launched) < max_new_tokens:
+                tokens, slots = self._run_step(tokens, slots, offsets, controls)
+                launched.append(tokens)
+                if len(launched) - len(rows) <= STEPS_AHEAD and len(launched) < max_new_tokens:
+                    continue
+            elif len(rows) == len(launched):
                 break
-        return produced
+            rows.append(launched[len(rows)].flatten().tolist())
+            first = first or time.perf_counter()
+            open_rows -= {row for row in open_rows if rows[-1][row] in self._config.eos_token_ids}
+        return rows, first
 
     def _until_end(self, row: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(row) if token in self._config.eos_token_ids]
         return row[: ends[0] + 1] if ends else row
 
+    def _controls(self, sampling: Sampling) -> Controls | None:
+        """The device's tensors of a sampled step; a greedy one takes none."""
+        if not self._sampled:
+            return None
+        return Controls(*map(self._backend.replicate, sampling.controls(self.batch_size, self.max_seq_len)))
+
     def _run_fill(self, tokens: Tensor, start: int, offsets: Tensor) -> None:
-        # Every graph gets device tensors of its own: torch_xla bakes one that it has seen in an earlier graph into
-        # the next as a constant.
         slots = torch.arange(start, start + tokens.shape[1])
         inputs = [self._backend.replicate(tensor) for tensor in (tokens, slots, offsets)]
-        self._backend.donate(self._keys + self._values)
-        self._keys, self._values = self._fill(*inputs, self._keys, self._values)
+        self._layers = self._fill(*inputs, self._layers)
 
-    def _run_step(self, tokens: Tensor, slots: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        self._backend.donate(self._keys + self._values)
-        tokens, slots, self._keys, self._values = self._step(tokens, slots, offsets, self._keys, self._values)
+    def _run_step(
+        self, tokens: Tensor, slots: Tensor, offsets: Tensor, controls: Controls | None
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (tokens, slots, offsets, self._layers)
+        tokens, slots, self._layers = self._step(*inputs) if controls is None else self._step(*inputs, controls)
         return tokens, slots
-
-
-def _fill_function(decoder: Decoder, cache_type: type[KVCache]) -> Callable[..., tuple[Tensors, Tensors]]:
-    """The graph of a bucket: tokens [B, T] into the cache."""
-
-    def fill(tokens: Tensor, slots: Tensor, offsets: Tensor, keys: Tensors, values: Tensors) -> tuple[Tensors, Tensors]:
-        cache = cache_type(keys, values)
-        decoder.fill(tokens, slots, offsets, cache)
-        return cache.keys, cache.values
-
-    return fill
-
-
-def _step_function(
-    decoder: Decoder, cache_type: type[KVCache]
-) -> Callable[..., tuple[Tensor, Tensor, Tensors, Tensors]]:
-    """The graph of a decode step: the next tokens [B, 1] and their slot [1] from the last ones."""
-
-    def step(
-        tokens: Tensor, slots: Tensor, offsets: Tensor, keys: Tensors, values: Tensors
-    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-        cache = cache_type(keys, values)
-        logits = decoder(tokens, slots, offsets, cache)
-        return logits.argmax(-1, keepdim=True), slots + 1, cache.keys, cache.values
-
-    return step
-
-
-def _logits_function(decoder: Decoder, cache_type: type[KVCache]) -> Callable[..., tuple[Tensor, Tensors, Tensors]]:
-    """The graph of a decode step that gives the logits [B, V] in place of the tokens."""
-
-    def logits(
-        tokens: Tensor, slots: Tensor, offsets: Tensor, keys: Tensors, values: Tensors
-    ) -> tuple[Tensor, Tensors, Tensors]:
-        cache = cache_type(keys, values)
-        return decoder(tokens, slots, offsets, cache), cache.keys, cache.values
-
-    return logits

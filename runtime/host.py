@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
+from runtime.backend import CacheUse
+from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
 from runtime.kv_cache import KVCache
 
@@ -20,7 +24,10 @@ class HostBackend:
     leader = True
     cache_type = KVCache
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
+        """``compile_cache`` is a folder in which Inductor keeps its kernels; torch has one of its own by default."""
+        if compile_cache is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
         self._mode = mode
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.platform = f"{self._device.type}/{mode}"
@@ -34,11 +41,8 @@ class HostBackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
         return function if self._mode == "eager" else capture(function, "inductor")
-
-    def donate(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Nothing to do: the cache is updated in place."""
 
     def wait(self) -> None:
         if self._device.type == "cuda":
@@ -48,6 +52,17 @@ class HostBackend:
         from torch._dynamo.utils import counters
 
         return counters["stats"]["unique_graphs"]
+
+    def cache_use(self) -> CacheUse | None:
+        if self._mode == "eager":
+            return None
+        from torch._dynamo.utils import counters
+
+        found = counters["inductor"]
+        return CacheUse(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"], 0)
+
+    def read_bandwidth(self) -> float:
+        return measure_read_bandwidth(self._device)
 
     def peak_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None

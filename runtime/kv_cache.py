@@ -1,41 +1,68 @@
 """Keys and values of past tokens, of fixed shape: a token's place is written by index, so no shape ever changes.
 
-A layer's keys are [B, H, S, D]: rows, KV heads of all chips, slots, head dimension; its values likewise.
+A layer's keys are [B, H, S, D]: rows, KV heads of all chips, slots, head dimension; its values likewise. In int8 each
+token's key (and value) of each head has a float32 scale of its own, [B, H, S, 1]: no token's size spoils another's
+precision, and a token is quantized once, when it is written.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 HEAD_AXIS = 1
 SLOT_AXIS = 2
+_QMAX = 127
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+Layers = list[list[torch.Tensor]]  # by layer: keys, values, and for int8 the scales of both
 
 
 class KVCache:
     """The keys and values of every layer, updated in place: what eager execution and Inductor want."""
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-        self.keys, self.values = list(keys), list(values)
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Each layer is keys and values, or int8 keys, int8 values, the keys' scales and the values' scales."""
+        self.layers: Layers = [list(layer) for layer in layers]
+
+    @property
+    def batch_size(self) -> int:
+        return self.layers[0][0].shape[0]
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[SLOT_AXIS]
+        return self.layers[0][0].shape[SLOT_AXIS]
 
-    def update(
-        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, H, T, D] at ``slots`` [T]; returns the layer's whole keys and values."""
-        self.keys[layer].index_copy_(SLOT_AXIS, slots, keys)
-        self.values[layer].index_copy_(SLOT_AXIS, slots, values)
-        return self.keys[layer], self.values[layer]
+    def update(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        """Write ``keys`` and ``values`` [B, H, T, D] at ``slots`` [T]; returns the layer's whole tensors."""
+        whole = self.layers[layer]
+        parts = [keys, values]
+        if whole[0].dtype == torch.int8:
+            quantized = [quantize_tokens(keys), quantize_tokens(values)]
+            parts = [*(part for part, _ in quantized), *(scale for _, scale in quantized)]
+        written = zip(whole, parts, strict=True)
+        self.layers[layer] = [self._write(old, slots, part.to(old.dtype)) for old, part in written]
+        return self.layers[layer]
+
+    def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        return whole.index_copy_(SLOT_AXIS, slots, part)
 
 
 class FunctionalKVCache(KVCache):
     """A cache whose updates are new tensors, to be returned from a graph: XLA writes them over donated inputs."""
 
-    def update(
-        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[layer] = self.keys[layer].index_copy(SLOT_AXIS, slots, keys)
-        self.values[layer] = self.values[layer].index_copy(SLOT_AXIS, slots, values)
-        return self.keys[layer], self.values[layer]
+    def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        return whole.index_copy(SLOT_AXIS, slots, part)
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values of x [..., D] and float32 scales [..., 1] such that x is about values * scale."""
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / _QMAX).clamp(min=_SMALLEST_SCALE)
+    return (x / scale).round().to(torch.int8), scale
+
+
+def scale_bytes(dtype: torch.dtype) -> int:
+    """Bytes of the scale that each token's key (or value) of a head has in a cache of this dtype."""
+    return torch.float32.itemsize if dtype == torch.int8 else 0

@@ -35,7 +35,9 @@ def load_decoder(
 
 
 def make_cache(config: ModelConfig, backend: Backend, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> KVCache:
-    """An empty cache on the device, split over the chips by KV heads."""
+    """An empty cache on the device, split over the chips by KV heads; ``dtype`` may be int8."""
     shape = cache_shape(config, backend.chips, batch_size, max_seq_len)
-    keys, values = ([backend.zeros(shape, dtype, HEAD_AXIS) for _ in range(config.num_layers)] for _ in range(2))
-    return KVCache(keys, values)
+    tensors = [(shape, dtype)] * 2
+    if dtype == torch.int8:
+        tensors += [((*shape[:-1], 1), torch.float32)] * 2
+    return KVCache([[backend.zeros(*tensor, HEAD_AXIS) for tensor in tensors] for _ in range(config.num_layers)])

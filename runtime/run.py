@@ -14,10 +14,13 @@ from converters.progress import progress, spinner
 from quantize.scheme import padding_bytes, stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
+from runtime.decoder import Decoder
 from runtime.generate import Generator, check_prompts
+from runtime.kv_cache import scale_bytes
 from runtime.load import load_decoder, make_cache
-from runtime.metrics import Memory, Run, host_peak_rss_bytes
-from runtime.sizing import cache_bytes_per_chip
+from runtime.metrics import Bandwidth, Formulas, LogitError, Memory, Run, host_peak_rss_bytes
+from runtime.sampling import Sampling
+from runtime.sizing import cache_bytes_per_chip, decode_bytes_per_chip
 from runtime.text import TextCodec, find_codec
 
 
@@ -33,10 +36,12 @@ class Request:
     batch_size: int
     max_seq_len: int
     buckets: tuple[int, ...]
-    seed: int
-    dtype: str
+    sampling: Sampling
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
     backend: str
     layers: int | None
+    compile_cache: Path | None
 
 
 def run(request: Request) -> Run | None:
@@ -52,28 +57,26 @@ def run(request: Request) -> Run | None:
     check_prompts(config, prompts, request.max_seq_len)
     prompt_tokens = max(map(len, prompts))
     room = request.max_seq_len - prompt_tokens + 1  # the last new token is never fed back
-    backend = _backend(request.backend, shards)
-    dtype = getattr(torch, request.dtype)
+    backend = _backend(request, shards)
     begin = time.perf_counter()
     with torch.no_grad():
-        total = sum(
-            stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, shards.manifest.scheme)
-        )
-        with progress("Loading", total * backend.chips) as advance:
-            decoder, parameter_bytes = load_decoder(shards, config, dtype, backend, advance)
-            cache = make_cache(config, backend, len(prompts), request.max_seq_len, dtype)
-            backend.wait()
+        decoder, parameter_bytes = _load(request, shards, config, backend)
+        cache = make_cache(config, backend, len(prompts), request.max_seq_len, request.kv_cache_dtype)
+        backend.wait()
         loaded = time.perf_counter()
-        generator = Generator(config, decoder, cache, backend, request.buckets)
+        generator = Generator(config, decoder, cache, backend, request.buckets, not request.sampling.greedy)
+        del cache  # its first tensors are to go as soon as a graph has written over them
         with spinner("Compiling"):
-            generator.warm_up([prompt_tokens])
+            generator.warm_up()
         compiled = time.perf_counter()
+        cache_use = backend.cache_use() if request.compile_cache else None
         before = backend.compilations()
-        generation = generator.generate(prompts, min(room, request.max_new_tokens))
+        generation = generator.generate(prompts, min(room, request.max_new_tokens), request.sampling)
         recompilations = backend.compilations() - before
-    cache_bytes = cache_bytes_per_chip(config, backend.chips, len(prompts), request.max_seq_len, dtype.itemsize)
-    padding = padding_bytes(config, shards.manifest.scheme, backend.chips) // backend.chips
-    memory = Memory(parameter_bytes, padding, cache_bytes, backend.peak_bytes(), host_peak_rss_bytes())
+        memory = _memory(request, shards, config, backend, len(prompts), parameter_bytes)
+        logit_error = None
+        if request.kv_cache_dtype != request.dtype:
+            logit_error = _cache_error(request, config, decoder, backend, generator, prompts)
     if not backend.leader:
         return None
     return Run(
@@ -86,9 +89,51 @@ def run(request: Request) -> Run | None:
         compile_s=compiled - loaded,
         recompilations=recompilations,
         memory=memory,
+        bandwidth=Bandwidth(memory.step_bytes_per_chip * backend.chips, backend.read_bandwidth()),
+        formulas=Formulas.of(config, len(prompts), request.max_seq_len),
+        compile_cache=cache_use,
+        cache_logit_error=logit_error,
         generation=generation,
         text=[codec.decode(ids) for ids in generation.token_ids] if codec else None,
     )
+
+
+def _load(request: Request, shards: Shards, config: ModelConfig, backend: Backend) -> tuple[Decoder, int]:
+    """The decoder, and the bytes of parameters that each chip holds."""
+    total = sum(stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, shards.manifest.scheme))
+    with progress("Loading", total * backend.chips) as advance:
+        return load_decoder(shards, config, request.dtype, backend, advance)
+
+
+def _memory(
+    request: Request, shards: Shards, config: ModelConfig, backend: Backend, batch_size: int, parameter_bytes: int
+) -> Memory:
+    scheme, cache_dtype = shards.manifest.scheme, request.kv_cache_dtype
+    cache = (batch_size, request.max_seq_len, cache_dtype.itemsize, scale_bytes(cache_dtype))
+    return Memory(
+        parameter_bytes_per_chip=parameter_bytes,
+        padding_bytes_per_chip=padding_bytes(config, scheme, backend.chips) // backend.chips,
+        kv_cache_bytes_per_chip=cache_bytes_per_chip(config, backend.chips, *cache),
+        kv_cache_dtype=str(cache_dtype).removeprefix("torch."),
+        step_bytes_per_chip=decode_bytes_per_chip(config, scheme, backend.chips, *cache),
+        device_peak_bytes=backend.peak_bytes(),
+        host_peak_rss_bytes=host_peak_rss_bytes(),
+    )
+
+
+def _cache_error(
+    request: Request,
+    config: ModelConfig,
+    decoder: Decoder,
+    backend: Backend,
+    generator: Generator,
+    prompts: list[list[int]],
+) -> LogitError:
+    """What the cache's dtype costs: the prompts' logits against those through a cache of the activations' dtype."""
+    exact_cache = make_cache(config, backend, len(prompts), request.max_seq_len, request.dtype)
+    exact = Generator(config, decoder, exact_cache, backend, request.buckets).logits(prompts).float()
+    error = generator.logits(prompts).float() - exact
+    return LogitError(error.abs().max().item(), (error.norm() / exact.norm()).item())
 
 
 def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> list[list[int]]:
@@ -100,7 +145,7 @@ def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> 
     elif request.prompt_ids is not None:
         prompts = [list(request.prompt_ids)]
     else:
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(request.sampling.seed)
         drawn = torch.randint(config.vocab_size, (request.batch_size, request.prompt_len), generator=generator)
         return drawn.tolist()
     if len(prompts) > 1 and request.batch_size not in (1, len(prompts)):
@@ -108,11 +153,11 @@ def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> 
     return prompts if len(prompts) > 1 else prompts * request.batch_size
 
 
-def _backend(name: str, shards: Shards) -> Backend:
-    if name == "xla":
+def _backend(request: Request, shards: Shards) -> Backend:
+    if request.backend == "xla":
         from runtime.xla import XLABackend
 
-        return XLABackend(shards.chips)
+        return XLABackend(shards.chips, request.compile_cache)
     from runtime.host import HostBackend
 
-    return HostBackend(name)
+    return HostBackend(request.backend, request.compile_cache)

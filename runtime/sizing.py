@@ -40,16 +40,29 @@ def cache_shape(config: ModelConfig, chips: int, batch_size: int, max_seq_len: i
     return batch_size, heads.kv_slots, max_seq_len, config.head_dim
 
 
-def cache_bytes_per_chip(config: ModelConfig, chips: int, batch_size: int, max_seq_len: int, item_bytes: int) -> int:
-    """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * D * item_bytes."""
+def cache_bytes_per_chip(
+    config: ModelConfig, chips: int, batch_size: int, max_seq_len: int, item_bytes: int, scale_bytes: int = 0
+) -> int:
+    """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * (D * item_bytes + scale_bytes).
+
+    ``scale_bytes`` is for a quantized cache, whose every key and value has a scale.
+    """
     batch, heads, slots, head_dim = cache_shape(config, chips, batch_size, max_seq_len)
-    return 2 * config.num_layers * batch * (heads // chips) * slots * head_dim * item_bytes
+    return 2 * config.num_layers * batch * (heads // chips) * slots * (head_dim * item_bytes + scale_bytes)
 
 
-def decode_bytes_per_chip(config: ModelConfig, scheme: Scheme, chips: int, batch_size: int, max_seq_len: int) -> int:
+def decode_bytes_per_chip(
+    config: ModelConfig,
+    scheme: Scheme,
+    chips: int,
+    batch_size: int,
+    max_seq_len: int,
+    item_bytes: int = BFLOAT16_BYTES,
+    scale_bytes: int = 0,
+) -> int:
     """Bytes that each chip must read from its HBM for one decode step.
 
-    Every weight with its scale, and the whole bfloat16 cache: attention of fixed shape reads all its slots. Of the
+    Every weight with its scale, and the whole cache (in bfloat16 by default): attention of fixed shape reads all slots. Of the
     embedding only one row per token is read, unless it is the output head as well. Counted for a chip that holds the
     rows of the whole batch, which is the slowest.
     """
@@ -59,7 +72,7 @@ def decode_bytes_per_chip(config: ModelConfig, scheme: Scheme, chips: int, batch
             weights += batch_size * config.hidden_size * ITEM_BYTES[CODES[stored.weight.dtype]]
         else:
             weights += count * _stored_bytes(config, stored, chips)
-    return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, BFLOAT16_BYTES)
+    return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)
 
 
 def min_chips(total_bytes: int, hbm_bytes: int) -> int:

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import glob
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from converters.errors import InputError
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
-from runtime.capture import capture
+from runtime.backend import CacheUse
+from runtime.bandwidth import measure_read_bandwidth
 from runtime.kv_cache import FunctionalKVCache
+
+_CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
+_BANDWIDTH_BYTES = 1 << 30  # read on each chip to measure its memory
+_SHARDING_CHECKS = 4  # calls after which a program's inputs, mostly its own results, won't change their sharding
 
 
 class XLABackend:
@@ -25,13 +34,17 @@ class XLABackend:
 
     cache_type = FunctionalKVCache
 
-    def __init__(self, chips: int) -> None:
+    def __init__(self, chips: int, compile_cache: Path | None = None) -> None:
         """Bring up XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
+
+        ``compile_cache`` is a folder in which compiled programs are kept for later processes.
 
         Raises InputError where this machine's slice has another number of chips.
         """
         os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compilation that GSPMD will go
+        if compile_cache is not None:
+            os.environ["XLA_PERSISTENT_CACHE_PATH"] = str(compile_cache.absolute())
         kind = os.environ["PJRT_DEVICE"]
         if kind == "CPU":
             os.environ["CPU_NUM_DEVICES"] = str(chips)
@@ -69,15 +82,9 @@ class XLABackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._place([tensor] * len(self.local_chips), None)
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` captured whole and compiled by XLA, once per shape of its inputs."""
-        return capture(function, "openxla")
-
-    def donate(self, tensors: Sequence[torch.Tensor]) -> None:
-        from torch_xla import _XLAC
-
-        for tensor in tensors:
-            _XLAC._set_buffer_donation(tensor, True)
+    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
+        """``function`` traced and compiled by XLA, once per shape and sharding of its inputs."""
+        return _Compiled(function, donates)
 
     def wait(self) -> None:
         """Wait until the chips have done all that was asked of them."""
@@ -86,11 +93,32 @@ class XLABackend:
         xm.wait_device_ops()
 
     def compilations(self) -> int:
-        """Graphs compiled so far in this process."""
+        """Graphs compiled, or loaded from the compile cache, so far in this process."""
         import torch_xla.debug.metrics as metrics
 
         data = metrics.metric_data("CompileTime")
-        return data[0] if data else 0
+        return (data[0] if data else 0) + self.cache_use().hits
+
+    def cache_use(self) -> CacheUse:
+        import torch_xla.debug.metrics as metrics
+
+        return CacheUse(*(metrics.counter_value(f"PersistentCache{kind}") or 0 for kind in _CACHE_COUNTERS))
+
+    def read_bandwidth(self) -> float:
+        if self.platform.startswith("cpu"):  # virtual chips share the host's memory
+            return measure_read_bandwidth(torch.device("cpu"))
+        part = torch.zeros(_BANDWIDTH_BYTES, dtype=torch.int8)
+        values = self._place([part] * len(self.local_chips), 0)
+        largest = _Compiled(lambda values, _: values.amax(), donates=1)
+        largest(values, [])
+        seconds = []
+        for _ in range(5):
+            self.wait()
+            begin = time.perf_counter()
+            largest(values, [])
+            self.wait()
+            seconds.append(time.perf_counter() - begin)
+        return _BANDWIDTH_BYTES * self.chips / statistics.median(seconds)
 
     def peak_bytes(self) -> int | None:
         """The most memory that one chip has used, where PJRT tells."""
@@ -115,6 +143,69 @@ class XLABackend:
         mesh = xs.Mesh(np.arange(self.chips), (self.chips,), ("tp",))
         sharding = mesh.get_op_sharding(tuple("tp" if d == axis else None for d in range(len(shape))))
         return _XLAC._global_tensor_from_cpu_shards([part.contiguous() for part in parts], sharding, shape)
+
+
+class _Compiled:
+    """A function of tensors (and lists of them) as XLA programs, one for each shape and sharding of its inputs.
+
+    The function is traced by running it once on lazy tensors. Its tensors that aren't arguments, like a model's
+    weights, become inputs of the program as well, and are held here. torch.compile's "openxla" backend comes to the
+    same programs; its capture took two thirds of the warm-up and several milliseconds of every call.
+    """
+
+    def __init__(self, function: Callable[..., Any], donates: int) -> None:
+        self._function, self._donates = function, donates
+        self._programs: dict[Any, _Program] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        tensors, structure = pytree.tree_flatten(args)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        program = self._programs.get(key)
+        if program is None or not program.takes(tensors):
+            donated = pytree.tree_leaves(args[self._donates])
+            program = self._programs[key] = _Program(self._function, tensors, structure, donated)
+        return program(tensors)
+
+
+class _Program:
+    """One compiled XLA program, with its inputs in the order that XLA wants."""
+
+    def __init__(self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: Any) -> None:
+        import torch_xla
+        from torch_xla import _XLAC
+        from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
+
+        for tensor in donated:
+            _XLAC._set_buffer_donation(tensor, True)
+        places = {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
+        results, self._structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
+        ids, values = _XLAC._get_tensors_xla_device_data_node(results)
+        # What is no argument keeps its value; what is one comes anew with every call.
+        self._inputs = [places.get(key, value) for key, value in zip(ids, values, strict=True)]
+        missing = set(places.values()).difference(place for place in self._inputs if isinstance(place, int))
+        if missing:
+            raise RuntimeError(f"the traced program does not depend on its arguments {sorted(missing)}")
+        with alias_with_buffer_donor_config():
+            self._hash = _XLAC._get_graph_hash(results)
+            _XLAC._xla_warm_up_cache(results, [])
+        _XLAC._clear_pending_irs(str(torch_xla.device()))
+        self._shardings = _XLAC._get_xla_sharding_specs(tensors)
+        self._checks = _SHARDING_CHECKS
+
+    def takes(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these inputs are split over the chips as the program has it; asked in earnest for a few calls."""
+        from torch_xla import _XLAC
+
+        if not self._checks:
+            return True
+        self._checks -= 1
+        return _XLAC._get_xla_sharding_specs(tensors) == self._shardings
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Any:
+        from torch_xla import _XLAC
+
+        inputs = [tensors[place] if isinstance(place, int) else place for place in self._inputs]
+        return pytree.tree_unflatten(_XLAC._run_cached_graph(self._hash, inputs), self._structure)
 
 
 def _ordinal(device_name: str) -> int:

@@ -16,6 +16,7 @@ from runtime.backend import Backend
 from runtime.generate import Generator
 from runtime.host import HostBackend
 from runtime.load import load_decoder, make_cache
+from runtime.sampling import Sampling
 
 
 def main(jobs_path: str, results_path: str) -> None:
@@ -40,11 +41,16 @@ def _decode(job: dict, backend: Backend) -> dict:
     dtype = getattr(torch, job["dtype"])
     decoder, parameter_bytes = load_decoder(shards, shards.config, dtype, backend, lambda *done: None)
     batches = job["batches"]
-    cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], dtype)
-    generator = Generator(shards.config, decoder, cache, backend, job["buckets"])
-    generator.warm_up([max(map(len, prompts)) for prompts in batches[: job.get("warmed_up")]])
+    cache_dtype = getattr(torch, job.get("kv_cache_dtype", job["dtype"]))
+    cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], cache_dtype)
+    samplings = [Sampling(**fields) for fields in job.get("samplings", [{}])]
+    generator = Generator(shards.config, decoder, cache, backend, job["buckets"], sampled="samplings" in job)
+    if job.get("warm_up", True):
+        generator.warm_up()
     before = backend.compilations()
-    generations = [generator.generate(prompts, job["new_tokens"]) for prompts in batches]
+    generations = [
+        generator.generate(prompts, job["new_tokens"], sampling) for sampling in samplings for prompts in batches
+    ]
     recompilations = backend.compilations() - before
     return {
         "parameter_bytes": parameter_bytes,

@@ -69,7 +69,7 @@ def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: in
     decoder = Decoder(config, heads, torch.bfloat16, tensors, lambda tensor: tensor.to("meta"))
     shape = cache_shape(config, chips, 2, 64)
     with torch.device("meta"):
-        cache = KVCache(*([torch.zeros(shape, dtype=torch.bfloat16) for _ in range(config.num_layers)] for _ in "kv"))
+        cache = KVCache([[torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv"] for _ in range(config.num_layers)])
         tokens, slots, offsets = torch.zeros(2, 5, dtype=torch.long), torch.arange(5), torch.zeros(2, dtype=torch.long)
         logits = decoder(tokens, slots, offsets, cache)
     assert (logits.shape, logits.dtype) == ((2, config.vocab_size), torch.bfloat16)
