@@ -12,6 +12,7 @@ from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import sample_files
 from converters.gguf_header import Metadata, check_header, damaged
 from converters.gguf_tokenizer import special_ids, tokenizer_files
+from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import Parameter, check_names, parameters
 from converters.mapped import release
 
@@ -37,7 +38,6 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.weight")
-_INTERLEAVED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # rows in the order of interleaved RoPE
 _ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # Metadata that changes the arithmetic: key after "llama." -> the values that leave the feature off, and its name.
@@ -83,7 +83,7 @@ class GGUFSource:
         with np.errstate(all="ignore"):  # overflow and NaN are judged by whoever reads the values
             if data.ndim == 1:  # a single row of blocks, which only dequantize as a whole
                 values = gguf.dequantize(data, kind)[start:stop]
-            elif name.endswith(_INTERLEAVED):
+            elif name.endswith(INTERLEAVED):
                 values = gguf.dequantize(data[interleaved_rows(start, stop, self.config.head_dim)], kind)
             else:
                 values = gguf.dequantize(data[start:stop], kind)
@@ -104,19 +104,6 @@ class GGUFSource:
     def companions(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; empty for a file without a tokenizer."""
         return dict(self._files)
-
-
-def interleaved_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Where GGUF keeps rows [start, stop) of a Q or K projection: int64 indices, one per row.
-
-    Rotary embeddings turn pairs of a head's dimensions. Hugging Face pairs row i with row i + head_dim / 2
-    (rotate-half); GGUF, like Meta's files, keeps the two side by side.
-    """
-    import numpy as np
-
-    head, row = np.divmod(np.arange(start, stop), head_dim)
-    half, pair = np.divmod(row, head_dim // 2)
-    return head * head_dim + 2 * pair + half
 
 
 def open_gguf(path: Path) -> GGUFSource:

@@ -1,4 +1,4 @@
-"""Files of named tensors, opened without reading their values: safetensors, and torch's .bin."""
+"""Files of named tensors, opened without reading their values: safetensors, and torch's .bin and .pth."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A .bin file of torch.save, mapped; only tensors and plain containers are unpickled (weights_only=True)."""
+    """A .bin or .pth of torch.save, mapped; only tensors and plain containers are unpickled (weights_only=True)."""
 
     def __init__(self, path: Path) -> None:
         import torch

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from converters.config import ModelConfig
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.fingerprint import sample_files
-from converters.gguf import interleaved_rows, open_gguf
+from converters.gguf import open_gguf
+from converters.interleaved import interleaved_rows
 from converters.layout import parameters
 from converters.source import row_blocks
 
