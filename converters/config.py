@@ -59,10 +59,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
-        for field in ("rms_norm_eps", "rope_theta"):
+        for field, least in (("rms_norm_eps", 1e-30), ("rope_theta", 1)):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:  # neither is true of NaN
-                raise InputError(f"{field} is {shown(value)}; it must be a positive number, {_MAX_NUMBER} at most.")
+            if type(value) not in (int, float) or not least <= value <= _MAX_NUMBER:  # neither is true of NaN
+                raise InputError(f"{field} is {shown(value)}; it must be a number from {least} to {_MAX_NUMBER}.")
         if type(self.tie_word_embeddings) is not bool:
             raise InputError(f"tie_word_embeddings is {shown(self.tie_word_embeddings)}; it must be true or false.")
         if self.dtype not in DTYPES:

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converters.byte_reader import ByteReader
 from converters.errors import DuplicateTensor, InputError
 from converters.files import CODES
-from converters.mapped import release
+from converters.mapped import file_offset, mappings
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,10 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A .bin or .pth of torch.save, mapped; only tensors and plain containers are unpickled (weights_only=True)."""
+    """A .bin or .pth of torch.save; only tensors and plain containers are unpickled (weights_only=True).
+
+    The file is mapped to be unpickled; values are read from where they lie in it, so that little becomes resident.
+    """
 
     def __init__(self, path: Path) -> None:
         import torch
@@ -107,6 +111,7 @@ class PickleFile:
         self.path = path
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self._file, self._mappings = ByteReader(path), mappings(path)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except Exception as error:  # unpickling damaged or hostile bytes can raise anything
@@ -133,11 +138,11 @@ class PickleFile:
         return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        mapped = self._tensors[name][start:stop]
-        values = mapped.clone()
-        if mapped.is_contiguous():
-            release(mapped.data_ptr(), mapped.nbytes)
-        return values
+        mapped = self._tensors[name].detach()[start:stop]
+        offset = file_offset(self._mappings, mapped.data_ptr(), mapped.nbytes)
+        if offset is None or not mapped.is_contiguous():
+            return mapped.clone()
+        return self._file.read(offset, mapped.nbytes).view(mapped.dtype).view(mapped.shape)
 
 
 _DTYPE_NAMES = {code: name for name, code in CODES.items()}
