@@ -54,8 +54,8 @@ def _linear(metadata: Metadata) -> LinearScaling | None:
     path, kind = metadata.path, metadata.text("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise InputError(
-            f"{path} asks for RoPE scaling of type {shown(kind)} (llama.rope.scaling.type); implemented: 'none', 'linear', "
-            f"and LLaMA 3.1's by {TABLE}."
+            f"{path} asks for RoPE scaling of type {shown(kind)} (llama.rope.scaling.type); implemented: 'none', "
+            f"'linear', and LLaMA 3.1's by {TABLE}."
         )
     old = metadata.number("llama.rope.scale_linear", 0)
     factor = metadata.number("llama.rope.scaling.factor", old)

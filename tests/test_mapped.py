@@ -48,3 +48,26 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "m.pth", 5000)
     with pytest.raises(InputError, match="has become shorter"):
         file.rows("a", 8000, 9000)
+
+
+def test_reading_leaves_no_pages_of_the_mapping_behind(tmp_path: Path) -> None:
+    """Rows taken in many small blocks, as a conversion takes them, of tensors that lie between each other's pages."""
+    path = tmp_path / "m.pth"
+    torch.save({f"{number}": torch.ones(1000, 500) for number in range(10)}, path)
+    file = PickleFile(path)
+    for start in range(0, 1000, 50):
+        for name in file.names():
+            file.rows(name, start, start + 50)
+    assert resident_kb(path) <= 64
+
+
+def resident_kb(path: Path) -> int:
+    """The kilobytes of this process's mappings of a file that are in memory."""
+    total, wanted = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key = line.split(maxsplit=5)
+        if "-" in key[0]:
+            wanted = len(key) == 6 and key[5] == str(path)
+        elif wanted and key[0] == "Rss:":
+            total += int(key[1])
+    return total
