@@ -15,7 +15,7 @@ from converters.config import DTYPES
     "--config",
     "config_name",
     metavar="NAME|FILE",
-    help="Random weights of a preset (tiny, 7B ... 175B) or a config.json.",
+    help="Random weights of a preset (tiny, 7B ... 175B, llama-2-7b ... llama-3-405b) or a config.json.",
 )
 @click.option(
     "--source",

@@ -79,6 +79,40 @@ def write_meta(
     return directory
 
 
+def meta_logits(tensors: dict[str, torch.Tensor], params: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of whole tensors under Meta's names, by the model's definition: pairs of neighbours turn together.
+
+    ``tokens`` [T]. RoPE as multiplication of complex numbers, the feed-forward layer as w2(silu(w1 x) * w3 x).
+    """
+    dim, heads, kv_heads = params["dim"], params["n_heads"], params["n_kv_heads"]
+    half = dim // heads // 2
+    angles = torch.arange(len(tokens))[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, D / 2]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + params["norm_eps"]).rsqrt() * tensors[f"{name}.weight"]
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+    x = tensors["tok_embeddings.weight"][tokens]
+    causal = torch.ones(len(tokens), len(tokens)).tril().bool()
+    for layer in range(params["n_layers"]):
+        prefix = f"layers.{layer}."
+        weight = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        y = norm(x, prefix + "attention_norm")
+        q, k, v = ((y @ weight[f"attention.w{n}.weight"].T).unflatten(-1, (-1, 2 * half)) for n in "qkv")  # [T, H, D]
+        q, k = rotated(q), rotated(k)
+        k, v = (tensor.repeat_interleave(heads // kv_heads, 1) for tensor in (k, v))
+        scores = torch.einsum("thd,shd->hts", q, k) / (2 * half) ** 0.5
+        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        x = x + torch.einsum("hts,shd->thd", weights, v).flatten(1) @ weight["attention.wo.weight"].T
+        y = norm(x, prefix + "ffn_norm")
+        gate, up = (y @ weight[f"feed_forward.w{n}.weight"].T for n in (1, 3))
+        x = x + (torch.nn.functional.silu(gate) * up) @ weight["feed_forward.w2.weight"].T
+    return norm(x, "norm") @ tensors["output.weight"].T
+
+
 def edit_part(directory: Path, number: int, **tensors: torch.Tensor | None) -> None:
     """Put tensors into a part, or (None) take them out; a name is written with __ for its dots."""
     path = directory / f"consolidated.{number:02d}.pth"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke, refuse_source
-from meta_format import edit_part, params_of, write_meta
+from meta_format import edit_part, meta_logits, meta_tensors, params_of, write_meta
 from models import edit_json, make_model, snapshot
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -64,6 +64,24 @@ def test_converted_back_bit_for_bit(parts: int, embedding_axis: int, kv_heads: i
         assert same_bits(got.state_dict()[name], tensor), name
     for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps"):
         assert getattr(got.config, field) == getattr(expected.config, field), field
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_logits_are_those_of_metas_model(kv_heads: int, tmp_path: Path) -> None:
+    """What transformers computes from our checkpoint is what the model's definition makes of Meta's tensors."""
+    model = model_of(tmp_path, kv_heads=kv_heads)
+    write_meta(tmp_path / "meta", model, 2)
+    invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out", "--dtype", "float32")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    parts = [torch.load(tmp_path / "meta" / f"consolidated.0{n}.pth", weights_only=True) for n in range(2)]
+    whole = {}
+    for name, tensor in meta_tensors(model).items():
+        axis = [a for a in range(tensor.dim()) if parts[0][name].shape[a] != tensor.shape[a]]
+        whole[name] = torch.cat([part[name] for part in parts], axis[0]) if axis else parts[0][name]
+    tokens = torch.randint(208, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = meta_logits(whole, params_of(model), tokens)
+        torch.testing.assert_close(converted(tokens[None]).logits[0], theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
