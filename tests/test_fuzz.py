@@ -26,6 +26,7 @@ from mutate import Mutation, damage_bytes, damage_header, damage_json
 from converters.cli import command as convert
 from converters.gguf import BLOCK_NAMES, MODEL_NAMES
 from converters.random_init import FILE_NAME as SEED
+from converters.rope import Llama3Scaling, scaling_to_hf
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 
@@ -43,6 +44,7 @@ CONVERT = Command(convert, lambda source, out: ("--source", source, "--out", out
 QUANTIZE = Command(quantize, lambda source, out: (source, "--int8", "--chips", 3, "--out", out, "--verify"))
 VERIFY = Command(quantize, lambda source, out: ("--verify", "--out", source))
 RUN = Command(run, lambda source, out: ("--shards", source, "--backend", "eager", *RUN_SIZES))
+ROPE_SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
 RUN_SIZES = ("--prompt", "some text", "--max-new-tokens", 1, "--max-seq-len", 16, "--buckets", 8)
 
 
@@ -63,6 +65,7 @@ TARGETS = (
     Target("indexed", INDEX, damage_json, (CONVERT,)),
     Target("indexed", "model-00002-of-00003.safetensors", damage_header, (CONVERT,)),
     Target("bin", "pytorch_model.bin", damage_bytes, (CONVERT,)),
+    Target("bin", "config.json", damage_json, (CONVERT,)),
     Target("gguf", "m.gguf", damage_bytes, (CONVERT,)),
     Target("gguf-parts", "m-00002-of-00003.gguf", damage_bytes, (CONVERT,)),
     Target("meta", "params.json", damage_json, (CONVERT,)),
@@ -87,7 +90,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     write_hf(root / "hf")
     write_hf(root / "indexed", files=3)
-    write_hf(root / "bin")
+    write_hf(root / "bin", model_type="mistral", sliding_window=None, rope_scaling=scaling_to_hf(ROPE_SCALING))
     (root / "bin" / "model.safetensors").unlink()
     torch.save(random_tensors(), root / "bin" / "pytorch_model.bin")
     for name, per_part in (("gguf", 0), ("gguf-parts", 8)):
