@@ -32,7 +32,8 @@ def check_features(fields: dict[str, Any]) -> dict[str, Any]:
     kind = fields.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = " and ".join(repr(name) for name in MODEL_TYPES)
-        raise InputError(f"config.json is of model type {shown(kind)}; this tool converts {known}.")
+        feature = " (mixture of experts)" if kind == "mixtral" else ""
+        raise InputError(f"config.json is of model type {shown(kind)}{feature}; this tool converts {known}.")
     fields = MODEL_TYPES[kind] | fields
     _check_window(fields)
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):

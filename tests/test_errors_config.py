@@ -57,6 +57,7 @@ LLAMA3 = {
         ({"sliding_window": "127"}, "sliding_window"),
         ({"model_type": "mistral", "sliding_window": 64}, "a sliding window of 64 tokens"),
         ({"model_type": "mistral", "max_position_embeddings": 4097}, "a sliding window of 4096 tokens"),
+        ({"model_type": "mixtral"}, "'mixtral' (mixture of experts)"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"hidden_act": "gelu"}, "'gelu'"),
