@@ -24,6 +24,7 @@ from converters.files import (
 from converters.hf import COMPANIONS, INDEX, open_hf, weight_map
 from converters.journal import Journal
 from converters.layout import Parameter, parameters
+from converters.meta import is_meta, open_meta
 from converters.output import Finished, check_finished
 from converters.parallel import in_order
 from converters.progress import Advance
@@ -49,24 +50,26 @@ class ModelFile:
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open whatever holds a model's weights: a checkpoint or Hugging Face directory, or a GGUF file.
+    """Open whatever holds a model's weights: a checkpoint, a Hugging Face or Meta directory, or a GGUF file.
 
     Nothing but headers is read. Raises InputError where the path holds no such thing.
     """
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"{path} is a file of no known kind. Give a .gguf file or a Hugging Face directory.")
+            raise InputError(
+                f"{path} is a file of no known kind. Give a .gguf file, or a directory of Hugging Face's or Meta's."
+            )
         from converters.gguf import open_gguf
 
         return open_gguf(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist. Give a Hugging Face directory or a .gguf file.")
+        raise InputError(f"{path} does not exist. Give a .gguf file, or a directory of Hugging Face's or Meta's.")
     check_finished(path, "llama-convert", INDEX)
     if (path / "shards.json").exists():
         raise InputError(f"{path} holds shards of a quantized model; give the checkpoint they were made from.")
     if (path / random_init.FILE_NAME).exists():
         return random_init.open_random_init(path)
-    return open_hf(path)
+    return open_meta(path) if is_meta(path) else open_hf(path)
 
 
 def plan_files(config: ModelConfig, max_shard_bytes: int) -> list[ModelFile]:

@@ -1,4 +1,4 @@
-"""llama-convert: weights from a preset, a Hugging Face directory or a GGUF file into a checkpoint directory."""
+"""llama-convert: weights from a preset, a Hugging Face or Meta directory or a GGUF file into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from converters.config import DTYPES
     "--config",
     "config_name",
     metavar="NAME|FILE",
-    help="Random weights of a preset (tiny, 7B ... 175B) or a config.json.",
+    help="Random weights of a preset (tiny, 7B ... 175B, llama-2-7b ... llama-3-405b) or a config.json.",
 )
 @click.option(
-    "--source", type=click.Path(path_type=Path), metavar="DIR|FILE", help="A Hugging Face directory or a .gguf file."
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE",
+    help="A directory of Hugging Face's or Meta's, or a .gguf file.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default="checkpoint", show_default=True, help="Where to write.")
 @click.option(
@@ -56,6 +59,7 @@ def command(
     \b
     llama-convert --config 175B            random weights, OPT-175B's dimensions
     llama-convert --source my-llama/       a Hugging Face directory
+    llama-convert --source llama-2-70b/    a directory of Meta's: consolidated.00.pth ..., params.json
     llama-convert --source model.gguf      a GGUF file
     """
     from converters.config import find_config, read_config

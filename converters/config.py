@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.errors import InputError
+from converters.errors import InputError, shown
+from converters.features import MAX_POSITIONS, check_features
+from converters.rope import Llama3Scaling, RopeScaling, rope_from_hf, scaling_to_hf
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
@@ -15,15 +17,6 @@ _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
 _MAX_NUMBER = 10**15
 _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
-
-# Features that change the arithmetic: a config that turns one on is not this decoder's model.
-_UNSUPPORTED = {
-    "attention_bias": "biases in the attention",
-    "mlp_bias": "biases in the MLP",
-    "sliding_window": "a sliding window",
-    "num_local_experts": "mixture of experts",
-    "num_experts": "mixture of experts",
-}
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class ModelConfig:
     vocab_size: int = 32000
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -58,21 +52,21 @@ class ModelConfig:
             value = getattr(self, field)
             limit = _MAX_COUNT.get(field, _MAX_DIMENSION)
             if type(value) is not int or not 1 <= value <= limit:
-                raise InputError(f"{field} is {_shown(value)}; it must be a whole number from 1 to {limit}.")
+                raise InputError(f"{field} is {shown(value)}; it must be a whole number from 1 to {limit}.")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}."
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
-        for field in ("rms_norm_eps", "rope_theta"):
+        for field, least in (("rms_norm_eps", 1e-30), ("rope_theta", 1)):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:  # neither is true of NaN
-                raise InputError(f"{field} is {_shown(value)}; it must be a positive number, {_MAX_NUMBER} at most.")
+            if type(value) not in (int, float) or not least <= value <= _MAX_NUMBER:  # neither is true of NaN
+                raise InputError(f"{field} is {shown(value)}; it must be a number from {least} to {_MAX_NUMBER}.")
         if type(self.tie_word_embeddings) is not bool:
-            raise InputError(f"tie_word_embeddings is {_shown(self.tie_word_embeddings)}; it must be true or false.")
+            raise InputError(f"tie_word_embeddings is {shown(self.tie_word_embeddings)}; it must be true or false.")
         if self.dtype not in DTYPES:
-            raise InputError(f"The weights' dtype is {_shown(self.dtype)}; valid: {', '.join(DTYPES)}.")
+            raise InputError(f"The weights' dtype is {shown(self.dtype)}; valid: {', '.join(DTYPES)}.")
 
     def cut(self, layers: int | None) -> ModelConfig:
         """The same model with only its first ``layers`` blocks (None keeps all)."""
@@ -102,6 +96,7 @@ class ModelConfig:
             "vocab_size": self.vocab_size,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
+            **({} if self.rope_scaling is None else {"rope_scaling": scaling_to_hf(self.rope_scaling)}),
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
             "attention_bias": False,
@@ -120,16 +115,7 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
     """
     if not isinstance(fields, dict):
         raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
-    kind = fields.get("model_type", "llama")
-    if kind != "llama":
-        raise InputError(f"config.json is of model type {_shown(kind)}; this tool converts 'llama'.")
-    for field, feature in _UNSUPPORTED.items():
-        if fields.get(field):
-            raise InputError(f"config.json asks for {feature} ({field}), which the decoder does not implement.")
-    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"config.json asks for the activation {_shown(fields['hidden_act'])}; LLaMA's is 'silu'.")
-    if fields.get("quantization_config"):
-        raise InputError("config.json describes a model that is already quantized; convert its unquantized original.")
+    fields = check_features(fields)
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     absent = [field for field in required if field not in fields]
     if absent:
@@ -144,10 +130,11 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
     if head_dim is None:
         if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
             raise InputError(
-                f"hidden_size {_shown(hidden)} is no multiple of num_attention_heads {_shown(heads)}, "
+                f"hidden_size {shown(hidden)} is no multiple of num_attention_heads {shown(heads)}, "
                 "and there is no head_dim."
             )
         head_dim = hidden // heads
+    rope_theta, rope_scaling = rope_from_hf(fields)
     return ModelConfig(
         name=_name(fields) or name,
         hidden_size=hidden,
@@ -158,8 +145,9 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         head_dim=head_dim,
         vocab_size=fields["vocab_size"],
         rms_norm_eps=optional("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(fields),
-        max_position_embeddings=optional("max_position_embeddings", 2048),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=optional("max_position_embeddings", MAX_POSITIONS),
         tie_word_embeddings=optional("tie_word_embeddings", False),
         bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
         eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
@@ -199,22 +187,6 @@ def _name(fields: dict[str, Any]) -> str:
     return name.rstrip("/").split("/")[-1] if isinstance(name, str) else ""
 
 
-def _rope_theta(fields: dict[str, Any]) -> Any:
-    """The RoPE base: a field of its own up to transformers 4, inside rope_parameters from 5 on."""
-    parameters = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    for rope in (parameters, scaling):
-        if not isinstance(rope, dict):
-            raise InputError("config.json holds RoPE parameters that are no JSON object.")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise InputError(
-                f"config.json asks for RoPE scaling of type {_shown(kind)}; the decoder implements 'default'."
-            )
-    theta = parameters.get("rope_theta", fields.get("rope_theta"))
-    return 10000.0 if theta is None else theta
-
-
 def _dtype(fields: dict[str, Any]) -> Any:
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
@@ -223,7 +195,7 @@ def _dtype(fields: dict[str, Any]) -> Any:
 def _token_id(value: Any, field: str) -> int | None:
     if value is None or (type(value) is int and 0 <= value <= _MAX_DIMENSION):
         return value
-    raise InputError(f"{field} in config.json is {_shown(value)}; it must be a token id.")
+    raise InputError(f"{field} in config.json is {shown(value)}; it must be a token id.")
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -231,32 +203,42 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(_token_id(v, "eos_token_id") for v in values if v is not None)
 
 
-def _shown(value: Any) -> str:
-    """A value from a file, short enough for an error line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _ffn_size(hidden_size: int) -> int:
     """LLaMA's rule (Touvron et al. 2023, section 2.2): 2/3 of 4 * dim, rounded up to a multiple of 256."""
     return -(-(2 * 4 * hidden_size // 3) // 256) * 256
 
 
-def _preset(name: str, hidden_size: int, heads: int, layers: int) -> ModelConfig:
-    return ModelConfig(
-        name=name,
-        hidden_size=hidden_size,
-        intermediate_size=_ffn_size(hidden_size),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden_size // heads,
-        rms_norm_eps=1e-6,
-    )
+def _preset(name: str, hidden_size: int, heads: int, layers: int, **fields: Any) -> ModelConfig:
+    """LLaMA 1 of these dimensions, or with other ``fields`` a later model."""
+    sizes = {
+        "intermediate_size": _ffn_size(hidden_size),
+        "num_kv_heads": heads,
+        "head_dim": hidden_size // heads,
+        "rms_norm_eps": 1e-6,
+    }
+    return ModelConfig(name=name, hidden_size=hidden_size, num_heads=heads, num_layers=layers, **sizes | fields)
 
+
+_LLAMA_2 = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+_CODE_LLAMA = {"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "rope_theta": 1e6}
+_LLAMA_3 = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_ids": (128001, 128009),  # <|end_of_text|>, <|eot_id|>
+    "num_kv_heads": 8,
+}
+_LLAMA_3_1 = _LLAMA_3 | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    "eos_token_ids": (128001, 128008, 128009),  # and <|eom_id|>
+}
 
 # Table 1 of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", with 13B and a small
-# one for demos and tests. 175B is OPT-175B's dimensions on the LLaMA architecture.
+# one for demos and tests. 175B is OPT-175B's dimensions on the LLaMA architecture. Below them the models of Touvron
+# et al. 2023 (LLaMA 2), Roziere et al. 2023 (Code Llama) and Grattafiori et al. 2024 (LLaMA 3, and 3.1 405B).
 PRESETS: dict[str, ModelConfig] = {
     preset.name: preset
     for preset in (
@@ -266,6 +248,13 @@ PRESETS: dict[str, ModelConfig] = {
         _preset("33B", 6656, 52, 60),
         _preset("65B", 8192, 64, 80),
         _preset("175B", 12288, 96, 96),
+        _preset("llama-2-7b", 4096, 32, 32, **_LLAMA_2),
+        _preset("llama-2-13b", 5120, 40, 40, **_LLAMA_2),
+        _preset("llama-2-70b", 8192, 64, 80, intermediate_size=28672, num_kv_heads=8, **_LLAMA_2),
+        _preset("code-llama-34b", 8192, 64, 48, intermediate_size=22016, num_kv_heads=8, **_CODE_LLAMA),
+        _preset("llama-3-8b", 4096, 32, 32, intermediate_size=14336, **_LLAMA_3),
+        _preset("llama-3-70b", 8192, 64, 80, intermediate_size=28672, **_LLAMA_3),
+        _preset("llama-3-405b", 16384, 128, 126, intermediate_size=53248, **_LLAMA_3_1),
     )
 }
 

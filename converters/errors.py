@@ -1,5 +1,9 @@
 """What the user can put right: every class here ends a command with one line and exit status 2."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class InputError(Exception):
     """Something the user gave is wrong. The message says what it is and what to do about it."""
@@ -19,3 +23,9 @@ class MissingTensor(InputError):
 
 class DuplicateTensor(InputError):
     """A tensor that the source holds twice."""
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for an error line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from converters.config import ModelConfig
 from converters.errors import InputError
 
 _HEAD_BYTES = 1 << 20
 _PAGE_BYTES = 4096
 _PAGES = 64
+
+
+def fingerprint(config: ModelConfig, files: Iterable[Path], companions: dict[str, bytes]) -> str:
+    """A hex sha256 over a configuration, a sample of the weights' files and the content of the files beside them."""
+    digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
+    digest.update(sample_files(files).encode())
+    for name, content in companions.items():
+        digest.update(name.encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def sample_files(paths: Iterable[Path]) -> str:

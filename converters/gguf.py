@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from converters.config import ModelConfig
 from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import sample_files
-from converters.gguf_header import Metadata, check_header, damaged
+from converters.gguf_header import Metadata
+from converters.gguf_parts import Parts, StoredTensor, open_parts
+from converters.gguf_rope import TABLE as ROPE_TABLE
+from converters.gguf_rope import rope_scaling
 from converters.gguf_tokenizer import special_ids, tokenizer_files
+from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import Parameter, check_names, parameters
-from converters.mapped import release
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 # GGUF name -> Hugging Face name: the tensors outside the blocks, and those of block N between "blk.N." and ".weight".
@@ -37,16 +40,10 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.weight")
-_INTERLEAVED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # rows in the order of interleaved RoPE
-_ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # Metadata that changes the arithmetic: key after "llama." -> the values that leave the feature off, and its name.
 _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rope.scaling.type": (("none",), "RoPE scaling"),
-    "rope.scaling.factor": ((0, 1), "RoPE scaling"),
-    "rope.scale_linear": ((0, 1), "RoPE scaling"),
     "expert_count": ((0,), "mixture of experts"),
-    "attention.sliding_window": ((0,), "a sliding window"),
     "attention.causal": ((True,), "attention to later tokens"),
     "attention.scale": ((0,), "an attention scale of its own"),
     "attention.clamp_kqv": ((0,), "clamped attention inputs"),
@@ -57,21 +54,14 @@ _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-class _Stored(NamedTuple):
-    """A tensor in the file: its raw rows (uint8 blocks, or float16 or float32 elements) and how they are encoded."""
-
-    rows: np.ndarray
-    type: Any
-
-
 class GGUFSource:
     """A GGUF file's weights as a TensorSource: float32, in Hugging Face's names and rotate-half row order."""
 
     def __init__(
-        self, path: Path, config: ModelConfig, stored: dict[str, _Stored], header: bytes, files: dict[str, bytes]
+        self, config: ModelConfig, parts: Parts, stored: dict[str, StoredTensor], files: dict[str, bytes]
     ) -> None:
         self.config = config
-        self._path, self._stored, self._header, self._files = path, stored, header, files
+        self._parts, self._stored, self._files = parts, stored, files
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, dequantized: float32, [stop - start, ...]."""
@@ -79,72 +69,50 @@ class GGUFSource:
         import numpy as np
         import torch
 
-        data, kind = self._stored[name]
+        tensor = self._stored[name]
         with np.errstate(all="ignore"):  # overflow and NaN are judged by whoever reads the values
-            if data.ndim == 1:  # a single row of blocks, which only dequantize as a whole
-                values = gguf.dequantize(data, kind)[start:stop]
-            elif name.endswith(_INTERLEAVED):
-                values = gguf.dequantize(data[interleaved_rows(start, stop, self.config.head_dim)], kind)
+            if len(tensor.shape) == 1:  # a single row of blocks, which only dequantize as a whole
+                values = gguf.dequantize(tensor.raw(start, stop), tensor.type)[start:stop]
+            elif name.endswith(INTERLEAVED):
+                head_dim = self.config.head_dim
+                first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
+                order = interleaved_rows(start, stop, head_dim) - first
+                values = gguf.dequantize(tensor.raw(first, last)[order], tensor.type)
             else:
-                values = gguf.dequantize(data[start:stop], kind)
-            values = np.array(values, dtype=np.float32)
-        used = data if data.ndim == 1 else data[start:stop]
-        release(used.ctypes.data, used.nbytes)
-        return torch.from_numpy(values)
+                values = gguf.dequantize(tensor.raw(start, stop), tensor.type)
+            return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def fingerprint(self) -> str:
-        """The hex sha256 of the header (configuration, tokenizer, tensor table) and a sample of the file's pages."""
-        digest = hashlib.sha256(self._header)
-        digest.update(sample_files([self._path]).encode())
+        """The hex sha256 of the headers (configuration, tokenizer, tensor table) and a sample of the files' pages."""
+        digest = hashlib.sha256(self._parts.header)
+        digest.update(sample_files(self._parts.paths).encode())
         return digest.hexdigest()
 
     def files(self) -> list[Path]:
-        return [self._path]
+        return self._parts.paths
 
     def companions(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; empty for a file without a tokenizer."""
         return dict(self._files)
 
 
-def interleaved_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Where GGUF keeps rows [start, stop) of a Q or K projection: int64 indices, one per row.
-
-    Rotary embeddings turn pairs of a head's dimensions. Hugging Face pairs row i with row i + head_dim / 2
-    (rotate-half); GGUF, like Meta's files, keeps the two side by side.
-    """
-    import numpy as np
-
-    head, row = np.divmod(np.arange(start, stop), head_dim)
-    half, pair = np.divmod(row, head_dim // 2)
-    return head * head_dim + 2 * pair + half
-
-
 def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF file of LLaMA architecture, checking everything but the values: names, shapes, types, tokenizer.
+    """Open a GGUF model of LLaMA architecture by its file or any part, checking everything but the values.
 
     Raises InputError for a damaged file, another architecture and any feature that the decoder or this reader lacks;
     of its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor for the names of tensors.
     """
-    import numpy as np
-
-    check_header(path)
-    metadata, tensors, header = _read(path)
-    _check_features(metadata, [tensor.name for tensor in tensors])
-    config = _config(metadata, {tensor.name: _shape(tensor) for tensor in tensors})
-    named = _by_hf_name(path, tensors)
-    check_names(config, named, str(path))
+    parts = open_parts(path)
+    _check_features(parts.metadata)
+    config = _config(parts.metadata, {tensor.name: tensor for tensor in parts.tensors})
+    stored = _by_hf_name(parts.tensors)
+    check_names(config, stored, str(path))
     for parameter in parameters(config):
-        _check_tensor(path, parameter, named[parameter.name])
-    stored = {name: _Stored(np.asarray(tensor.data), tensor.tensor_type) for name, tensor in named.items()}
-    return GGUFSource(path, config, stored, header, tokenizer_files(metadata, config.vocab_size))
+        _check_tensor(parameter, stored[parameter.name])
+    return GGUFSource(config, parts, stored, tokenizer_files(parts.metadata, config.vocab_size))
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    """A tensor's shape as torch has it; GGUF lists the axes from the fastest on."""
-    return tuple(int(length) for length in reversed(tensor.shape))
-
-
-def _by_hf_name(path: Path, tensors: list[Any]) -> dict[str, Any]:
+def _by_hf_name(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors by Hugging Face name. Raises UnmappedTensor, naming the first one that has none."""
     named = {}
     for tensor in tensors:
@@ -153,35 +121,33 @@ def _by_hf_name(path: Path, tensors: list[Any]) -> dict[str, Any]:
             named[MODEL_NAMES[tensor.name]] = tensor
         elif block and block[2] in BLOCK_NAMES:
             named[f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.weight"] = tensor
-        else:
-            raise UnmappedTensor(f"{path} holds the tensor {tensor.name!r}, which no LLaMA model has.")
+        elif tensor.name != ROPE_TABLE:  # a part of the configuration
+            raise UnmappedTensor(f"{tensor.path} holds the tensor {tensor.name!r}, which no LLaMA model has.")
     return named
 
 
-def _check_tensor(path: Path, parameter: Parameter, tensor: Any) -> None:
+def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
     """Hold a tensor's shape against the table, and its type against what can be dequantized."""
     import gguf
     import numpy as np
 
-    if _shape(tensor) != parameter.shape:
+    if tensor.shape != parameter.shape:
         raise InputError(
-            f"{path} holds {tensor.name} ({parameter.name}) in shape {list(_shape(tensor))}; "
+            f"{tensor.path} holds {tensor.name} ({parameter.name}) in shape {list(tensor.shape)}; "
             f"its metadata calls for {list(parameter.shape)}."
         )
     try:
-        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]), np.uint8), tensor.tensor_type)
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.type][1]), np.uint8), tensor.type)
     except NotImplementedError:
         raise InputError(
-            f"{path} holds {tensor.name} in type {tensor.tensor_type.name}, which can't be dequantized; "
+            f"{tensor.path} holds {tensor.name} in type {tensor.type.name}, which can't be dequantized; "
             "convert from a file in another type, such as F16 or Q8_0."
         ) from None
 
 
-def _check_features(metadata: Metadata, names: list[str]) -> None:
-    """Refuse what is not one whole LLaMA model, and features that the decoder doesn't implement, by name."""
+def _check_features(metadata: Metadata) -> None:
+    """Refuse another architecture, and features that the decoder doesn't implement, by name."""
     path = metadata.path
-    if metadata.whole("split.count", 1) > 1:
-        raise InputError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
     architecture = metadata.text("general.architecture")
     if architecture != "llama":
         raise InputError(f"{path} is of architecture {architecture!r}; this tool converts 'llama'.")
@@ -189,16 +155,19 @@ def _check_features(metadata: Metadata, names: list[str]) -> None:
         value = metadata.values.get(f"llama.{key}", off[0])
         if value not in off:
             raise InputError(f"{path} asks for {feature} (llama.{key}), which the decoder does not implement.")
-    for name in _ROPE_TABLES:
-        if name in names:
-            raise InputError(f"{path} asks for RoPE scaling ({name}), which the decoder does not implement.")
+    window, positions = metadata.whole("llama.attention.sliding_window", 0), metadata.whole("llama.context_length")
+    if 0 < window < positions:  # a longer one hides nothing
+        raise InputError(
+            f"{path} asks for a sliding window of {window} tokens (llama.attention.sliding_window) within {positions} "
+            "positions, which the decoder does not implement."
+        )
 
 
-def _config(metadata: Metadata, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig:
     path, embedding = metadata.path, "token_embd.weight"
-    if embedding not in shapes:
+    if embedding not in tensors:
         raise MissingTensor(f"{path} lacks the tensor {embedding} ({MODEL_NAMES[embedding]}).")
-    vocab_size = shapes[embedding][0] if shapes[embedding] else 0
+    vocab_size = tensors[embedding].shape[0] if tensors[embedding].shape else 0
     hidden, heads = metadata.whole("llama.embedding_length"), metadata.whole("llama.attention.head_count")
     if heads < 1:
         raise InputError(f"{path} has {heads} attention heads; fetch it again.")
@@ -210,7 +179,7 @@ def _config(metadata: Metadata, shapes: dict[str, tuple[int, ...]]) -> ModelConf
                 "the decoder implements only equal ones."
             )
     ids = special_ids(metadata, vocab_size)
-    return ModelConfig(
+    config = ModelConfig(
         name=" ".join(metadata.text("general.name", "").split()) or path.stem,
         hidden_size=hidden,
         intermediate_size=metadata.whole("llama.feed_forward_length"),
@@ -222,11 +191,12 @@ def _config(metadata: Metadata, shapes: dict[str, tuple[int, ...]]) -> ModelConf
         rms_norm_eps=_decimal(metadata.number("llama.attention.layer_norm_rms_epsilon")),
         rope_theta=_decimal(metadata.number("llama.rope.freq_base", 10000.0)),
         max_position_embeddings=metadata.whole("llama.context_length"),
-        tie_word_embeddings="output.weight" not in shapes,
+        tie_word_embeddings="output.weight" not in tensors,
         bos_token_id=ids.get("bos"),
         eos_token_ids=tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)),
         dtype="float32",
     )
+    return replace(config, rope_scaling=rope_scaling(metadata, tensors, config))
 
 
 def _decimal(value: float) -> float:
@@ -236,16 +206,3 @@ def _decimal(value: float) -> float:
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return float(str(single)) if single == value else value
-
-
-def _read(path: Path) -> tuple[Metadata, list[Any], bytes]:
-    """The metadata, the gguf library's tensors (memory mapped) and the bytes before the data."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    except Exception as error:  # a parser of someone else's, on a file that may be damaged in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise damaged(path, reason[:100]) from None
-    return Metadata(path, values), reader.tensors, reader.data[: reader.data_offset].tobytes()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.errors import DuplicateTensor, InputError
+from converters.errors import DuplicateTensor, InputError, shown
 
 # The header's value types by number: bytes of a scalar; a string and an array come with their length.
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -62,9 +62,7 @@ class Metadata:
             raise InputError(f"{self.path} lacks the metadata key {key}, which a LLaMA model needs.")
         if value is default or type(value) in kinds:
             return value
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise InputError(f"{self.path} has {shown} for the metadata key {key}; it must be {what}.")
+        raise InputError(f"{self.path} has {shown(value)} for the metadata key {key}; it must be {what}.")
 
 
 def damaged(path: Path, why: str) -> InputError:

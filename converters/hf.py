@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.config import DTYPES, ModelConfig, read_config, read_json
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnmappedTensor
-from converters.fingerprint import sample_files
+from converters.fingerprint import fingerprint
 from converters.layout import LM_HEAD, check_names, is_known, parameters
 from converters.tensor_files import TensorFile, open_tensor_file
 
@@ -47,11 +45,7 @@ class HFSource:
         return self._holder[name].rows(name, start, stop)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
-        digest.update(sample_files(self.files()).encode())
-        for name, content in self.companions().items():
-            digest.update(name.encode() + hashlib.sha256(content).digest())
-        return digest.hexdigest()
+        return fingerprint(self.config, self.files(), self.companions())
 
     def files(self) -> list[Path]:
         return sorted({file.path for file in self._holder.values()})
@@ -75,7 +69,7 @@ def open_hf(directory: Path) -> HFSource:
     if not directory.is_dir():
         raise InputError(f"{directory} does not exist or is no directory.")
     if not (directory / "config.json").is_file():
-        raise InputError(f"{directory} is no checkpoint: it has no config.json.")
+        raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
     config = read_config(directory / "config.json")
     holder = _hold(_weight_files(directory), config)
     check_names(config, holder, str(directory))

@@ -9,9 +9,11 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,13 @@ class StreamReader:
         values = torch.empty(count, dtype=torch.uint8)
         self._fill(self._file.fileno(), values, offset, count)
         return values
+
+    def values(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """The elements that lie from byte ``offset`` on, at any alignment. Raises InputError as ``read`` does."""
+        found = self.read(offset, prod(shape) * dtype.itemsize)
+        if found.storage_offset() % dtype.itemsize:
+            found = found.clone()
+        return found.view(dtype).view(*shape)
 
     def _read_direct(self, descriptor: int, offset: int, count: int) -> torch.Tensor:
         """The pages around the stretch read into pages of memory; the stretch is a view of them."""

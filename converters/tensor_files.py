@@ -1,4 +1,4 @@
-"""Files of named tensors, opened without reading their values: safetensors, and torch's .bin."""
+"""Files of named tensors, opened without reading their values: safetensors, and torch's .bin and .pth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
 from converters.files import CODES
-from converters.mapped import release
+from converters.mapped import file_offset, mappings
 from converters.streams import StreamReader
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ class SafetensorsFile:
         dtype = getattr(torch, self.dtype(name))
         row_bytes = prod(shape[1:]) * dtype.itemsize
         begin = self._begin + self._entries[name]["data_offsets"][0] + start * row_bytes
-        values = self._stream.read(begin, (stop - start) * row_bytes)
-        if values.storage_offset() % dtype.itemsize:  # the format wants no alignment
-            values = values.clone()
-        return values.view(dtype).view(shape)
+        return self._stream.values(begin, dtype, shape)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """A JSON object whose names are unique; the library keeps the last of two and says nothing."""
@@ -94,7 +91,10 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A .bin file of torch.save, mapped; only tensors and plain containers are unpickled (weights_only=True)."""
+    """A .bin or .pth of torch.save; only tensors and plain containers are unpickled (weights_only=True).
+
+    The file is mapped to be unpickled; values are read from where they lie in it, so that little becomes resident.
+    """
 
     def __init__(self, path: Path) -> None:
         import torch
@@ -102,6 +102,7 @@ class PickleFile:
         self.path = path
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self._file, self._mappings = StreamReader(path), mappings(path)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except Exception as error:  # unpickling damaged or hostile bytes can raise anything
@@ -128,11 +129,11 @@ class PickleFile:
         return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        mapped = self._tensors[name][start:stop]
-        values = mapped.clone()
-        if mapped.is_contiguous():
-            release(mapped.data_ptr(), mapped.nbytes)
-        return values
+        mapped = self._tensors[name].detach()[start:stop]
+        offset = file_offset(self._mappings, mapped.data_ptr(), mapped.nbytes)
+        if offset is None or not mapped.is_contiguous():
+            return mapped.clone()
+        return self._file.values(offset, mapped.dtype, mapped.shape)
 
 
 _DTYPE_NAMES = {code: name for name, code in CODES.items()}

@@ -17,6 +17,7 @@ from torch import nn
 from converters.config import ModelConfig
 from converters.errors import MissingTensor, UnexpectedTensor
 from converters.layout import EMBEDDING, FINAL_NORM, LM_HEAD
+from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
 from runtime.kv_cache import KVCache
 from runtime.linear import Linear
@@ -158,8 +159,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps, dtype)
         self.lm_head = Linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
         weights.check_all_taken()
-        evens = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-        frequencies = 1.0 / config.rope_theta ** (evens / config.head_dim)  # [D / 2]
+        frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float32)  # [D / 2]
         self.register_buffer("frequencies", place(frequencies))
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -163,7 +163,7 @@ class Generator:
                     continue
             elif len(rows) == len(launched):
                 break
-            rows.append(launched[len(rows)].flatten().tolist())
+            rows.append(launched[len(rows)].cpu().flatten().tolist())
             first = first or time.perf_counter()
             open_rows -= {row for row in open_rows if rows[-1][row] in self._config.eos_token_ids}
         return rows, first

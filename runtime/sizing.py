@@ -62,9 +62,9 @@ def decode_bytes_per_chip(
 ) -> int:
     """Bytes that each chip must read from its HBM for one decode step.
 
-    Every weight with its scale, and the whole cache (in bfloat16 by default): attention of fixed shape reads all slots. Of the
-    embedding only one row per token is read, unless it is the output head as well. Counted for a chip that holds the
-    rows of the whole batch, which is the slowest.
+    Every weight with its scale, and the whole cache, in bfloat16 by default: attention of fixed shape reads all its
+    slots. Of the embedding only one row per token is read, unless it is the output head as well. Counted for a chip
+    that holds the rows of the whole batch, which is the slowest.
     """
     weights = 0
     for stored, count in _kinds(config, scheme):

@@ -15,6 +15,7 @@ import child_command
 import numpy as np
 import pytest
 from invoke import error_line, invoke, run_command
+from meta_format import write_meta
 from models import make_model, snapshot
 
 from converters import preflight
@@ -22,7 +23,7 @@ from converters.checkpoint import open_source
 from converters.errors import InputError
 from quantize.shards import Shards
 
-KILLS = 20  # of each of the six kinds of run
+KILLS = 20  # of each of the seven kinds of run
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from one process that has loaded everything, so that the kills land in the work and not in the imports.
 _CONTEXT.set_forkserver_preload(["quantize.job", "quantize.cli", "converters.convert", "converters.cli", "gguf"])
@@ -34,6 +35,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
     root = tmp_path_factory.mktemp("sources")
     make_model(root / "hf", heads=6, kv_heads=2, hidden=48, head_dim=16, layers=4, ffn=172, vocab=515)
     _write_gguf(root / "model.gguf")
+    meta_sizes = {"heads": 8, "kv_heads": 4, "hidden": 64, "layers": 4, "ffn": 172, "vocab": 516}
+    write_meta(root / "meta", make_model(root / "same", **meta_sizes), parts=4)
     config = root / "hf" / "config.json"
     for storage in ("files", "seed"):
         invoke(child_command.convert, "--config", config, "--storage", storage, "--out", root / storage)
@@ -43,6 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         "convert-hf": ("convert", ["--source", root / "hf", *small]),
         "convert-seed": ("convert", ["--config", config, "--storage", "files", "--seed", 3, *small]),
         "convert-gguf": ("convert", ["--source", root / "model.gguf", *small]),
+        "convert-meta": ("convert", ["--source", root / "meta", *small]),
         "quantize-files": ("quantize", [root / "files", "--int8", "--chips", 4]),
         "quantize-seed": ("quantize", [root / "seed", "--int8", "--chips", 3]),
         "reshard": ("quantize", [root / "shards", "--int8", "--chips", 3]),
@@ -108,7 +112,8 @@ def _is_refused(command: str, out: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["convert-hf", "convert-seed", "convert-gguf", "quantize-files", "quantize-seed", "reshard"]
+    "kind",
+    ["convert-hf", "convert-seed", "convert-gguf", "convert-meta", "quantize-files", "quantize-seed", "reshard"],
 )
 def test_killed_anywhere_a_rerun_ends_the_same(
     sources: dict[str, tuple[str, list[str]]], kind: str, tmp_path: Path

@@ -19,12 +19,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from invoke import error_line, invoke, run_command
-from models import SMALL, random_tensors, renew, snapshot, write_hf
+from meta_format import write_meta
+from models import SMALL, make_model, random_tensors, renew, snapshot, write_hf
 from mutate import Mutation, damage_bytes, damage_header, damage_json
 
 from converters.cli import command as convert
 from converters.gguf import BLOCK_NAMES, MODEL_NAMES
 from converters.random_init import FILE_NAME as SEED
+from converters.rope import Llama3Scaling, scaling_to_hf
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 
@@ -42,6 +44,7 @@ CONVERT = Command(convert, lambda source, out: ("--source", source, "--out", out
 QUANTIZE = Command(quantize, lambda source, out: (source, "--int8", "--chips", 3, "--out", out, "--verify"))
 VERIFY = Command(quantize, lambda source, out: ("--verify", "--out", source))
 RUN = Command(run, lambda source, out: ("--shards", source, "--backend", "eager", *RUN_SIZES))
+ROPE_SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
 RUN_SIZES = ("--prompt", "some text", "--max-new-tokens", 1, "--max-seq-len", 16, "--buckets", 8)
 
 
@@ -62,7 +65,11 @@ TARGETS = (
     Target("indexed", INDEX, damage_json, (CONVERT,)),
     Target("indexed", "model-00002-of-00003.safetensors", damage_header, (CONVERT,)),
     Target("bin", "pytorch_model.bin", damage_bytes, (CONVERT,)),
+    Target("bin", "config.json", damage_json, (CONVERT,)),
     Target("gguf", "m.gguf", damage_bytes, (CONVERT,)),
+    Target("gguf-parts", "m-00002-of-00003.gguf", damage_bytes, (CONVERT,)),
+    Target("meta", "params.json", damage_json, (CONVERT,)),
+    Target("meta", "consolidated.01.pth", damage_bytes, (CONVERT,)),
     Target("checkpoint", "config.json", damage_json, (QUANTIZE,)),
     Target("checkpoint", INDEX, damage_json, (QUANTIZE,)),
     Target("seed", "config.json", damage_json, (QUANTIZE,)),
@@ -83,11 +90,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     write_hf(root / "hf")
     write_hf(root / "indexed", files=3)
-    write_hf(root / "bin")
+    write_hf(root / "bin", model_type="mistral", sliding_window=None, rope_scaling=scaling_to_hf(ROPE_SCALING))
     (root / "bin" / "model.safetensors").unlink()
     torch.save(random_tensors(), root / "bin" / "pytorch_model.bin")
-    (root / "gguf").mkdir()
-    write_gguf(root / "gguf" / "m.gguf")
+    for name, per_part in (("gguf", 0), ("gguf-parts", 8)):
+        (root / name).mkdir()
+        write_gguf(root / name / "m.gguf", per_part)
+    write_meta(root / "meta", make_model(root / "same", hidden=16, ffn=44, vocab=50))
     invoke(convert, *CONVERT.arguments(root / "indexed", root / "checkpoint"))
     invoke(convert, "--config", root / "hf", "--storage", "seed", "--out", root / "seed")
     write_tokenizer(root / "hf" / "tokenizer.json")
@@ -95,8 +104,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write_gguf(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(path: Path, per_part: int = 0) -> None:
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_part)
     writer.add_embedding_length(SMALL.hidden_size)
     writer.add_feed_forward_length(SMALL.intermediate_size)
     writer.add_block_count(SMALL.num_layers)
@@ -155,7 +164,7 @@ def check(inputs: Path, target: Target, random: Random) -> None:
             renew(source, target.file)
         before = snapshot(source)
         for command, arguments in target.commands:
-            given = path if target.folder == "gguf" else source
+            given = path if target.folder.startswith("gguf") else source
             with at_most(SECONDS):
                 status, result = run_command(command, *arguments(given, out))
             assert snapshot(source) == before
@@ -198,7 +207,7 @@ def test_damaged_file_at_length(inputs: Path, target: Target, random: Random) ->
 def test_undamaged_file(inputs: Path, target: Target) -> None:
     """Every command takes its input as it was: the refusals above are of the damage."""
     for command, arguments in target.commands:
-        source = inputs / target.folder / (target.file if target.folder == "gguf" else "")
+        source = inputs / target.folder / (target.file if target.folder.startswith("gguf") else "")
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
             invoke(command, *arguments(source, Path(folder, "out")))

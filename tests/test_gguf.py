@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from converters.config import ModelConfig
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.fingerprint import sample_files
-from converters.gguf import interleaved_rows, open_gguf
+from converters.gguf import open_gguf
+from converters.interleaved import interleaved_rows
 from converters.layout import parameters
 from converters.source import row_blocks
 
@@ -370,15 +371,16 @@ def test_sample_files_sees_names_sizes_order_and_sampled_bytes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, ["RoPE scaling", "scaling.type"]),
-        ({"llama.rope.scaling.type": "yarn"}, ["RoPE scaling"]),
-        ({"llama.rope.scaling.factor": 4.0}, ["RoPE scaling", "scaling.factor"]),
-        ({"llama.rope.scale_linear": 4.0}, ["RoPE scaling", "scale_linear"]),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, ["RoPE scaling of type 'yarn'"]),
+        ({"llama.rope.scaling.type": "longrope"}, ["RoPE scaling of type 'longrope'"]),
+        ({"llama.rope.scaling.type": 2}, ["rope.scaling.type", "a text"]),
+        ({"llama.rope.scaling.factor": 0.25}, ["RoPE scaling has factor 0.25"]),
+        ({"llama.rope.scaling.factor": float("nan")}, ["RoPE scaling has factor nan"]),
+        ({"llama.rope.scale_linear": "4"}, ["rope.scale_linear", "a number"]),
         ({"llama.expert_count": 8}, ["mixture of experts"]),
-        ({"llama.attention.sliding_window": 4096}, ["sliding window"]),
+        ({"llama.attention.sliding_window": 127}, ["a sliding window of 127 tokens", "128 positions"]),
         ({"llama.attention.causal": False}, ["later tokens"]),
         ({"llama.logit_scale": 0.5}, ["scaled logits"]),
-        ({"split.count": 3}, ["one part of a split model", "llama-gguf-split"]),
         ({"llama.rope.dimension_count": 16}, ["rope.dimension_count 16", "heads of 32"]),
         ({"llama.attention.value_length": 16}, ["value_length 16"]),
         ({"llama.block_count": None}, ["lacks the metadata key llama.block_count"]),
@@ -398,12 +400,15 @@ def test_metadata_that_is_refused(tmp_path: Path, change: dict[str, Any], words:
 
 def test_values_that_leave_a_feature_off(tmp_path: Path) -> None:
     change = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "split.count": 1, "llama.logit_scale": 1.0}
+    change |= {"llama.rope.scaling.factor": 4.0, "llama.attention.sliding_window": 128}
     assert open_gguf(write(tmp_path / "model.gguf", change=change)).config.num_layers == LAYERS
 
 
 def test_impossible_sizes_are_refused_by_the_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="num_layers is 0"):
         open_gguf(write(tmp_path / "model.gguf", change={"llama.block_count": 0}))
+    with pytest.raises(InputError, match=r"rope_theta is 0\.0"):
+        open_gguf(write(tmp_path / "model.gguf", change={"llama.rope.freq_base": 0.0}))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama4", "gpt2"])
@@ -414,11 +419,6 @@ def test_another_architecture(tmp_path: Path, architecture: str) -> None:
 def test_big_endian(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", endian=gguf.GGUFEndian.BIG)
     refused(path, InputError, "big-endian", "gguf-convert-endian")
-
-
-def test_rope_table(tmp_path: Path) -> None:
-    tensors = random_tensors() | {"rope_freqs.weight": (np.ones(16, np.float32), Type.F32)}
-    refused(write(tmp_path / "model.gguf", tensors), InputError, "RoPE scaling", "rope_freqs.weight")
 
 
 @pytest.mark.parametrize(

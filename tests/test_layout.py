@@ -26,9 +26,19 @@ ODD = ModelConfig(
     vocab_size=515,
     tie_word_embeddings=True,
 )
-# Published sizes of the models that the presets stand for, in billions: LLaMA 7B, 13B, 33B, 65B (Touvron et al. 2023,
-# table 2).
+# Published sizes of the models that the presets stand for: LLaMA 7B, 13B, 33B, 65B in billions (Touvron et al. 2023,
+# table 2), and the exact counts that go with the later models' published files.
 PUBLISHED = {"7B": 6.7, "13B": 13.0, "33B": 32.5, "65B": 65.2}
+COUNTS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "code-llama-34b": 33_743_970_304,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3-405b": 405_853_388_800,
+}
+WIDE = [PRESETS[name] for name in (*PUBLISHED, "tiny", "175B", "llama-2-70b")]  # each is a model of half a second
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
@@ -43,10 +53,16 @@ def test_shapes_are_those_of_transformers(config: ModelConfig) -> None:
 @pytest.mark.parametrize("config", PRESETS.values(), ids=lambda config: config.name)
 def test_count_is_the_closed_formula(config: ModelConfig) -> None:
     d, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_layers
-    closed = layers * (4 * d * d + 3 * d * f + 2 * d) + 2 * v * d + d
+    kv = d * config.num_kv_heads // config.num_heads
+    closed = layers * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d) + 2 * v * d + d
     assert sum(parameter.elements for parameter in parameters(config)) == closed
     if config.name in PUBLISHED:
         assert closed / 1e9 == pytest.approx(PUBLISHED[config.name], abs=0.1)
+    assert closed == COUNTS.get(config.name, closed)
+
+
+def test_every_published_model_is_there() -> None:
+    assert COUNTS.keys() | PUBLISHED.keys() | {"tiny", "175B"} == PRESETS.keys()
 
 
 @pytest.mark.parametrize(("name", "ffn"), [("7B", 11008), ("33B", 17920), ("65B", 22016), ("175B", 32768)])
@@ -55,9 +71,9 @@ def test_feed_forward_sizes(name: str, ffn: int) -> None:
 
 
 @pytest.mark.parametrize("chips", [1, 8, 16])
-@pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*WIDE, ODD], ids=lambda config: config.name)
 def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int) -> None:
-    """Every preset at full width and depth, on the meta device: what the shards hold is what the decoder takes."""
+    """At full width and depth, on the meta device: what the shards hold is what the decoder takes."""
     scheme = Scheme("int8")
     tensors = {}
     for stored in stored_tensors(config, scheme):

@@ -61,6 +61,42 @@ def test_converting_a_pickle(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_converting_parts_of_meta(tmp_path: Path) -> None:
+    """A layer of 65B in 8 parts, each filled with its number, so that the result shows where its values came from."""
+    width, ffn, vocab, parts = 8192, 22016, 32000, 8
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    params = {"dim": width, "multiple_of": 256, "n_heads": 64, "n_layers": 1, "norm_eps": 1e-5, "vocab_size": -1}
+    (meta / "params.json").write_text(json.dumps(params))
+    by_rows = {"wq": width, "wk": width, "wv": width, "w1": ffn, "w3": ffn}
+    for number in range(parts):
+        tensors = {"tok_embeddings.weight": (vocab, width // parts), "output.weight": (vocab // parts, width)}
+        for name, rows in by_rows.items():
+            kind = "feed_forward" if rows == ffn else "attention"
+            tensors[f"layers.0.{kind}.{name}.weight"] = (rows // parts, width)
+        tensors |= {"layers.0.attention.wo.weight": (width, width // parts)}
+        tensors |= {"layers.0.feed_forward.w2.weight": (width, ffn // parts)}
+        filled = {name: torch.full(shape, number, dtype=torch.bfloat16) for name, shape in tensors.items()}
+        norms = ("norm", "layers.0.attention_norm", "layers.0.ffn_norm")
+        filled |= {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in norms}
+        torch.save(filled, meta / f"consolidated.{number:02d}.pth")
+        del filled
+    _run("llama-convert", "--source", meta, "--out", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model-00001-of-00001.safetensors", "pt") as file:
+        for name, length, axis in (
+            ("model.embed_tokens", width, 1), ("lm_head", vocab, 0), ("model.layers.0.self_attn.q_proj", width, 0),
+            ("model.layers.0.self_attn.o_proj", width, 1), ("model.layers.0.mlp.up_proj", ffn, 0),
+            ("model.layers.0.mlp.down_proj", ffn, 1),
+        ):  # fmt: skip
+            rows = file.get_slice(f"{name}.weight")
+            line = rows[:, 77:78].flatten() if axis == 0 else rows[77:78].flatten()
+            assert torch.equal(line, torch.arange(parts).repeat_interleave(length // parts).bfloat16()), name
+    for folder in (meta, tmp_path / "out"):
+        for path in folder.iterdir():
+            path.unlink()
+
+
+@pytest.mark.slow
 def test_converting_gguf(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
