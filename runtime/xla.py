@@ -172,9 +172,11 @@ class _Program:
 
     def __init__(self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: Any) -> None:
         import torch_xla
+        import torch_xla.core.xla_model as xm
         from torch_xla import _XLAC
         from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
+        xm.wait_device_ops()  # results of a program still running are placeholders, which tracing can't tell apart
         for tensor in donated:
             _XLAC._set_buffer_donation(tensor, True)
         places = {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}

@@ -29,7 +29,7 @@ def decode(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads((folder / "results.json").read_text())
 
 
