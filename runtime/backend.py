@@ -43,7 +43,8 @@ class Backend(Protocol):
     def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
         """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
-        Results may be written over the tensors of the argument at place ``donates``: they are not to be used again.
+        The last results replace the tensors of the argument at place ``donates``, each that in its place, and may be
+        written over them: they are not to be used again.
         """
         ...
 

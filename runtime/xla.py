@@ -170,7 +170,9 @@ class _Compiled:
 class _Program:
     """One compiled XLA program, with its inputs in the order that XLA wants."""
 
-    def __init__(self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: list[torch.Tensor]
+    ) -> None:
         import torch_xla
         import torch_xla.core.xla_model as xm
         from torch_xla import _XLAC
@@ -181,7 +183,13 @@ class _Program:
             _XLAC._set_buffer_donation(tensor, True)
         places = {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
         results, self._structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
-        ids, values = _XLAC._get_tensors_xla_device_data_node(results)
+        ids, values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
+        # A result is written over the first donated input of its shape, in the order of XLA's parameters. So the
+        # results that replace donated inputs have to come in that order: else XLA would copy every cache twice.
+        others = len(results) - len(donated)
+        turns = sorted(range(len(donated)), key=lambda turn: ids.index(_XLAC._xla_get_tensor_id(donated[turn])))
+        self._order = [*range(others), *(others + turn for turn in turns)]
+        results = [results[place] for place in self._order]
         # What is no argument keeps its value; what is one comes anew with every call.
         self._inputs = [places.get(key, value) for key, value in zip(ids, values, strict=True)]
         missing = set(places.values()).difference(place for place in self._inputs if isinstance(place, int))
@@ -207,7 +215,10 @@ class _Program:
         from torch_xla import _XLAC
 
         inputs = [tensors[place] if isinstance(place, int) else place for place in self._inputs]
-        return pytree.tree_unflatten(_XLAC._run_cached_graph(self._hash, inputs), self._structure)
+        results: list[Any] = [None] * len(self._order)
+        for place, result in zip(self._order, _XLAC._run_cached_graph(self._hash, inputs), strict=True):
+            results[place] = result
+        return pytree.tree_unflatten(results, self._structure)
 
 
 def _ordinal(device_name: str) -> int:
