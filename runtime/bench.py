@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,6 +46,7 @@ def bench(request: Request) -> Done:
     begin = time.monotonic()
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)
+    shards.require(range(shards.chips))
     request.sizes.check(config.max_position_embeddings)
     weights = shards.manifest.scheme.name
     figures = plan_figures(request.figures, request.sizes, weights)
@@ -98,11 +100,12 @@ def sweep(
 
 
 def _expected_s(point: Point, journal: RunJournal) -> float:
-    """How long a run of a point will take: as its last one, else as the longest of its backend so far."""
+    """How long a run of a point will take: as its last one, else as the median of its backend so far."""
     own = journal.of(point.to_json())
     if own:
         return own[-1]["wall_s"]
-    return max((run["wall_s"] for run in journal.runs if run["point"].get("backend") == point.backend), default=0.0)
+    alike = [run["wall_s"] for run in journal.runs if run["point"].get("backend") == point.backend]
+    return statistics.median(alike) if alike else 0.0
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -79,9 +79,9 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
     "--max-new-tokens",
     "new_tokens",
     type=click.IntRange(min=1),
-    default=32,
+    default=16,
     show_default=True,
-    help="Tokens that a run decodes; a device with fast steps wants more.",
+    help="Tokens that a run decodes; a device with fast steps wants more (the post: 256).",
 )
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each point.")
 @click.option(

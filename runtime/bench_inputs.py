@@ -66,6 +66,7 @@ def _bf16_digest(request: Request, shards: Shards) -> str | None:
     if request.bf16_shards is None:
         return None
     other = Shards(request.bf16_shards)
+    other.require(range(other.chips))
     if other.manifest.scheme.name != "bf16":
         raise InputError(f"--bf16-shards {request.bf16_shards} holds int8 shards. Give some made with --bf16.")
     if other.config.with_dtype("bfloat16") != shards.config.with_dtype("bfloat16"):

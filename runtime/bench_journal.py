@@ -98,10 +98,12 @@ def _parse(line: bytes, header: bool) -> dict[str, Any] | None:
 
 
 def are_figures(value: Any) -> bool:
-    """Whether ``value`` is what a run gives: a positive latency, and the device that it is of."""
-    latency = value.get("per_token_latency_ms") if isinstance(value, dict) else None
-    device = isinstance(value, dict) and isinstance(value.get("platform"), str) and type(value.get("chips")) is int
-    return device and type(latency) in (int, float) and latency > 0
+    """Whether ``value`` is what a run gives: latency and prefill, and the device that they are of."""
+    if not isinstance(value, dict):
+        return False
+    times = [value.get(key) for key in ("per_token_latency_ms", "prefill_ms")]
+    measured = all(type(time) in (int, float) and time >= 0 for time in times) and times[0] > 0
+    return measured and isinstance(value.get("platform"), str) and type(value.get("chips")) is int
 
 
 def _difference(header: dict[str, Any], wanted: dict[str, Any]) -> str:

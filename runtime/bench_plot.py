@@ -58,7 +58,7 @@ def _caption(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     )
     if any(row["platform"].startswith("cpu") for row in rows):
         text += " CPU figures are not TPU figures."
-    return "\n".join(textwrap.wrap(text, 115))
+    return "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False))
 
 
 def _errors(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[list[float]]]:
@@ -185,4 +185,4 @@ def _wrapped(label: str) -> str:
 
 def _number(value: float) -> str:
     """Three digits, or the whole number where it has more."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
