@@ -11,7 +11,7 @@ from converters.command import DISTRIBUTION, run
 from runtime.bench_points import FIGURES
 
 _BATCH_SIZES = (1, 2, 4, 8)
-_PROMPT_LENS = (128, 10, 500, 1500)
+_PROMPT_LENS = (128, 10, 1500)
 _MAX_SEQ_LENS = (256, 1024, 2048)
 
 

@@ -179,4 +179,4 @@ def _baseline(fixed: Point, sizes: Sizes) -> Figure:
         Row("transformers, eager CPU, float32", theirs, replace(eager, dtype="float32")),
         Row("transformers, eager CPU, bfloat16", theirs, eager),
     )
-    return Figure("baseline", "Baseline: transformers out of the box", "implementation", rows)
+    return Figure("baseline", "Baseline: transformers out of the box, the same weights", "implementation", rows)
