@@ -117,6 +117,7 @@ def command(
     llama-bench --shards out/                                  every figure, into bench/
     llama-bench --shards out/ --figures 3,5 --batch-size 1,16  two of them
     """
+    from converters.units import plural
     from quantize.shards import Shards
     from runtime.bench import Request, bench
     from runtime.bench_points import Sizes
@@ -129,9 +130,10 @@ def command(
     done = bench(Request(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
     click.echo(json.dumps(done.report, ensure_ascii=False) if as_json else to_markdown(done.report).rstrip("\n"))
     if done.left:
-        click.echo(f"The time is up with {done.left} runs left. The same command goes on with them.", err=True)
+        click.echo(f"The time is up with {plural(done.left, 'run')} left. The same command goes on there.", err=True)
     if done.failed:
-        click.echo(f"Error: {done.failed} rows failed; {out / 'bench.md'} says why. Run the same again.", err=True)
+        where = f"{out / 'bench.md'} says why, and the same command tries again"
+        click.echo(f"Error: {plural(done.failed, 'row')} failed; {where}.", err=True)
         return 1
     return 0
 

@@ -154,10 +154,10 @@ def _table(figure: dict[str, Any]) -> list[str]:
         figure["axis"], "device/backend", "ms per token", figure["relative"], "tokens/s", "prefill, ms", "compile, s",
         "peak RSS", "runs",
     )  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = [_line(columns), "|" + "---|" * len(columns)]
     for row in figure["rows"]:
         if not row["runs"]:
-            lines.append(f"| {row['label']} | {row['note']} |" + " |" * (len(columns) - 2))
+            lines.append(_line((row["label"], row["note"], *[""] * (len(columns) - 2))))
             continue
         rss = row["host_peak_rss_bytes"]
         cells = (
@@ -171,8 +171,12 @@ def _table(figure: dict[str, Any]) -> list[str]:
             format_bytes(int(rss["median"])) if rss else "",
             str(row["runs"]) + (f" ({row['note']})" if row["note"] else ""),
         )
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        lines.append(_line(cells))
     return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def _shown(value: dict[str, float] | None, digits: int) -> str:

@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--shards", "shards", *SIZES, "--layers", "3"), "--layers 3 does not fit small; give 1 to 2"),
         (("--shards", "shards", "--max-seq-len", "256"), "--max-seq-len 256 is beyond the model's 128 positions"),
         (("--shards", "shards", "--prompt-len", "100", "--max-new-tokens", "30"), "need a cache of 129"),
-        (("--shards", "shards", "--prompt-len", "40", "--max-seq-len", "64,32"), "--max-seq-len has 64"),
+        (("--shards", "shards", "--prompt-len", "40", "--max-seq-len", "64,32"), "--max-seq-len has 32 (the first"),
         (("--shards", "shards", "--prompt-len", "8,60", "--max-seq-len", "64,50"), "A prompt of 60"),
         (("--shards", "bf16", *SIZES), "Figure 5 compares int8 with bfloat16"),
         (("--shards", "shards", *SIZES, "--bf16-shards", "shards"), "holds int8 shards"),
@@ -236,6 +236,23 @@ def test_without_transformers_the_rows_say_what_to_install(
                     "--minutes", 1e-9)  # fmt: skip
     assert result.stdout.count("transformers is not installed: pip install") == 4
     assert "with 3 runs left" in result.stderr
+
+
+def test_rows_that_fail_end_as_an_error(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rows are measured and reported all the same."""
+
+    def measure(self: Runner, point: Point) -> dict[str, Any]:
+        figures = {"per_token_latency_ms": 1.0, "prefill_ms": 0.0, "platform": "cpu/xla", "chips": 1}
+        outcome = {"error": "out of | memory"} if point.batch_size == 2 else {"figures": figures}
+        return {"point": point.to_json(), "wall_s": 0.0} | outcome
+
+    monkeypatch.setattr(Runner, "measure", measure)
+    out = tmp_path / "out"
+    result = invoke(bench, "--shards", root / "shards", "--out", out, "--figures", 3, *SIZES, exit_code=1)
+    assert "batch 2 | failed: out of / memory" in result.stdout
+    assert "Error: 1 row failed" in result.stderr
+    assert [row["runs"] for row in json.loads((out / "bench.json").read_text())["figures"][0]["rows"]] == [3, 0]
+    assert (out / "figure-3.png").exists()
 
 
 @pytest.mark.parametrize("offered", [True, False])
