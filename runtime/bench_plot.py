@@ -16,7 +16,8 @@ _COLORS = {"int8": "#1f77b4", "bf16": "#ff7f0e", "transformers": "#7f7f7f"}
 _DEFAULT_COLOR = "#1f77b4"
 _LATENCY = "latency per token (ms)"
 _NAMES = {"int8": "int8", "bf16": "bfloat16"}
-_SLOWEST_LINEAR = 8  # beyond this ratio of the largest to the smallest bar, the axis is logarithmic
+# Beyond these ratios of the largest to the smallest, the axis of latencies (of sizes) is logarithmic.
+_SLOWEST_LINEAR, _WIDEST_LINEAR = 8, 20
 
 
 def draw(figure: dict[str, Any], report: dict[str, Any]) -> bytes:
@@ -80,9 +81,13 @@ def _line(axes: Axes, figure: dict[str, Any], rows: list[dict[str, Any]], key: s
     axes.set_ylim(0, 1.2 * top)
     for x, row in zip(places, rows, strict=True):
         _write_above(axes, x, row[key])
+    logarithmic = max(places) > _WIDEST_LINEAR * min(places)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.minorticks_off()
     axes.set_xticks(places, [str(x) for x in places])
     axes.margins(x=0.1)
-    axes.set_xlabel(figure["axis"])
+    axes.set_xlabel(figure["axis"] + (", logarithmic" if logarithmic else ""))
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
 
@@ -97,8 +102,6 @@ def _prompt_lens(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, A
     left, right = drawing.subplots(1, 2)
     _line(left, figure, rows, "per_token_latency_ms", _LATENCY)
     _line(right, figure, rows, "prefill_ms", "prefill of the whole prompt (ms)")
-    for axes in (left, right):  # 10 and 128 stand too close for labels side by side
-        axes.tick_params(axis="x", labelrotation=60)
 
 
 def _grouped_bars(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, Any]]) -> None:
