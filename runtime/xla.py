@@ -235,3 +235,27 @@ def _has_tpu() -> bool:
             if file.read().strip() == "0x1ae0" and glob.glob("/dev/vfio/[0-9]*"):
                 return True
     return False
+
+
+def lazy_device() -> torch.device:
+    """One XLA device as LazyTensor gives it out of the box: no SPMD, and every step traced anew."""
+    os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import torch_xla
+
+    return torch_xla.device()
+
+
+def lazy_sync() -> None:
+    """Compile and run what has been traced on ``lazy_device``, and wait for it."""
+    import torch_xla
+
+    torch_xla.sync(wait=True)
+
+
+def lazy_compilations() -> int:
+    """Graphs compiled so far in this process for ``lazy_device``."""
+    import torch_xla.debug.metrics as metrics
+
+    data = metrics.metric_data("CompileTime")
+    return data[0] if data else 0

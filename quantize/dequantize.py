@@ -1,0 +1,73 @@
+"""Shards back in bfloat16: what the int8 values stand for, streamed into shards for the same chips.
+
+The weights that were quantized are gone; these differ from them by the quantization error. For timing that is enough:
+speed does not depend on values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from converters.checkpoint import COMPANION_NAMES
+from converters.errors import InputError
+from converters.output import State, claim
+from converters.preflight import check_machine, free_bytes, room_for
+from converters.progress import progress
+from converters.units import format_bytes
+from quantize.blocks import Block, Resharder
+from quantize.int8 import Quantized, dequantize
+from quantize.pipeline import Sharding, finished, write_shards
+from quantize.report import FILE_NAME as REPORT
+from quantize.report import Report
+from quantize.scheme import Scheme, StoredParameter
+from quantize.shards import Shards
+
+
+def dequantized_rows(shards: Shards, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a parameter before the split: float32 where it is int8, else in its stored dtype."""
+    values = shards.rows(name, start, stop)
+    scale = f"{name}_scale"
+    if scale not in shards.tensors:
+        return values
+    return dequantize(Quantized(values, shards.rows(scale, start, stop)))
+
+
+def write_dequantized(shards: Shards, layers: int | None, out: Path) -> bool:
+    """Write bfloat16 shards of the first ``layers`` (None: all) into ``out``, for as many chips as ``shards`` are for.
+
+    An interrupted run goes on where it stopped. Returns False where they were there already. Raises InputError where a
+    chip's file is missing, where they don't fit on the disk, or where ``out`` holds something else.
+    """
+    shards.require(range(shards.chips))
+    config = shards.config.cut(layers).with_dtype("bfloat16")
+    fingerprint = hashlib.sha256(f"dequantized {shards.manifest.source_fingerprint}".encode()).hexdigest()
+    sharding = Sharding(config, Scheme("bf16"), shards.chips, tuple(range(shards.chips)), fingerprint)
+    with claim(out, sharding.arguments(), shards.paths(), finished, COMPANION_NAMES, force=False) as state:
+        if state is State.FINISHED:
+            return False
+        check_machine(out, shards.chips + len(COMPANION_NAMES))
+        needed, free = sharding.missing_bytes(out), free_bytes(out)
+        if room_for(needed) > free:
+            raise InputError(
+                f"{out} needs {format_bytes(needed)} for bfloat16 shards and {format_bytes(free)} are free there. "
+                "Give --out on a larger disk."
+            )
+        with progress("Dequantizing", sharding.nbytes) as advance:
+            write_shards(sharding, _Dequantizer(shards), out, advance)
+    return True
+
+
+class _Dequantizer(Resharder):
+    """Blocks of int8 shards, in bfloat16."""
+
+    def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
+        values = dequantized_rows(self._shards, stored.weight.name, start, stop)
+        return Block(values.to(torch.bfloat16), None, None)
+
+    def small_files(self) -> dict[str, bytes]:
+        # An empty report: the int8 shards have the errors.
+        return self._shards.companions() | {REPORT: (json.dumps(Report().content(), indent=1) + "\n").encode()}

@@ -1,0 +1,143 @@
+"""llama-bench: the figures of the post, measured on the device that is here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from converters.command import DISTRIBUTION, run
+from runtime.bench_points import FIGURES
+
+_BATCH_SIZES = (1, 2, 4, 8)
+_PROMPT_LENS = (128, 10, 1500)
+_MAX_SEQ_LENS = (256, 1024, 2048)
+
+
+def _parse_sizes(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise click.BadParameter(f"{text!r}: give different positive numbers like 1,2,4,8.")
+    return sizes
+
+
+def _parse_figures(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in FIGURES:
+            raise click.BadParameter(f"{name!r} is no figure; valid: {','.join(FIGURES)}.")
+    return tuple(dict.fromkeys(names))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--shards", type=click.Path(path_type=Path), required=True, metavar="DIR", help="What llama-quantize wrote."
+)
+@click.option(
+    "--bf16-shards",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The same model's shards made with --bf16, for figure 5. [default: the int8 ones dequantized, in --out]",
+)
+@click.option(
+    "--figures",
+    default=",".join(FIGURES),
+    show_default=True,
+    callback=_parse_figures,
+    help="2: backends. 3: batch size. 4: max-seq-len. 5: int8 against bfloat16. 6: prompt length. "
+    "baseline: transformers. Measured in the order given.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    default=",".join(map(str, _BATCH_SIZES)),
+    show_default=True,
+    callback=_parse_sizes,
+    help="Sizes of figure 3; figure 5 takes the smallest and the largest, the others the first.",
+)
+@click.option(
+    "--prompt-len",
+    "prompt_lens",
+    callback=_parse_sizes,
+    help=f"Lengths of figure 6; the others take the first. [default: {','.join(map(str, _PROMPT_LENS))}, those that "
+    "fit]",
+)
+@click.option(
+    "--max-seq-len",
+    "max_seq_lens",
+    callback=_parse_sizes,
+    help="Lengths of figure 4; figure 6 takes the largest, the others the first. "
+    f"[default: {','.join(map(str, _MAX_SEQ_LENS))}, those that fit the model]",
+)
+@click.option(
+    "--max-new-tokens",
+    "new_tokens",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Tokens that a run decodes; a device with fast steps wants more (the post: 256).",
+)
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each point.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=15,
+    show_default=True,
+    help="Begin no run that would not be over by then; the same command again does what is left.",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Measure only the first N layers.")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Where to write.")
+@click.option("--force", is_flag=True, help="Measure anew what --out holds of an earlier bench.")
+@click.option("--json", "as_json", is_flag=True, help="Print bench.json in place of the tables.")
+@click.version_option(package_name=DISTRIBUTION)
+def command(
+    shards: Path,
+    bf16_shards: Path | None,
+    figures: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    prompt_lens: tuple[int, ...] | None,
+    max_seq_lens: tuple[int, ...] | None,
+    new_tokens: int,
+    repeat: int,
+    minutes: float,
+    layers: int | None,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Measure the model in SHARDS as the post's figures do: llama-run over sizes and backends, and transformers.
+
+    \b
+    llama-bench --shards out/                                  every figure, into bench/
+    llama-bench --shards out/ --figures 3,5 --batch-size 1,16  two of them
+    """
+    from converters.units import plural
+    from quantize.shards import Shards
+    from runtime.bench import Request, bench
+    from runtime.bench_points import Sizes
+    from runtime.bench_report import to_markdown
+
+    positions = Shards(shards).config.max_position_embeddings
+    caches = max_seq_lens or tuple(n for n in _MAX_SEQ_LENS if n <= positions) or (positions,)
+    prompts = prompt_lens or tuple(n for n in _PROMPT_LENS if n + new_tokens - 1 <= max(caches)) or (1,)
+    sizes = Sizes(batch_sizes, prompts, caches, new_tokens)
+    done = bench(Request(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
+    click.echo(json.dumps(done.report, ensure_ascii=False) if as_json else to_markdown(done.report).rstrip("\n"))
+    if done.left:
+        click.echo(f"The time is up with {plural(done.left, 'run')} left. The same command goes on there.", err=True)
+    if done.failed:
+        where = f"{out / 'bench.md'} says why, and the same command tries again"
+        click.echo(f"Error: {plural(done.failed, 'row')} failed; {where}.", err=True)
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    run(command)

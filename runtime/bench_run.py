@@ -1,0 +1,125 @@
+"""One run of one point in a process of its own, so that its memory and its compilations are its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import runtime
+from converters.errors import InputError
+from runtime.bench_journal import are_figures
+from runtime.bench_points import Point
+
+# The kernel's number of the call that has a process killed when the thread that started it ends (prctl(2)).
+_PR_SET_PDEATHSIG = 1
+_LONG = ("token_ids", "text")  # of no use in a table of figures
+
+
+class RunFailed(Exception):
+    """A run that gave no figures; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts the runs. ``shards`` are the directories by scheme; ``layers`` cuts the model; ``cache`` keeps compiled
+    graphs for later runs; ``run_options`` are the options that this llama-run has."""
+
+    shards: dict[str, Path]
+    layers: int | None
+    cache: Path
+    run_options: frozenset[str]
+
+    def measure(self, point: Point) -> dict[str, Any]:
+        """``wall_s`` of the process and the ``figures`` that it gave, or the ``error`` in their place."""
+        begin = time.monotonic()
+        module = "runtime.baseline" if point.is_baseline else "runtime.cli"
+        try:
+            outcome: dict[str, Any] = {"figures": self._figures(module, self.arguments(point))}
+        except RunFailed as failure:
+            outcome = {"error": str(failure)}
+        return {"point": point.to_json(), "wall_s": time.monotonic() - begin} | outcome
+
+    def arguments(self, point: Point) -> list[str]:
+        """The command line: of llama-run, or of the baseline's process."""
+        options: dict[str, Any] = {
+            "--shards": self.shards[point.weights].absolute(),
+            "--prompt-len": point.prompt_len,
+            "--max-new-tokens": point.new_tokens,
+            "--batch-size": point.batch_size,
+            "--dtype": point.dtype,
+            "--backend": point.backend,
+        }
+        if self.layers is not None:
+            options["--layers"] = self.layers
+        if not point.is_baseline:
+            options |= {
+                "--max-seq-len": point.max_seq_len,
+                "--buckets": ",".join(map(str, point.buckets())),
+                "--json": "-",
+            }
+            if "--compile-cache" in self.run_options:
+                options["--compile-cache"] = self.cache.absolute()
+        return [str(part) for option in options.items() for part in option]
+
+    def _figures(self, module: str, arguments: Sequence[str]) -> dict[str, Any]:
+        # Inductor keeps its graphs on the disk in any case: here, so that the first run of a bench is a cold one.
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(self.cache.absolute() / "inductor"), **os.environ}
+        done = _call(module, arguments, environment)
+        if done.returncode:
+            raise RunFailed(_reason(done))
+        try:
+            figures = json.loads(done.stdout)
+        except ValueError:
+            figures = None
+        if not are_figures(figures):
+            raise RunFailed(f"no figures on stdout: {done.stdout[:100]!r}")
+        return {key: value for key, value in figures.items() if key not in _LONG}
+
+
+def run_options() -> frozenset[str]:
+    """The options of the llama-run that is installed here, as its --help lists them."""
+    done = _call("runtime.cli", ["--help"], dict(os.environ))
+    if done.returncode:
+        raise InputError(f"llama-run can't be started: {_reason(done)}. Install this package again.")
+    return frozenset(word.rstrip(",") for word in done.stdout.split() if word.startswith("--"))
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it ends, so that no orphan disturbs a rerun's figures."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _call(module: str, arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """``main`` of a module of this very copy of the package, in a process that ends with this one."""
+    code = f"from runtime.bench_run import end_with_parent; end_with_parent(); from {module} import main; main()"
+    root = str(Path(runtime.__file__).parent.parent)
+    path = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root,  # -c puts the current directory first on the path
+        env=environment | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: its last line on stderr, or how it ended."""
+    if done.returncode < 0:
+        return f"ended by signal {signal.Signals(-done.returncode).name}"
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return (lines[-1].removeprefix("Error: ") if lines else f"exit status {done.returncode}")[:300]
