@@ -16,9 +16,12 @@ from converters.units import parse_bytes
 
 KEYS = {
     "model", "platform", "chips", "batch_size", "prompt_tokens", "new_tokens", "latency_s", "per_token_latency_ms",
-    "throughput_tokens_per_s", "prefill_ms", "load_s", "compile_s", "recompilations", "memory", "token_ids", "text",
+    "throughput_tokens_per_s", "prefill_ms", "prefill_executions", "first_token_ms", "load_s", "compile_s",
+    "compile_cache", "recompilations", "bandwidth", "memory", "kv_cache_logit_error", "formulas", "token_ids", "text",
 }  # fmt: skip
-MEMORY_KEYS = {"parameter_bytes_per_chip", "kv_cache_bytes_per_chip", "device_peak_bytes", "host_peak_rss_bytes"}
+MEMORY_KEYS = {
+    "parameter_bytes_per_chip", "kv_cache_bytes_per_chip", "kv_cache_dtype", "device_peak_bytes", "host_peak_rss_bytes",
+}  # fmt: skip
 
 
 def _run(folder: Path, command: str, *args: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -73,6 +76,16 @@ def test_json_on_several_chips(folder: Path) -> None:
     assert {key: figures[key] for key in expected} == expected
     assert figures["recompilations"] == 0
     assert figures["per_token_latency_ms"] == pytest.approx(1000 * figures["latency_s"] / figures["new_tokens"])
+    bandwidth = figures["bandwidth"]
+    read = bandwidth["step_bytes"] / (figures["per_token_latency_ms"] / 1000)
+    assert bandwidth["utilisation"] == pytest.approx(read / bandwidth["read_bytes_per_s"])
+    assert figures["first_token_ms"] > figures["prefill_ms"]
+    assert figures["formulas"] == {
+        "parameters": 19_794_176,
+        "post_parameters": 12 * config.hidden_size**2 * config.num_layers,
+        "post_parameter_bytes": 24 * config.hidden_size**2 * config.num_layers,
+        "post_cache_bytes": config.num_layers * 2 * 2 * 256 * config.hidden_size * 2,
+    }
     throughput = 2 * figures["new_tokens"] / figures["latency_s"]
     assert figures["throughput_tokens_per_s"] == pytest.approx(throughput)
     assert [len(row) <= 9 for row in figures["token_ids"]] == [True, True]

@@ -91,18 +91,38 @@ def test_bfloat16_is_near(cases: dict[str, Case], chips: int, tmp_path: Path) ->
             assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 2e-2
 
 
-@pytest.mark.parametrize("backend", ["xla", "eager"])
-def test_rows_of_different_lengths_decode_as_alone(cases: dict[str, Case], backend: str, tmp_path: Path) -> None:
-    chips = 4 if backend == "xla" else 1
-    batches = [cases["grouped"].prompts[1:4]]
+@pytest.mark.parametrize(
+    ("backend", "chips", "rows"),
+    [
+        ("eager", 1, 3),
+        ("xla", 4, 2),
+        *(pytest.param("xla", chips, rows, marks=pytest.mark.slow) for chips in (1, 4) for rows in (2, 4, 8)),
+    ],
+)
+def test_rows_of_different_lengths_decode_as_alone(
+    cases: dict[str, Case], backend: str, chips: int, rows: int, tmp_path: Path
+) -> None:
+    """A batch gives row by row what single runs give, which is what the reference gives."""
     only = {"grouped": cases["grouped"]}
-    [result] = decode(_jobs(only, chips, tmp_path, batches=batches, backend=backend), tmp_path)
-    assert result["recompilations"] == 0
+    generator = torch.Generator().manual_seed(rows)
+    prompts = [torch.randint(3, 515, (1 + 9 * row,), generator=generator).tolist() for row in range(rows)]
+    jobs = [
+        *_jobs(only, chips, tmp_path, batches=[prompts], backend=backend, new_tokens=32),
+        *_jobs(
+            only, chips, tmp_path / "alone", batches=[[prompt] for prompt in prompts], backend=backend, new_tokens=32
+        ),
+    ]
+    [batch, alone] = decode(jobs, tmp_path)
+    assert batch["recompilations"] == alone["recompilations"] == 0
     compared = 0
-    for prompt, logits, ids in zip(batches[0], result["logits"][0], result["token_ids"][0], strict=True):
+    for prompt, logits, ids, single in zip(
+        prompts, batch["logits"][0], batch["token_ids"][0], alone["token_ids"], strict=True
+    ):
         assert relative(torch.tensor(logits), logits_after(only["grouped"].model, prompt)[-1]) < 1e-4
-        compared += count_greedy(only["grouped"].model, prompt, ids)
-    assert compared >= 60
+        found = count_greedy(only["grouped"].model, prompt, ids)
+        assert ids[:found] == single[0][:found]
+        compared += found
+    assert compared >= 20 * rows
 
 
 def test_the_counter_sees_a_recompilation(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -140,3 +160,33 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, chips: int, tmp_path: P
         assert relative(torch.tensor(logits[0]), logits_after(model, prompt)[-1]) < 1e-4
         compared += count_greedy(model, prompt, ids[0])
     assert compared >= 200
+
+
+@pytest.mark.slow
+def test_prompts_of_all_lengths_in_one_process(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Up to 1500 tokens in a cache of 2048: nothing compiled, few executions, and logits as token by token."""
+    invoke(convert, "--source", smollm2_gguf, "--out", tmp_path / "checkpoint", "--dtype", "float32")
+    invoke(quantize, tmp_path / "checkpoint", "--int8", "--out", tmp_path / "out")
+    lengths = [10, 100, 127, 128, 129, 500, 513, 1000, 1500]
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(100, 40_000, (1500,), generator=generator).tolist()
+    job = {
+        "shards": tmp_path / "out",
+        "dtype": "float32",
+        "batches": [[text[:length]] for length in lengths],
+        "new_tokens": 4,
+        "max_seq_len": 2048,
+        "buckets": [128, 256, 384, 512],
+    }
+    [result] = decode([job], tmp_path)
+    assert result["recompilations"] == 0
+    assert result["executions"] == [1, 1, 1, 1, 1, 1, 1, 2, 3]
+    stepped = job | {"batches": [[text[:130]]], "buckets": [1], "max_seq_len": 256}
+    [one_by_one] = decode([stepped], tmp_path / "stepped")
+    assert one_by_one["executions"] == [129]
+    model = reference(tmp_path / "checkpoint", tmp_path / "out")
+    expected = logits_after(model, text)
+    for length, logits in zip(lengths, result["logits"], strict=True):
+        assert relative(torch.tensor(logits[0]), expected[length - 1]) < 1e-4
+    sections = decode([job | {"batches": [[text[:130]]]}], tmp_path / "sections")[0]["logits"][0][0]
+    assert relative(torch.tensor(sections), torch.tensor(one_by_one["logits"][0][0])) < 1e-4

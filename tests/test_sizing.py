@@ -59,10 +59,11 @@ def test_bytes_per_chip_are_the_closed_formula(name: str, chips: int) -> None:
     """Where the chips divide heads, FFN and vocabulary: matrices split, norms and row-parallel scales whole."""
     config = PRESETS[name]
     d, f, layers, v = config.hidden_size, config.intermediate_size, config.num_layers, config.vocab_size
-    matrices, norms, ends = 4 * d * d + 3 * d * f, 2 * d, 2 * v * d
+    kv = config.num_kv_heads * config.head_dim
+    matrices, norms, ends = 2 * d * d + 2 * d * kv + 3 * d * f, 2 * d, 2 * v * d
     bf16 = layers * (2 * matrices // chips + 2 * norms) + 2 * ends // chips + 2 * d
     assert parameter_bytes_per_chip(config, Scheme("bf16"), chips) == bf16
-    split_scales, whole_scales = 3 * d + 2 * f, 2 * d  # of q, k, v, gate, up; of o and down
+    split_scales, whole_scales = d + 2 * kv + 2 * f, 2 * d  # of q, k, v, gate, up; of o and down
     int8 = layers * (matrices // chips + 2 * norms + 4 * (split_scales // chips + whole_scales))
     assert parameter_bytes_per_chip(config, Scheme("int8"), chips) == int8 + 2 * ends // chips + 2 * d
     assert parameter_bytes_per_chip(config, Scheme("int8", quantize_lm_head=True), chips) == (

@@ -1,0 +1,82 @@
+"""What XLA makes of the decode step: caches written in place, weights left alone, two all-reduces per layer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+
+import pytest
+from invoke import invoke
+from models import make_model
+from parity import decode
+
+from quantize.cli import command as quantize
+
+LAYERS, CHIPS, SLOTS = 3, 4, 40
+INSTRUCTION = re.compile(r"^  (?:ROOT )?%\S+ = (\(?[a-z0-9]+\[[^=]*?) ([a-z-]+)\(", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The optimized HLO of the decode step, as XLA itself writes it down."""
+    root = tmp_path_factory.mktemp("hlo")
+    make_model(root / "hf", heads=8, kv_heads=4, hidden=64, head_dim=16, layers=LAYERS, ffn=96, vocab=224)
+    invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
+    job = {
+        "shards": root / "out",
+        "dtype": "float32",
+        "batches": [[[3, 4, 5]]],
+        "new_tokens": 2,
+        "max_seq_len": SLOTS,
+        "buckets": [16],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        flags = f"--xla_dump_to={root / 'dump'} --xla_dump_hlo_as_text"
+        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+        decode([job], root)
+    texts = [path.read_text() for path in (root / "dump").glob("*SyncTensorsGraph*cpu_after_optimizations.txt")]
+    [text] = [text for text in texts if _outputs(text) == 2 * LAYERS + 2]  # tokens, slot, caches
+    return text
+
+
+def _outputs(text: str) -> int:
+    """How many tensors a program gives, by the header of its text."""
+    return text.split("\n", 1)[0].split(")->(")[1].split(")}")[0].count("[")
+
+
+def _entry(text: str) -> Counter[tuple[str, str]]:
+    """How often the program runs each kind of instruction, by its result."""
+    return Counter(INSTRUCTION.findall(text[text.index("\nENTRY ") :]))
+
+
+def test_every_cache_is_written_over_its_own_input(step: str) -> None:
+    aliases = dict(re.findall(r"\{(\d+)\}: \((\d+), \{\}, may-alias\)", step.split("entry_computation_layout")[0]))
+    assert sorted(map(int, aliases)) == list(range(2, 2 + 2 * LAYERS))
+    assert len(set(aliases.values())) == 2 * LAYERS
+    shapes = re.findall(r"[a-z0-9]+\[[0-9,]*\]", step.split("entry_computation_layout={(")[1].split(")->")[0])
+    assert {shapes[int(place)] for place in aliases.values()} == {f"f32[1,1,{SLOTS},16]"}
+
+
+def test_a_cache_is_copied_at_most_once(step: str) -> None:
+    """XLA:CPU reads the old cache in two fusions, so one copy each; crossed aliases would make it two."""
+    assert _entry(step)[f"f32[1,1,{SLOTS},16]{{3,2,1,0}}", "copy"] <= 2 * LAYERS
+
+
+def test_no_weight_is_transposed_or_copied(step: str) -> None:
+    moved = [shape for shape, kind in _entry(step) if kind in ("transpose", "copy")]
+    weights = {(32, 64), (16, 64), (64, 32), (24, 64), (64, 24), (56, 64)}
+    for shape in moved:
+        sizes = tuple(int(size) for size in re.search(r"\[([0-9,]*)\]", shape)[1].split(",") if size)
+        assert sizes not in weights
+        assert sizes[::-1] not in weights
+
+
+def test_two_all_reduces_per_layer(step: str) -> None:
+    """After attention and after the MLP, and one for the embedding; the head gathers its chips' best tokens."""
+    kinds = Counter()
+    for (_, kind), count in _entry(step).items():
+        kinds[kind] += count
+    assert kinds["all-reduce"] == 2 * LAYERS + 1
+    assert kinds["all-gather"] <= 2
+    assert not kinds["all-to-all"] + kinds["collective-permute"] + kinds["reduce-scatter"]

@@ -1,0 +1,130 @@
+"""The cache: written by index, in place or as new tensors, and in int8 with a scale per token and head."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from invoke import invoke, invoke_error
+from models import write_hf
+
+from converters.cli import command as convert
+from quantize.cli import command as quantize
+from quantize.shards import Shards
+from runtime.cli import command as run
+from runtime.decoder import Decoder
+from runtime.host import HostBackend
+from runtime.kv_cache import FunctionalKVCache, KVCache, quantize_tokens
+from runtime.load import load_decoder, make_cache
+from runtime.sizing import cache_bytes_per_chip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_both_caches_hold_what_was_written_last(dtype: torch.dtype) -> None:
+    shape = (2, 3, 10, 8)
+    tensors = [torch.zeros(shape, dtype=dtype) for _ in "kv"]
+    if dtype == torch.int8:
+        tensors += [torch.zeros(2, 3, 10, 1) for _ in "kv"]
+    caches = [kind([[tensor.clone() for tensor in tensors]]) for kind in (KVCache, FunctionalKVCache)]
+    expected = [torch.zeros(shape) for _ in "kv"]
+    for slots in ([0, 1, 2], [2, 3], [9], [1]):
+        parts = [torch.randn(2, 3, len(slots), 8) for _ in "kv"]
+        for whole, part in zip(expected, parts, strict=True):
+            whole[:, :, slots] = part
+        results = [cache.update(0, torch.tensor(slots), *parts) for cache in caches]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    keys, values, *scales = caches[0].layers[0]
+    if dtype != torch.int8:
+        assert torch.equal(keys, expected[0].to(dtype))
+        assert torch.equal(values, expected[1].to(dtype))
+        return
+    for whole, found, scale in zip(expected, (keys, values), scales, strict=True):
+        assert ((found * scale - whole).abs() <= scale / 2 * 1.001).all()
+
+
+def test_a_token_is_quantized_by_its_own_size() -> None:
+    x = torch.randn(4, 2, 6, 16) * torch.logspace(-6, 6, 6)[:, None]
+    values, scale = quantize_tokens(x)
+    assert values.abs().amax(-1).eq(127).all()
+    assert torch.allclose(scale[..., 0].double(), x.double().abs().amax(-1) / 127, rtol=1e-6)
+    zeros, _ = quantize_tokens(torch.zeros(1, 1, 1, 4))
+    assert not zeros.any()
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 0), ("float32", 0), ("int8", 4)])
+def test_bytes_are_the_tensors_own(tmp_path: Path, dtype: str, scale: int) -> None:
+    config = Shards(_shards(tmp_path)).config
+    kind = getattr(torch, dtype)
+    cache = make_cache(config, HostBackend("eager"), 3, 7, kind)
+    found = sum(tensor.nbytes for layer in cache.layers for tensor in layer)
+    assert found == 2 * config.num_layers * 3 * config.num_kv_heads * 7 * (config.head_dim * kind.itemsize + scale)
+    assert found == cache_bytes_per_chip(config, 1, 3, 7, kind.itemsize, scale)
+
+
+def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:
+    import json
+
+    head_dim = Shards(shards := _shards(tmp_path)).config.head_dim
+    fixed = ("--shards", shards, "--backend", "eager", "--prompt-ids", "3,4,5,6,7,8", "--dtype", "float32")
+    fixed += ("--max-new-tokens", 4, "--json", "-")
+    plain, small = (json.loads(invoke(run, *fixed, "--kv-cache-dtype", dtype).stdout) for dtype in ("auto", "int8"))
+    assert plain["kv_cache_logit_error"] is None
+    assert plain["memory"]["kv_cache_dtype"] == "float32"
+    assert small["memory"]["kv_cache_dtype"] == "int8"
+    error = small["kv_cache_logit_error"]
+    assert 0 < error["relative"] < 0.05
+    assert error["max_abs"] > 0
+    sizes = [figures["memory"]["kv_cache_bytes_per_chip"] for figures in (plain, small)]
+    assert sizes[0] * (head_dim + 4) == sizes[1] * 4 * head_dim
+    assert small["bandwidth"]["step_bytes"] == plain["bandwidth"]["step_bytes"] - sizes[0] + sizes[1]
+
+
+def test_an_unknown_cache_dtype_is_refused(tmp_path: Path) -> None:
+    assert "int8" in invoke_error(run, "--shards", _shards(tmp_path), "--kv-cache-dtype", "int4")
+
+
+@pytest.mark.slow
+def test_int8_cache_keeps_the_perplexity_of_a_real_model(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Within 1% of a bfloat16 cache on four stretches of 512 tokens of a novel."""
+    invoke(convert, "--source", smollm2_gguf, "--out", tmp_path / "checkpoint")
+    invoke(quantize, tmp_path / "checkpoint", "--int8", "--out", tmp_path / "out")
+    shards, backend = Shards(tmp_path / "out"), HostBackend("eager")
+    ids = _novel_ids(tmp_path / "out" / "tokenizer.json")[: 4 * 512].view(4, 512)
+    perplexities = {}
+    with torch.no_grad():
+        decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
+        for dtype in (torch.bfloat16, torch.int8):
+            cache = make_cache(shards.config, backend, 4, 512, dtype)
+            perplexities[dtype] = _perplexity(decoder, cache, ids)
+    assert 30 < perplexities[torch.bfloat16] < 45  # transformers in float32: 37.6
+    assert perplexities[torch.int8] == pytest.approx(perplexities[torch.bfloat16], rel=0.01)
+
+
+def _perplexity(decoder: Decoder, cache: KVCache, ids: torch.Tensor) -> float:
+    """Of every token but the first of each row [B, T], each attending through the cache to those before it."""
+    x = decoder.fill(ids, torch.arange(ids.shape[1]), torch.zeros(len(ids), dtype=torch.long), cache)
+    losses = []
+    for row, tokens in zip(x, ids, strict=True):
+        logits = decoder.lm_head(decoder.norm(row[:-1])).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:]))
+    return torch.stack(losses).mean().exp().item()
+
+
+def _novel_ids(tokenizer: Path) -> torch.Tensor:
+    """Botchan (in the public domain), from the sources of sentencepiece that the Makefile fetches."""
+    from tokenizers import Tokenizer
+
+    [archive] = (Path(sys.prefix) / "texts").glob("sentencepiece-*.tar.gz")
+    with tarfile.open(archive) as files:
+        [member] = [name for name in files.getnames() if name.endswith("/test/botchan.txt")]
+        text = files.extractfile(member).read().decode("utf-8-sig").replace("\r\n", "\n")
+    begin = text.index("\n", text.index("*** START")) if "*** START" in text else 0
+    return torch.tensor(Tokenizer.from_file(str(tokenizer)).encode(text[begin:].strip()).ids)
+
+
+def _shards(folder: Path) -> Path:
+    invoke(quantize, write_hf(folder / "hf"), "--int8", "--out", folder / "out")
+    return folder / "out"
