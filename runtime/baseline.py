@@ -127,11 +127,11 @@ class _LazyXLA:
     def __init__(self) -> None:
         import os
 
-        from runtime.xla import lazy_compilations, lazy_device, lazy_sync
+        from runtime.xla import compiled_graphs, lazy_device, lazy_sync
 
         self.device = lazy_device()
         self.kind = os.environ["PJRT_DEVICE"].lower()
-        self.sync, self.compilations = lazy_sync, lazy_compilations
+        self.sync, self.compilations = lazy_sync, compiled_graphs
 
 
 @dataclass(frozen=True)

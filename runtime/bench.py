@@ -24,7 +24,7 @@ from runtime.bench_journal import FILE_NAME as JOURNAL
 from runtime.bench_journal import RunJournal, open_journal
 from runtime.bench_points import LATENCY, Figure, Point, plan_figures
 from runtime.bench_report import REPORT_FILES, summarize, write_report
-from runtime.bench_run import Runner, run_options
+from runtime.bench_run import Runner
 
 BF16_FOLDER = "bf16-shards"
 
@@ -57,7 +57,7 @@ def bench(request: Request) -> Done:
         if not journal.runs:
             _clear(request.out)
         places = {weights: request.shards} | _bf16_place(request, shards)
-        runner = Runner(places, request.layers, request.out / CACHE_FOLDER, run_options())
+        runner = Runner(places, request.layers, request.out / CACHE_FOLDER)
         without = _without_transformers(figures)
         points = [point for point in dict.fromkeys(p for f in figures for p in f.points) if point not in without]
         left = sweep(points, journal, runner.measure, request.repeat, begin + 60 * request.minutes)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import runtime
-from converters.errors import InputError
 from runtime.bench_journal import are_figures
 from runtime.bench_points import Point
 
@@ -30,12 +29,11 @@ class RunFailed(Exception):
 @dataclass(frozen=True)
 class Runner:
     """Starts the runs. ``shards`` are the directories by scheme; ``layers`` cuts the model; ``cache`` keeps compiled
-    graphs for later runs; ``run_options`` are the options that this llama-run has."""
+    graphs for later runs."""
 
     shards: dict[str, Path]
     layers: int | None
     cache: Path
-    run_options: frozenset[str]
 
     def measure(self, point: Point) -> dict[str, Any]:
         """``wall_s`` of the process and the ``figures`` that it gave, or the ``error`` in their place."""
@@ -65,14 +63,12 @@ class Runner:
                 "--buckets": ",".join(map(str, point.buckets())),
                 "--json": "-",
             }
-            if "--compile-cache" in self.run_options:
+            if point.backend != "eager":  # which compiles nothing
                 options["--compile-cache"] = self.cache.absolute()
         return [str(part) for option in options.items() for part in option]
 
     def _figures(self, module: str, arguments: Sequence[str]) -> dict[str, Any]:
-        # Inductor keeps its graphs on the disk in any case: here, so that the first run of a bench is a cold one.
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(self.cache.absolute() / "inductor"), **os.environ}
-        done = _call(module, arguments, environment)
+        done = _call(module, arguments)
         if done.returncode:
             raise RunFailed(_reason(done))
         try:
@@ -84,14 +80,6 @@ class Runner:
         return {key: value for key, value in figures.items() if key not in _LONG}
 
 
-def run_options() -> frozenset[str]:
-    """The options of the llama-run that is installed here, as its --help lists them."""
-    done = _call("runtime.cli", ["--help"], dict(os.environ))
-    if done.returncode:
-        raise InputError(f"llama-run can't be started: {_reason(done)}. Install this package again.")
-    return frozenset(word.rstrip(",") for word in done.stdout.split() if word.startswith("--"))
-
-
 def end_with_parent() -> None:
     """Have this process killed when the one that started it ends, so that no orphan disturbs a rerun's figures."""
     if sys.platform == "linux":
@@ -100,15 +88,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _call(module: str, arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _call(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """``main`` of a module of this very copy of the package, in a process that ends with this one."""
     code = f"from runtime.bench_run import end_with_parent; end_with_parent(); from {module} import main; main()"
     root = str(Path(runtime.__file__).parent.parent)
-    path = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=root,  # -c puts the current directory first on the path
-        env=environment | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -94,10 +94,7 @@ class XLABackend:
 
     def compilations(self) -> int:
         """Graphs compiled, or loaded from the compile cache, so far in this process."""
-        import torch_xla.debug.metrics as metrics
-
-        data = metrics.metric_data("CompileTime")
-        return (data[0] if data else 0) + self.cache_use().hits
+        return compiled_graphs() + self.cache_use().hits
 
     def cache_use(self) -> CacheUse:
         import torch_xla.debug.metrics as metrics
@@ -253,8 +250,8 @@ def lazy_sync() -> None:
     torch_xla.sync(wait=True)
 
 
-def lazy_compilations() -> int:
-    """Graphs compiled so far in this process for ``lazy_device``."""
+def compiled_graphs() -> int:
+    """Graphs compiled so far in this process."""
     import torch_xla.debug.metrics as metrics
 
     data = metrics.metric_data("CompileTime")

@@ -25,7 +25,8 @@ from runtime.bench import sweep
 from runtime.bench_cli import command as bench
 from runtime.bench_journal import RunJournal, open_journal
 from runtime.bench_points import FIGURES, Point
-from runtime.bench_run import Runner, run_options
+from runtime.bench_run import Runner
+from runtime.cli import command as run
 
 SIZES = ("--batch-size", "1,2", "--prompt-len", "8,24", "--max-seq-len", "32,64", "--max-new-tokens", 3)
 POINTS = 9  # of figures 2, 3, 4, 6 and the baseline in these sizes
@@ -254,15 +255,14 @@ def test_rows_that_fail_end_as_an_error(root: Path, tmp_path: Path, monkeypatch:
     assert (out / "figure-3.png").exists()
 
 
-@pytest.mark.parametrize("offered", [True, False])
-def test_the_command_line_of_a_run(tmp_path: Path, offered: bool) -> None:
-    """Every option that is passed is one that llama-run has; a compile cache only where it has one."""
-    options = run_options() - {"--compile-cache"} | ({"--compile-cache"} if offered else set())
-    runner = Runner({"int8": tmp_path}, 2, tmp_path / "cache", frozenset(options))
-    arguments = runner.arguments(_points(4)[0])
+@pytest.mark.parametrize("backend", ["xla", "inductor", "eager"])
+def test_the_command_line_of_a_run(tmp_path: Path, backend: str) -> None:
+    """Every option that is passed is one that llama-run has; a compile cache only where something is compiled."""
+    runner = Runner({"int8": tmp_path}, 2, tmp_path / "cache")
+    arguments = runner.arguments(Point(backend, "int8", "bfloat16", 4, 8, 3, 32))
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert given.keys() <= options
-    assert ("--compile-cache" in given) == offered
+    assert given.keys() <= {option for parameter in run.params for option in parameter.opts}
+    assert ("--compile-cache" in given) == (backend != "eager")
     assert given["--buckets"] == "32"
     assert (given["--batch-size"], given["--layers"], given["--json"]) == ("4", "2", "-")
 
@@ -270,7 +270,7 @@ def test_the_command_line_of_a_run(tmp_path: Path, offered: bool) -> None:
 @pytest.mark.slow
 def test_real_runs_of_eager_and_of_transformers(root: Path, tmp_path: Path) -> None:
     """Figures of a process of its own; a run that can't be done gives its one line."""
-    runner = Runner({"int8": root / "shards", "bf16": root / "none"}, None, tmp_path, run_options())
+    runner = Runner({"int8": root / "shards", "bf16": root / "none"}, None, tmp_path)
     eager, broken = (Point("eager", weights, "bfloat16", 2, 8, 3, 32) for weights in ("int8", "bf16"))
     figures = runner.measure(eager)["figures"]
     assert (figures["platform"], figures["batch_size"], figures["prompt_tokens"]) == ("cpu/eager", 2, 8)

@@ -130,7 +130,7 @@ def test_175b_keeps_the_seed_where_files_do_not_fit(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["config.json", "random_init.json"]
 
 
-@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run", "llama-plan"])
+@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run", "llama-plan", "llama-bench"])
 def test_help_names_every_option_of_the_contract(command: str) -> None:
     promised = {
         "llama-convert": "--config --source --out --storage --seed --dtype --layers --max-shard-size --force --dry-run",
