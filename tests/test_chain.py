@@ -137,8 +137,10 @@ def test_help_names_every_option_of_the_contract(command: str) -> None:
         "llama-quantize": "--int8 --bf16 --chips --target --only-chip --out --layers --force --verify --dry-run "
         "--quantize-lm-head",
         "llama-run": "--shards --prompt --prompt-ids --prompt-len --max-new-tokens --batch-size --max-seq-len "
-        "--buckets --seed --dtype --backend --layers --json",
+        "--buckets --temperature --top-k --top-p --seed --dtype --kv-cache-dtype --backend --layers --compile-cache "
+        "--json",
         "llama-plan": "--config --shards --int8 --bf16 --target --batch-size --max-seq-len --json",
+        "llama-bench": "--shards --batch-size --prompt-len --max-seq-len --out --repeat --figures --force --json",
     }
     text = _run(Path.cwd(), command, "--help").stdout
     assert [option for option in promised[command].split() if option not in text] == []
