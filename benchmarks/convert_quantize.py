@@ -1,6 +1,6 @@
 """Conversion and quantization against the disk's own speed and against other int8 quantizers.
 
-    python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--json FILE] [--repeat 3]
+    python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--json FILE] [--repeat 3] [--methods floor,ours]
 
 Makes a 7B-shaped checkpoint of random weights, then quantizes it by each method in a process of its own, in turns, with
 two threads and with the source's pages dropped from the cache first; reports the median time, giga-weights per second
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--methods", help="only these, by the names in the table, with commas between")
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -53,28 +54,32 @@ def main() -> None:
         return
     if options.llama_cpp:
         os.environ[LLAMA_CPP] = str(options.llama_cpp.resolve())
+    names = [name for name in METHODS if name != "write-gguf"]
+    if options.methods:
+        names = options.methods.split(",")
+        if not {"floor", "ours"} <= set(names) <= METHODS.keys():
+            sys.exit(f"--methods takes floor, ours and any of {', '.join(METHODS)}")
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
-        results = measure(Path(work), options.layers, options.repeat)
+        results = measure(Path(work), options.layers, options.repeat, names)
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(work: Path, layers: int, repeat: int) -> dict[str, Any]:
-    """Every method ``repeat`` times, in turns."""
+def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str, Any]:
+    """Every named method that is at hand ``repeat`` times, in turns."""
     checkpoint = work / "checkpoint"
     making = _run(
         [SCRIPTS / "llama-convert", "--config", "7B", "--layers", layers, "--storage", "files", "--out", checkpoint],
         work,
     )
     weights = json.loads((checkpoint / "model.safetensors.index.json").read_text())["metadata"]["total_parameters"]
-    names = [name for name in METHODS if name != "write-gguf"]
     if not importlib.util.find_spec("torchao"):
-        names.remove("torchao")
-    if LLAMA_CPP in os.environ:
+        names = [name for name in names if name != "torchao"]
+    if LLAMA_CPP not in os.environ:
+        names = [name for name in names if name != "llama.cpp Q8_0"]
+    if "llama.cpp Q8_0" in names:
         _run([sys.executable, __file__, "--method", "write-gguf", "--work", work], work)  # a small parent stays small
-    else:
-        names.remove("llama.cpp Q8_0")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
