@@ -1,6 +1,7 @@
 """Conversion and quantization against the disk's own speed and against other int8 quantizers.
 
-    python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--json FILE] [--repeat 3] [--methods floor,ours]
+    python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--repeat 3] [--methods floor,ours]
+                                            [--llama-cpp FOLDER] [--json FILE]
 
 Makes a 7B-shaped checkpoint of random weights, then quantizes it by each method in a process of its own, in turns, with
 two threads and with the source's pages dropped from the cache first; reports the median time, giga-weights per second

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -15,11 +17,14 @@ from converters.errors import InputError
 
 DISTRIBUTION = "llama-tpu-toolchain"
 _USAGE_ERROR = 2
+# The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """Run a click command and exit: 0, or 2 with one ``Error:`` line on stderr for anything the user can mend."""
+    _allow_many_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
     try:
@@ -30,7 +35,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     except InputError as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted. Run the same command again to go on.", 130)
+        _fail("Interrupted. Run the same command again; what can be resumed goes on.", 130)
     except BrokenPipeError:
         # Whoever read our output has left; keep Python from complaining about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,10 +45,18 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         _fail(_OUT_OF_MEMORY)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's words; it has no class for this on the CPU
+        if not any(words in str(error) for words in _NO_MEMORY):
             raise
         _fail(_OUT_OF_MEMORY)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may: a large model has hundreds, all open at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS refuses an unlimited number
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _fail(message: str, status: int = _USAGE_ERROR) -> NoReturn:

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.streams import StreamWriter
+from converters.streams import StreamWriter, chunk_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,10 @@ class SafetensorsWriter:
     is written; with ``hashed``, ``sha256`` is the digest of that.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], resume_at: int = 0, hashed: bool = False) -> None:
+    def __init__(
+        self, path: Path, tensors: Sequence[TensorSpec], resume_at: int = 0, hashed: bool = False, files: int = 1
+    ) -> None:
+        """``files`` is the number of files that are being written at once."""
         self._path = path
         self._partial = partial_path(path)
         self._digest = hashlib.sha256() if hashed else None
@@ -117,7 +120,7 @@ class SafetensorsWriter:
         self.nbytes = 0
         if resume_at:
             self._skip(resume_at)
-        self._file = StreamWriter(self._partial, resume_at)
+        self._file = StreamWriter(self._partial, resume_at, chunk_bytes(files))
         if not resume_at:
             self._write(safetensors_header(tensors))
 

@@ -23,7 +23,7 @@ def mappings(path: Path) -> list[Mapping]:
     # A line holds addresses, permissions, offset, device, inode and, with newlines escaped, the path.
     name = os.fsencode(os.path.realpath(path)).replace(b"\n", b"\\012")
     try:
-        lines = Path("/proc/self/maps").read_bytes().splitlines()
+        lines = Path("/proc/self/maps").read_bytes().split(b"\n")
     except OSError:
         return []
     found = []

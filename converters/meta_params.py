@@ -89,8 +89,15 @@ class Params:
             max_position_embeddings=131072 if scaling else unscaled,
             tie_word_embeddings=False,  # LLaMA 3.2's files hold the head a second time
             bos_token_id=128000 if third else 1,
-            eos_token_ids=(128001, 128008, 128009) if third else (2,),  # end of text, of message, of turn
+            eos_token_ids=_end_tokens(third, scaled=scaling is not None),
         )
+
+
+def _end_tokens(third: bool, scaled: bool) -> tuple[int, ...]:
+    """Of LLaMA 3: end of text and of turn, and from 3.1 on, which scales RoPE, end of message; of 1 and 2: </s>."""
+    if not third:
+        return (2,)
+    return (128001, 128008, 128009) if scaled else (128001, 128009)
 
 
 def read_params(path: Path) -> Params:

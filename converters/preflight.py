@@ -17,6 +17,7 @@ from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.parallel import AHEAD, WORKERS, in_order
 from converters.source import BLOCK_ELEMENTS
+from converters.streams import chunk_bytes
 from converters.units import format_bytes, format_seconds
 
 _PROGRAM_BYTES = 550_000_000  # the interpreter with torch
@@ -44,13 +45,19 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing(path)).free
 
 
-def expected_rss_bytes() -> int:
-    """The resident memory that conversion and quantization are expected to reach: the same for a model of any size."""
-    return _PROGRAM_BYTES + (AHEAD + WORKERS + 1) * _BLOCK_BYTES
+def expected_rss_bytes(at_once: int) -> int:
+    """The resident memory that conversion and quantization are expected to reach: the same for a model of any size.
+
+    ``at_once`` is how many files are written at the same time.
+    """
+    return _PROGRAM_BYTES + (AHEAD + WORKERS + 1) * _BLOCK_BYTES + 2 * at_once * chunk_bytes(at_once)
 
 
-def check_machine(out: Path, files: int) -> None:
-    """Raise InputError where the disk of ``out`` has no room for ``files`` more names, or memory is short."""
+def check_machine(out: Path, files: int, at_once: int = 1) -> None:
+    """Raise InputError where the disk of ``out`` has no room for ``files`` more names, or memory is short.
+
+    ``at_once`` of the files are written at the same time.
+    """
     status = os.statvfs(existing(out))
     if status.f_files and status.f_favail < files:
         raise InputError(
@@ -58,9 +65,10 @@ def check_machine(out: Path, files: int) -> None:
             "there, or give --out on another disk."
         )
     available = _available_memory()
-    if available is not None and available < expected_rss_bytes():
+    needed = expected_rss_bytes(at_once)
+    if available is not None and available < needed:
         raise InputError(
-            f"This takes about {format_bytes(expected_rss_bytes())} of memory and {format_bytes(available)} are "
+            f"This takes about {format_bytes(needed)} of memory and {format_bytes(available)} are "
             "available. Close other programs."
         )
 
@@ -72,7 +80,9 @@ def layers_that_fit(config: ModelConfig, nbytes: Callable[[ModelConfig], int], f
     return f", --layers {fitting} or fewer" if 0 < fitting < config.num_layers else ""
 
 
-def estimate(out: Path, nbytes: int, tasks: Iterable[Callable[[], T]], size: Callable[[T], int]) -> str:
+def estimate(
+    out: Path, nbytes: int, tasks: Iterable[Callable[[], T]], size: Callable[[T], int], at_once: int = 1
+) -> str:
     """For --dry-run: the memory and the time that an output of ``nbytes`` is expected to take.
 
     The first few of the ``tasks`` that make the output, whose results have ``size`` bytes, and a short write to this
@@ -88,7 +98,7 @@ def estimate(out: Path, nbytes: int, tasks: Iterable[Callable[[], T]], size: Cal
     return (
         f"  about {format_seconds(nbytes / min(making, writing))} (this disk takes {format_bytes(int(writing))}/s, "
         f"{format_bytes(round(min(making, 1e15)))}/s are made; both measured for a moment), "
-        f"about {format_bytes(expected_rss_bytes())} of memory"
+        f"about {format_bytes(expected_rss_bytes(at_once))} of memory"
     )
 
 

@@ -111,7 +111,7 @@ def rope_from_hf(fields: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
 
 
 def _read_scaling(rope: dict[str, Any], fields: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     rule = _RULES.get(kind) if isinstance(kind, str) else None

@@ -12,7 +12,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 _CHUNK_BYTES = 2 << 20
+_BUFFER_BYTES = 256 << 20  # of all files that are written at once
 _WRITERS = 2  # threads, for all files together
 _SMALL_BYTES = 64 << 10  # below it a read through the page cache, with its reading ahead, is faster
 
@@ -35,26 +37,27 @@ class StreamReader:
         """Raises OSError where the file can't be opened."""
         self._path = path
         self._file = path.open("rb", buffering=0)
-        self._direct: int | None = None
-        try:
-            self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        except (AttributeError, OSError):  # not on this system, or not on this file system
-            return
+        self._may_be_direct = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
 
-    def __del__(self) -> None:
-        if getattr(self, "_direct", None) is not None:
-            os.close(self._direct)
+    @cached_property
+    def _direct(self) -> FileIO | None:
+        """The file without the page cache; None on a file system that can't do that."""
+        try:
+            return open(self._path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT))
+        except OSError:
+            return None
 
     def read(self, offset: int, count: int) -> torch.Tensor:
         """``count`` bytes from ``offset`` as uint8. Raises InputError where the file has become shorter."""
         import torch
 
-        if count >= _SMALL_BYTES and self._direct is not None and not self._cached(offset + count - 1):
+        if self._may_be_direct and count >= _SMALL_BYTES and not self._cached(offset + count - 1) and self._direct:
             try:
-                return self._read_direct(self._direct, offset, count)
+                return self._read_direct(self._direct.fileno(), offset, count)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
+                self._may_be_direct = False
         values = torch.empty(count, dtype=torch.uint8)
         self._fill(self._file.fileno(), values, offset, count)
         return values
@@ -90,37 +93,40 @@ class StreamReader:
         """Whether the page cache holds the byte at ``position``."""
         try:
             return os.preadv(self._file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT) == 1
-        except (AttributeError, OSError):
+        except OSError:
             return False
 
 
 class StreamWriter:
     """A file written front to back, behind the caller. With ``resume_at`` one that is there is cut and continued."""
 
-    def __init__(self, path: Path, resume_at: int = 0) -> None:
-        self._descriptor = _open_to_write(path, truncate=not resume_at)
+    def __init__(self, path: Path, resume_at: int = 0, chunk_bytes: int = _CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         # One is filled while the other is on its way to the disk; mapped memory begins at a page.
-        self._filling, self._spare = (memoryview(mmap.mmap(-1, _CHUNK_BYTES)) for _ in range(2))
+        self._filling, self._spare = (memoryview(mmap.mmap(-1, chunk_bytes)) for _ in range(2))
         self._writing: Future[None] | None = None
         self._begin = resume_at // _PAGE * _PAGE  # of what is being filled, in the file
         self._filled = resume_at - self._begin
         if resume_at:
-            os.truncate(self._descriptor, resume_at)
-            os.preadv(self._descriptor, [self._filling[:_PAGE]], self._begin)
+            os.truncate(path, resume_at)
+            with path.open("rb") as file:
+                file.seek(self._begin)
+                self._filling[: self._filled] = file.read()
+        self._descriptor = _open_to_write(path, truncate=not resume_at)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``. Raises the OSError of this or an earlier writing."""
         left = memoryview(data)
         while left:
-            count = min(len(left), _CHUNK_BYTES - self._filled)
+            count = min(len(left), self._chunk_bytes - self._filled)
             self._filling[self._filled : self._filled + count] = left[:count]
             self._filled += count
             left = left[count:]
-            if self._filled == _CHUNK_BYTES:
+            if self._filled == self._chunk_bytes:
                 self._wait()
-                self._writing = _writers().submit(self._put, self._filling, _CHUNK_BYTES, self._begin)
+                self._writing = _writers().submit(self._put, self._filling, self._chunk_bytes, self._begin)
                 self._filling, self._spare = self._spare, self._filling
-                self._begin, self._filled = self._begin + _CHUNK_BYTES, 0
+                self._begin, self._filled = self._begin + self._chunk_bytes, 0
 
     def flush(self) -> int:
         """Hand all that is written to the system. Returns a file descriptor to fsync."""
@@ -153,6 +159,11 @@ class StreamWriter:
             except OSError as error:
                 if error.errno != errno.EINVAL or not _leave_direct(self._descriptor):
                     raise
+
+
+def chunk_bytes(files: int) -> int:
+    """A writer's chunk where so many files are written at once, each with two: smaller where there are many."""
+    return max(_PAGE, min(_CHUNK_BYTES, _BUFFER_BYTES // (2 * files) // _PAGE * _PAGE))
 
 
 def _open_to_write(path: Path, truncate: bool) -> int:

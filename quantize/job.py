@@ -38,7 +38,8 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
     lines = _describe(sharding, request.out)
     if dry_run:
         lines.append(f"  {format_bytes(free_bytes(request.out))} free here")
-        lines.append(estimate(request.out, sharding.nbytes, piece_tasks(sharding, source), lambda piece: piece.nbytes))
+        tasks, files = piece_tasks(sharding, source), len(sharding.only_chips)
+        lines.append(estimate(request.out, sharding.nbytes, tasks, lambda piece: piece.nbytes, files))
         return "\n".join(lines)
     with claim(request.out, sharding.arguments(), source.files(), finished, COMPANION_NAMES, force) as state:
         if state is State.FINISHED:
@@ -105,7 +106,8 @@ def _check_distinct(checkpoint: Path, out: Path) -> None:
 
 def _check_fits(sharding: Sharding, out: Path) -> None:
     """Raise InputError, saying what would fit, where the files don't."""
-    check_machine(out, len(sharding.only_chips) + len(COMPANION_NAMES))
+    files = len(sharding.only_chips)
+    check_machine(out, files + len(COMPANION_NAMES), at_once=files)
     needed, free = sharding.missing_bytes(out), free_bytes(out)
     if not needed or room_for(needed) <= free:
         return

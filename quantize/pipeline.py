@@ -112,7 +112,7 @@ def _write_chips(
     with ExitStack() as stack:
         writers = {}
         for chip, name in names.items():
-            writers[chip] = SafetensorsWriter(out / name, specs, position if done else 0, hashed=True)
+            writers[chip] = SafetensorsWriter(out / name, specs, position if done else 0, hashed=True, files=len(names))
             stack.callback(writers[chip].stop)
         _write_pieces(piece_tasks(sharding, source, skip=done or 0), writers, names, source, journal, advance)
         for writer in writers.values():

@@ -26,6 +26,7 @@ class Backend(Protocol):
     platform: str  # device and backend: "cpu/xla"
     chips: int  # over which tensors are split; 1 where they are whole
     leader: bool  # whether this process speaks for all of a multi-host slice
+    steps_ahead: int  # decode steps to launch before the tokens of one are read; 0 where launching waits for the end
     cache_type: type[KVCache]  # how a graph updates the cache
 
     def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -126,17 +127,21 @@ def command(
     llama-run --shards out/ --batch-size 8 --json -        a prompt drawn by --seed
     """
     from converters.errors import InputError
-    from converters.files import write_whole
+    from converters.units import plural
     from quantize.shards import Shards
     from runtime.buckets import parse_buckets
-    from runtime.json_out import check_json_out
+    from runtime.json_out import check_folder, check_json_out, write_json_out
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
+    if not math.isfinite(temperature) or not math.isfinite(top_p):
+        raise InputError("--temperature and --top-p have to be numbers; nan and inf are none.")
     if temperature == 0 and (top_k, top_p) != (0, 1):
         raise InputError("--top-k and --top-p choose among drawn tokens: give a --temperature above 0 with them.")
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
+    if compile_cache is not None:
+        check_folder(compile_cache)
     sizes = parse_buckets(buckets)
     check_json_out(json_out)
     Shards(shards)  # what is wrong with the directory should show before torch is loaded
@@ -172,9 +177,10 @@ def command(
     else:
         _show(done, prompts)
         if json_out is not None:
-            write_whole(Path(json_out), (content + "\n").encode())
+            write_json_out(json_out, content)
     if done.recompilations:
-        click.echo(f"Error: {done.recompilations} graphs were compiled after warm-up; none should be.", err=True)
+        count = plural(done.recompilations, "graph")
+        click.echo(f"Error: {count} compiled after warm-up, where none should be: don't trust these times.", err=True)
         return 1
     return 0
 

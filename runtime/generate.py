@@ -4,7 +4,7 @@ The last token of a prompt is left to the first decode step. So all tokens come 
 buckets need no output head, and generating L tokens is L executions, as the post counts them.
 
 The host is not in the loop: a step's tokens and slot are the next one's inputs as they lie on the device, and the host
-reads tokens only when it has launched a few steps more.
+reads tokens only when it has launched a few steps more (``Backend.steps_ahead``). So many run in vain after the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from runtime.kv_cache import KVCache
 from runtime.sampling import Controls, Sampling
 
 _PAD = 0  # any valid id: what stands on padding is masked
-STEPS_AHEAD = 4  # launched before a step's tokens are read; so many run in vain where all rows have ended
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,9 @@ class Generator:
     ) -> tuple[list[list[int]], float]:
         """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]: tokens [L, B], and when the first came.
 
-        Tokens are read STEPS_AHEAD steps behind the last launch, so that the device never waits for the host.
+        Tokens are read some steps behind the last launch, so that the device never waits for the host.
         """
+        ahead = self._backend.steps_ahead
         launched: list[Tensor] = []
         rows: list[list[int]] = []
         open_rows = set(range(self.batch_size))
@@ -159,7 +159,7 @@ class Generator:
             if open_rows and len(launched) < max_new_tokens:
                 tokens, slots = self._run_step(tokens, slots, offsets, controls)
                 launched.append(tokens)
-                if len(launched) - len(rows) <= STEPS_AHEAD and len(launched) < max_new_tokens:
+                if len(launched) - len(rows) <= ahead and len(launched) < max_new_tokens:
                     continue
             elif len(rows) == len(launched):
                 break

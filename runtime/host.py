@@ -23,6 +23,7 @@ class HostBackend:
     chips = 1
     leader = True
     cache_type = KVCache
+    steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
         """``compile_cache`` is a folder in which Inductor keeps its kernels; torch has one of its own by default."""

@@ -1,4 +1,4 @@
-"""Where --json writes to: checked before a run is spent on it."""
+"""Where --json and the like write to: checked before a run is spent on it; a file is written whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from converters.errors import InputError
+from converters.files import write_whole
 
 
 def check_json_out(json_out: str | None) -> None:
@@ -15,3 +16,23 @@ def check_json_out(json_out: str | None) -> None:
     path = Path(json_out)
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"--json {path} can't be written. Give a file in a folder that is there, or -.")
+
+
+def check_folder(path: Path) -> None:
+    """Make a folder that is to be written into. Raises InputError where it can't be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"The folder {path} can't be made or written into. Give another.")
+
+
+def write_json_out(json_out: str, line: str) -> None:
+    """Write a line to the file that --json names: whole, through a link; into a pipe or a device as it is."""
+    path, content = Path(os.path.realpath(json_out)), (line + "\n").encode()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_whole(path, content)

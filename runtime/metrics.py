@@ -19,7 +19,7 @@ from runtime.sizing import parameter_count, post_cache_bytes, post_parameter_byt
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per chip, and of the host process; ``device_peak`` is None where the device keeps no account."""
+    """Bytes per chip, and of the host process; ``device_peak_bytes`` is None where the device keeps no account."""
 
     parameter_bytes_per_chip: int
     padding_bytes_per_chip: int  # of the parameters: what splitting over these chips adds

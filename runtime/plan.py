@@ -26,6 +26,8 @@ from runtime.topology import CHIPS, chip_of, slices_of
 # What Table 2 of the post counts chips of, and so does a plan without a target.
 DEFAULT_GENERATION = "v4"
 
+_COUNTS_TRIED = 64  # beyond the fewest; a placement of each is worked out
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -86,9 +88,9 @@ class Workload:
         return min_chips(self.unsplit.held_bytes, CHIPS[generation].hbm_bytes)
 
     def min_padded_chips(self, generation: str) -> int | None:
-        """The fewest chips of which each has room for its padded part; None where twice the fewest don't do either."""
+        """The fewest chips of which each has room for its padded part; None where the next few counts don't do."""
         fewest, hbm = self.min_chips(generation), CHIPS[generation].hbm_bytes
-        counts = range(fewest, min(2 * fewest, MAX_CHIPS) + 1)
+        counts = range(fewest, min(2 * fewest, fewest + _COUNTS_TRIED, MAX_CHIPS) + 1)
         return next((chips for chips in counts if self.on(chips).held_bytes <= hbm), None)
 
     def smallest_slice(self, generation: str) -> Slice | None:

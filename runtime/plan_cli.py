@@ -20,7 +20,10 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
-    "--config", "config_name", metavar="NAME|FILE", help="A preset (tiny, 7B ... 175B) or a LLaMA config.json."
+    "--config",
+    "config_name",
+    metavar="NAME|FILE",
+    help="A preset (tiny, 7B ... 175B, llama-3-8b ...) or a LLaMA config.json.",
 )
 @click.option(
     "--shards",
@@ -140,7 +143,7 @@ def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tu
 
 def _put(text: str, content: Any, json_out: str | None) -> None:
     """The text on stdout, and the JSON in its file; or the JSON on stdout alone."""
-    from converters.files import write_whole
+    from runtime.json_out import write_json_out
 
     line = json.dumps(content, ensure_ascii=False)
     if json_out == "-":
@@ -148,7 +151,7 @@ def _put(text: str, content: Any, json_out: str | None) -> None:
         return
     click.echo(text)
     if json_out is not None:
-        write_whole(Path(json_out), (line + "\n").encode())
+        write_json_out(json_out, line)
 
 
 def main() -> None:

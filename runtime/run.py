@@ -73,10 +73,12 @@ def run(request: Request) -> Run | None:
         before = backend.compilations()
         generation = generator.generate(prompts, min(room, request.max_new_tokens), request.sampling)
         recompilations = backend.compilations() - before
+        del generator  # and its cache: what is measured from here on may need the room
         memory = _memory(request, shards, config, backend, len(prompts), parameter_bytes)
         logit_error = None
         if request.kv_cache_dtype != request.dtype:
-            logit_error = _cache_error(request, config, decoder, backend, generator, prompts)
+            logit_error = _cache_error(request, config, decoder, backend, prompts)
+        bandwidth = Bandwidth(memory.step_bytes_per_chip * backend.chips, backend.read_bandwidth())
     if not backend.leader:
         return None
     return Run(
@@ -89,12 +91,12 @@ def run(request: Request) -> Run | None:
         compile_s=compiled - loaded,
         recompilations=recompilations,
         memory=memory,
-        bandwidth=Bandwidth(memory.step_bytes_per_chip * backend.chips, backend.read_bandwidth()),
+        bandwidth=bandwidth,
         formulas=Formulas.of(config, len(prompts), request.max_seq_len),
         compile_cache=cache_use,
         cache_logit_error=logit_error,
         generation=generation,
-        text=[codec.decode(ids) for ids in generation.token_ids] if codec else None,
+        text=[codec.continuation(*row) for row in zip(prompts, generation.token_ids, strict=True)] if codec else None,
     )
 
 
@@ -122,17 +124,17 @@ def _memory(
 
 
 def _cache_error(
-    request: Request,
-    config: ModelConfig,
-    decoder: Decoder,
-    backend: Backend,
-    generator: Generator,
-    prompts: list[list[int]],
+    request: Request, config: ModelConfig, decoder: Decoder, backend: Backend, prompts: list[list[int]]
 ) -> LogitError:
-    """What the cache's dtype costs: the prompts' logits against those through a cache of the activations' dtype."""
-    exact_cache = make_cache(config, backend, len(prompts), request.max_seq_len, request.dtype)
-    exact = Generator(config, decoder, exact_cache, backend, request.buckets).logits(prompts).float()
-    error = generator.logits(prompts).float() - exact
+    """What the cache's dtype costs: the first prompt's logits against those through one of the activations' dtype."""
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        cache = make_cache(config, backend, 1, request.max_seq_len, dtype)
+        return Generator(config, decoder, cache, backend, request.buckets).logits(prompts[:1]).float()
+
+    with spinner("Measuring the cache's error"):
+        exact = logits(request.dtype)
+        error = logits(request.kv_cache_dtype) - exact
     return LogitError(error.abs().max().item(), (error.norm() / exact.norm()).item())
 
 
@@ -145,6 +147,11 @@ def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> 
     elif request.prompt_ids is not None:
         prompts = [list(request.prompt_ids)]
     else:
+        if request.prompt_len > request.max_seq_len:
+            raise InputError(
+                f"The prompt would be {request.prompt_len} tokens long and --max-seq-len is {request.max_seq_len}. "
+                "Raise --max-seq-len, or lower --prompt-len."
+            )
         generator = torch.Generator().manual_seed(request.sampling.seed)
         drawn = torch.randint(config.vocab_size, (request.batch_size, request.prompt_len), generator=generator)
         return drawn.tolist()

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_COLDEST = 1e-4  # a temperature below draws the largest logit anyway; logits over it stay finite
+_COLDEST = 1e-4  # up to it the largest logit is taken: divided by less, logits would not stay finite
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sampling:
         generator = torch.Generator().manual_seed(self.seed)
         return Controls(
             torch.tensor([self.temperature], dtype=torch.float32),
-            torch.tensor([self.top_k]),
+            torch.tensor([min(self.top_k, _ALL)]),
             torch.tensor([self.top_p], dtype=torch.float32),
             torch.rand(slots, batch_size, generator=generator),
         )
@@ -61,4 +62,4 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, no
     rank = (reached <= noise[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
     # Rounding may leave the noise at the very end of the sum: the last token kept is meant then.
     rank = torch.minimum(rank, (kept > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(temperature > 0, tokens.gather(-1, rank), logits.argmax(-1, keepdim=True))
+    return torch.where(temperature > _COLDEST, tokens.gather(-1, rank), logits.argmax(-1, keepdim=True))

@@ -27,9 +27,14 @@ class TextCodec:
             raise InputError("The prompt holds no token; give some text.")
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of ``ids``, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def continuation(self, prompt: list[int], ids: list[int]) -> str:
+        """The text that ``ids`` add behind a prompt's, without special tokens.
+
+        Decoded alone they would lose the space before their first word, where a tokenizer strips the text's first.
+        """
+        before, whole = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
+        before = before.rstrip("\ufffd")  # half a character, which the ids complete
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
 
 
 def find_codec(directory: Path) -> TextCodec | None:

@@ -11,12 +11,15 @@ from models import make_model
 
 from quantize.cli import command as quantize
 from quantize.shards import Shards
-from runtime.generate import STEPS_AHEAD, Generation, Generator
+from runtime.generate import Generation, Generator
 from runtime.host import HostBackend
 from runtime.load import load_decoder, make_cache
 from runtime.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9], [10]]
+
+
+STEPS_AHEAD = 4
 
 
 class RecordingTensor(torch.Tensor):
@@ -31,6 +34,8 @@ class RecordingTensor(torch.Tensor):
 
 class RecordingBackend(HostBackend):
     """The eager backend, which notes when a decode step is launched and when its tokens are read."""
+
+    steps_ahead = STEPS_AHEAD
 
     def __init__(self) -> None:
         super().__init__("eager")
@@ -101,6 +106,13 @@ def test_decoding_ends_a_few_steps_after_the_last_row_has(shards: Shards) -> Non
     generation = _generate(shards, backend, 30, (end,), prompts=PROMPTS[:1])
     assert generation.token_ids == [free[:needed]]
     assert generation.steps == needed + STEPS_AHEAD == backend.events.count("launch")
+
+
+def test_a_host_that_has_done_a_step_reads_it_at_once(shards: Shards) -> None:
+    backend = RecordingBackend()
+    backend.steps_ahead = HostBackend.steps_ahead
+    _generate(shards, backend, 5)
+    assert backend.events == ["launch", "read"] * 5
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, STEPS_AHEAD, STEPS_AHEAD + 1])

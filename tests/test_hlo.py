@@ -60,12 +60,15 @@ def test_every_cache_is_written_over_its_own_input(step: str) -> None:
 
 def test_a_cache_is_copied_at_most_once(step: str) -> None:
     """XLA:CPU reads the old cache in two fusions, so one copy each; crossed aliases would make it two."""
-    assert _entry(step)[f"f32[1,1,{SLOTS},16]{{3,2,1,0}}", "copy"] <= 2 * LAYERS
+    copies = sum(count for (shape, kind), count in _entry(step).items() if kind == "copy" and f"1,{SLOTS},16]" in shape)
+    assert 0 < copies <= 2 * LAYERS
 
 
 def test_no_weight_is_transposed_or_copied(step: str) -> None:
     moved = [shape for shape, kind in _entry(step) if kind in ("transpose", "copy")]
     weights = {(32, 64), (16, 64), (64, 32), (24, 64), (64, 24), (56, 64)}
+    parameters = step.split("entry_computation_layout={(")[1].split(")->")[0]
+    assert all(f"[{rows},{columns}]" in parameters for rows, columns in weights)
     for shape in moved:
         sizes = tuple(int(size) for size in re.search(r"\[([0-9,]*)\]", shape)[1].split(",") if size)
         assert sizes not in weights

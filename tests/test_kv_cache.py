@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from invoke import invoke, invoke_error
-from models import write_hf
+from models import make_model, write_hf
+from parity import decode, relative
 
 from converters.cli import command as convert
 from quantize.cli import command as quantize
@@ -34,7 +35,11 @@ def test_both_caches_hold_what_was_written_last(dtype: torch.dtype) -> None:
         parts = [torch.randn(2, 3, len(slots), 8) for _ in "kv"]
         for whole, part in zip(expected, parts, strict=True):
             whole[:, :, slots] = part
+        before = [list(cache.layers[0]) for cache in caches]
+        held = [tensor.clone() for tensor in before[1]]
         results = [cache.update(0, torch.tensor(slots), *parts) for cache in caches]
+        assert all(new is old for new, old in zip(caches[0].layers[0], before[0], strict=True))  # in place
+        assert all(torch.equal(old, kept) for old, kept in zip(before[1], held, strict=True))  # new tensors
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     keys, values, *scales = caches[0].layers[0]
     if dtype != torch.int8:
@@ -84,6 +89,31 @@ def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:
 
 def test_an_unknown_cache_dtype_is_refused(tmp_path: Path) -> None:
     assert "int8" in invoke_error(run, "--shards", _shards(tmp_path), "--kv-cache-dtype", "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chips", [1, 4])
+def test_int8_cache_on_chips(tmp_path: Path, chips: int) -> None:
+    """Under XLA, its four tensors a layer split over the chips: as eager, for rows of different lengths."""
+    make_model(tmp_path / "hf", heads=6, kv_heads=2, hidden=48, head_dim=16)
+    results = []
+    for backend, count in (("xla", chips), ("eager", 1)):
+        out = tmp_path / f"out-{backend}"
+        invoke(quantize, tmp_path / "hf", "--int8", "--chips", count, "--out", out)
+        job = {
+            "shards": out,
+            "dtype": "float32",
+            "kv_cache_dtype": "int8",
+            "batches": [[[3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]],
+            "new_tokens": 12,
+            "max_seq_len": 48,
+            "buckets": [8],
+            "backend": backend,
+        }
+        results += decode([job], tmp_path / backend)
+    assert results[0]["recompilations"] == 0
+    assert relative(*(torch.tensor(result["logits"][0]) for result in results)) < 1e-3
+    assert [row[:3] for row in results[0]["token_ids"][0]] == [row[:3] for row in results[1]["token_ids"][0]]
 
 
 @pytest.mark.slow

@@ -24,7 +24,22 @@ def test_text_survives(tmp_path: Path) -> None:
     _write(tmp_path)
     codec = find_codec(tmp_path)
     for text in ("Hello, world", "two  spaces\n", "é 漢字 🙂"):
-        assert codec.decode(codec.encode(text)) == text
+        ids = codec.encode(text)
+        assert codec.continuation([], ids) == text
+        for cut in range(len(ids)):  # also within a character, which then belongs to the continuation
+            before = codec.continuation([], ids[:cut]).rstrip("\ufffd")
+            assert before + codec.continuation(ids[:cut], ids[cut:]) == text
+
+
+def test_the_space_before_the_first_word_is_kept(tmp_path: Path) -> None:
+    """Where a tokenizer in the manner of SentencePiece takes one from the beginning of a text."""
+    words = ["\u2581a", "\u2581girl", "\u2581named", "\u2581Emma"]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = find_codec(tmp_path)
+    assert "a girl named" + codec.continuation(codec.encode("a girl named"), [3]) == "a girl named Emma"
 
 
 def test_no_tokenizer_and_no_token(tmp_path: Path) -> None:
