@@ -89,7 +89,8 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
     type=click.FloatRange(min=0, min_open=True),
     default=15,
     show_default=True,
-    help="Begin no run that would not be over by then; the same command again does what is left.",
+    help="Begin no run that would not be over by then, as far as earlier runs of its backend tell; the same command "
+    "again does what is left.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Measure only the first N layers.")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Where to write.")

@@ -18,7 +18,7 @@ from quantize.shards import Shards
 from runtime.baseline import _generate, _HostCPU, load_model
 
 
-def _exact(directory: Path, chips: int) -> dict[str, torch.Tensor]:
+def _exact(directory: Path) -> dict[str, torch.Tensor]:
     """Every parameter of int8 shards in float64, put together from a copy of them for one chip, without our reader."""
     invoke(quantize, directory, "--int8", "--out", directory.with_name("one"))
     tensors = load_file(directory.with_name("one") / "chip-00-of-01.safetensors")
@@ -33,7 +33,7 @@ def _exact(directory: Path, chips: int) -> dict[str, torch.Tensor]:
 def test_dequantized_shards_hold_values_times_scales(tmp_path: Path, chips: int) -> None:
     write_hf(tmp_path / "hf")
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / "int8")
-    exact = _exact(tmp_path / "int8", chips)
+    exact = _exact(tmp_path / "int8")
     assert write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16")
     shards = Shards(tmp_path / "bf16")
     shards.verify(lambda count, tensor="": None)

@@ -150,7 +150,7 @@ def test_a_failing_point_is_left_at_that_and_tried_again_by_a_rerun(tmp_path: Pa
         assert [len(journal.of(point.to_json())) for point in points] == [2, 2]
 
 
-def test_runs_of_two_devices_are_not_mixed(root: Path, tmp_path: Path) -> None:
+def test_runs_of_two_devices_are_not_mixed(tmp_path: Path) -> None:
     with open_journal(tmp_path / "j", {}, force=False) as journal:
         _sweep(journal, _points(1), 1, 1e9)
         journal.runs[0]["figures"]["platform"] = "tpu/xla"

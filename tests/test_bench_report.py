@@ -151,6 +151,16 @@ def test_pictures_open_and_show_something(tmp_path: Path) -> None:
         assert len({tuple(pixel) for pixel in imread(path)[::7, ::7, :3].reshape(-1, 3).tolist()}) > 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_prefill_of_no_time_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    figures = plan_figures(("6",), Sizes((1,), (1,), (32,), 5), "int8")
+    runs = _runs(figures, 2)
+    for run in runs:
+        run["figures"]["prefill_ms"] = 0.0
+    write_report(tmp_path, summarize(figures, runs, {}, SETTINGS), figures)
+    assert (tmp_path / "figure-6.png").exists()
+
+
 def test_without_matplotlib_the_tables_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
