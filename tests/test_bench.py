@@ -98,6 +98,15 @@ def test_answers_without_loading_anything_heavy(arguments: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("more", [("--max-new-tokens", 256), ("--max-seq-len", "64,256")], ids=str)
+def test_defaults_fit_the_sizes_that_are_given(tmp_path: Path, more: tuple[object, ...]) -> None:
+    write_hf(tmp_path / "hf", max_position_embeddings=2048)
+    invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "shards")
+    result = invoke(bench, "--shards", tmp_path / "shards", "--out", tmp_path / "out", "--figures", "3,4,6",
+                    "--minutes", 1e-9, *more)  # fmt: skip
+    assert "The time is up" in result.stderr
+
+
 class _Clock:
     """Time that passes only when told to."""
 
