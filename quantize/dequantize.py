@@ -14,7 +14,8 @@ import torch
 
 from converters.checkpoint import COMPANION_NAMES
 from converters.errors import InputError
-from converters.output import State, claim
+from converters.files import PARTIAL_SUFFIX
+from converters.output import claim
 from converters.preflight import check_machine, free_bytes, room_for
 from converters.progress import progress
 from converters.units import format_bytes
@@ -36,29 +37,51 @@ def dequantized_rows(shards: Shards, name: str, start: int, stop: int) -> torch.
     return dequantize(Quantized(values, shards.rows(scale, start, stop)))
 
 
-def write_dequantized(shards: Shards, layers: int | None, out: Path) -> bool:
+def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool) -> bool:
     """Write bfloat16 shards of the first ``layers`` (None: all) into ``out``, for as many chips as ``shards`` are for.
 
-    An interrupted run goes on where it stopped. Returns False where they were there already. Raises InputError where a
-    chip's file is missing, where they don't fit on the disk, or where ``out`` holds something else.
+    An interrupted run goes on where it stopped. Returns False where they were there already. Raises InputError, with
+    nothing removed, where a chip's file is missing, where they don't fit on the disk, or where ``out`` holds something
+    else; with ``force`` shards of other arguments are replaced.
     """
     shards.require(range(shards.chips))
     config = shards.config.cut(layers).with_dtype("bfloat16")
     fingerprint = hashlib.sha256(f"dequantized {shards.manifest.source_fingerprint}".encode()).hexdigest()
     sharding = Sharding(config, Scheme("bf16"), shards.chips, tuple(range(shards.chips)), fingerprint)
-    with claim(out, sharding.arguments(), shards.paths(), finished, COMPANION_NAMES, force=False) as state:
-        if state is State.FINISHED:
-            return False
-        check_machine(out, shards.chips + len(COMPANION_NAMES))
-        needed, free = sharding.missing_bytes(out), free_bytes(out)
-        if room_for(needed) > free:
-            raise InputError(
-                f"{out} needs {format_bytes(needed)} for bfloat16 shards and {format_bytes(free)} are free there. "
-                "Give --out on a larger disk."
-            )
-        with progress("Dequantizing", sharding.nbytes) as advance:
-            write_shards(sharding, _Dequantizer(shards), out, advance)
+    if _is_made(sharding, out):
+        return False
+    _check_fits(sharding, out)
+    with (
+        claim(out, sharding.arguments(), shards.paths(), finished, COMPANION_NAMES, force),
+        progress("Dequantizing", sharding.nbytes) as advance,
+    ):
+        write_shards(sharding, _Dequantizer(shards), out, advance)
     return True
+
+
+def _is_made(sharding: Sharding, out: Path) -> bool:
+    """Whether ``out`` holds these very shards, finished."""
+    try:
+        made = finished(out)
+    except InputError:  # unfinished or damaged: claim tells which
+        return False
+    return (
+        made is not None
+        and made.arguments == sharding.arguments()
+        and all((out / name).is_file() for name in made.files)
+    )
+
+
+def _check_fits(sharding: Sharding, out: Path) -> None:
+    """Raise InputError where the disk has no room for the files, that of the files in their place counted as free."""
+    check_machine(out, sharding.chips + len(COMPANION_NAMES))
+    replaced = [path for end in ("", PARTIAL_SUFFIX) for path in out.glob("chip-*.safetensors" + end)]
+    room = free_bytes(out) + sum(path.stat().st_size for path in replaced)
+    if room_for(sharding.nbytes) > room:
+        raise InputError(
+            f"{out} needs {format_bytes(sharding.nbytes)} for bfloat16 shards and has room for {format_bytes(room)}. "
+            "Give --out on a larger disk."
+        )
 
 
 class _Dequantizer(Resharder):

@@ -19,14 +19,12 @@ from converters.progress import spinner
 from converters.units import format_seconds
 from quantize.shards import Shards
 from runtime.baseline import INSTALL
-from runtime.bench_inputs import CACHE_FOLDER, Request, arguments, check_out, environment
+from runtime.bench_inputs import BF16_FOLDER, CACHE_FOLDER, Request, arguments, check_out, environment
 from runtime.bench_journal import FILE_NAME as JOURNAL
 from runtime.bench_journal import RunJournal, open_journal
 from runtime.bench_points import LATENCY, Figure, Point, plan_figures
 from runtime.bench_report import REPORT_FILES, summarize, write_report
 from runtime.bench_run import Runner
-
-BF16_FOLDER = "bf16-shards"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Done:
 def bench(request: Request) -> Done:
     """Measure what is not yet measured, write the report into ``out``, and return it.
 
-    Raises InputError before anything is written where the shards, the sizes or what ``out`` holds don't fit.
+    Raises InputError, with nothing removed or measured, where the shards, the sizes, the disk or what ``out`` holds
+    don't fit; and later where the runs of a rerun come from another device.
     """
     begin = time.monotonic()
     shards = Shards(request.shards)
@@ -54,12 +53,15 @@ def bench(request: Request) -> Done:
     check_out(request)
     request.out.mkdir(parents=True, exist_ok=True)
     with open_journal(request.out / JOURNAL, given, request.force) as journal:
-        if not journal.runs:
-            _clear(request.out)
-        places = {weights: request.shards} | _bf16_place(request, shards)
-        runner = Runner(places, request.layers, request.out / CACHE_FOLDER)
         without = _without_transformers(figures)
         points = [point for point in dict.fromkeys(p for f in figures for p in f.points) if point not in without]
+        if request.makes_bf16_shards and _are_wanting("bf16", points, journal, request.repeat):
+            _make_bf16_shards(shards, request.layers, request.out / BF16_FOLDER, replace=not journal.runs)
+        if not journal.runs:
+            _clear(request.out)
+            journal.begin()
+        places = {"bf16": request.bf16_shards or request.out / BF16_FOLDER, weights: request.shards}
+        runner = Runner(places, request.layers, request.out / CACHE_FOLDER)
         left = sweep(points, journal, runner.measure, request.repeat, begin + 60 * request.minutes)
         report = summarize(figures, journal.runs, without, given | environment())
         write_report(request.out, report, figures)
@@ -123,22 +125,21 @@ def _check_device(run: dict[str, Any], journal: RunJournal) -> None:
             )
 
 
-def _bf16_place(request: Request, shards: Shards) -> dict[str, Path]:
-    """Where the bfloat16 shards for figure 5 are; made of the int8 ones where none were given."""
-    if "5" not in request.figures:
-        return {}
-    if request.bf16_shards is not None:
-        return {"bf16": request.bf16_shards}
+def _are_wanting(weights: str, points: list[Point], journal: RunJournal, repeat: int) -> bool:
+    """Whether a point of these weights has runs left to do."""
+    return any(len(journal.of(point.to_json())) < repeat for point in points if point.weights == weights)
+
+
+def _make_bf16_shards(shards: Shards, layers: int | None, out: Path, replace: bool) -> None:
+    """The shards for figure 5, of the int8 ones; ``replace`` those of an earlier bench that are others."""
     from quantize.dequantize import write_dequantized
 
-    out = request.out / BF16_FOLDER
-    if write_dequantized(shards, request.layers, out):
+    if write_dequantized(shards, layers, out, force=replace):
         click.echo(
             f"Wrote bfloat16 shards to {out}, dequantized from the int8 ones: their values are not the original "
             "weights, which speed does not depend on. To measure others: --bf16-shards.",
             err=True,
         )
-    return {"bf16": out}
 
 
 def _without_transformers(figures: list[Figure]) -> dict[Point, str]:

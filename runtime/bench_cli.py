@@ -8,11 +8,9 @@ from pathlib import Path
 import click
 
 from converters.command import DISTRIBUTION, run
-from runtime.bench_points import FIGURES
+from runtime.bench_points import FIGURES, MAX_SEQ_LENS, PROMPT_LENS, fitting_sizes
 
 _BATCH_SIZES = (1, 2, 4, 8)
-_PROMPT_LENS = (128, 10, 1500)
-_MAX_SEQ_LENS = (256, 1024, 2048)
 
 
 def _parse_sizes(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -65,7 +63,7 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
     "--prompt-len",
     "prompt_lens",
     callback=_parse_sizes,
-    help=f"Lengths of figure 6; the others take the first. [default: {','.join(map(str, _PROMPT_LENS))}, those that "
+    help=f"Lengths of figure 6; the others take the first. [default: {','.join(map(str, PROMPT_LENS))}, those that "
     "fit]",
 )
 @click.option(
@@ -73,7 +71,7 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
     "max_seq_lens",
     callback=_parse_sizes,
     help="Lengths of figure 4; figure 6 takes the largest, the others the first. "
-    f"[default: {','.join(map(str, _MAX_SEQ_LENS))}, those that fit the model]",
+    f"[default: {','.join(map(str, MAX_SEQ_LENS))}, those that fit the model and the first prompt]",
 )
 @click.option(
     "--max-new-tokens",
@@ -89,7 +87,8 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
     type=click.FloatRange(min=0, min_open=True),
     default=15,
     show_default=True,
-    help="Begin no run that would not be over by then; the same command again does what is left.",
+    help="Begin no run that would not be over by then, as far as earlier runs of its backend tell; the same command "
+    "again does what is left.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Measure only the first N layers.")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Where to write.")
@@ -120,13 +119,10 @@ def command(
     from converters.units import plural
     from quantize.shards import Shards
     from runtime.bench import Request, bench
-    from runtime.bench_points import Sizes
     from runtime.bench_report import to_markdown
 
     positions = Shards(shards).config.max_position_embeddings
-    caches = max_seq_lens or tuple(n for n in _MAX_SEQ_LENS if n <= positions) or (positions,)
-    prompts = prompt_lens or tuple(n for n in _PROMPT_LENS if n + new_tokens - 1 <= max(caches)) or (1,)
-    sizes = Sizes(batch_sizes, prompts, caches, new_tokens)
+    sizes = fitting_sizes(batch_sizes, prompt_lens, max_seq_lens, new_tokens, positions)
     done = bench(Request(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
     click.echo(json.dumps(done.report, ensure_ascii=False) if as_json else to_markdown(done.report).rstrip("\n"))
     if done.left:

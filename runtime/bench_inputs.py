@@ -14,10 +14,12 @@ from converters.errors import InputError
 from quantize.manifest import FILE_NAME as MANIFEST
 from quantize.shards import Shards
 from runtime.bench_journal import FILE_NAME as JOURNAL
+from runtime.bench_journal import is_journal
 from runtime.bench_points import Sizes
 from runtime.bench_report import REPORT_FILES
 
 CACHE_FOLDER = "compile-cache"
+BF16_FOLDER = "bf16-shards"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Request:
     layers: int | None
     out: Path
     force: bool
+
+    @property
+    def makes_bf16_shards(self) -> bool:
+        """Whether figure 5 is asked for without shards for it."""
+        return "5" in self.figures and self.bf16_shards is None
 
 
 def arguments(request: Request, shards: Shards) -> dict[str, Any]:
@@ -98,15 +105,15 @@ def environment() -> dict[str, str | None]:
 
 
 def check_out(request: Request) -> None:
-    """Raise InputError where ``out`` is an input, or holds files of the report's names that no bench wrote."""
+    """Raise InputError where ``out`` is an input, or holds files of a bench's names that no bench wrote."""
     out = request.out
     inputs = [path.resolve() for path in (request.shards, request.bf16_shards) if path is not None]
     if out.resolve() in inputs:
         raise InputError(f"--out {out} is an input. Give another directory; an input is never changed.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Give --out a directory.")
-    if request.force or (out / JOURNAL).exists():
+    if request.force or is_journal(out / JOURNAL):
         return
-    for name in (*REPORT_FILES, CACHE_FOLDER):
+    for name in (*REPORT_FILES, CACHE_FOLDER, *([BF16_FOLDER] if request.makes_bf16_shards else [])):
         if (out / name).exists():
             raise InputError(f"{out / name} was not written by a bench in {out}. Give --force, or another --out.")

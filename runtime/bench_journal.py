@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,23 @@ from converters.errors import InputError
 FILE_NAME = "runs.jsonl"
 FORMAT_VERSION = 1
 _TORN_HEADER = b'{"format_version'  # what the first line begins with
+_LONGEST_HEADER = 1 << 20  # bytes; no need to read more of a file that is none of ours
 
 
 class RunJournal:
     """What was measured: ``runs``, oldest first, each with its ``point``, ``wall_s``, and ``figures`` or ``error``."""
 
-    def __init__(self, descriptor: int, runs: list[dict[str, Any]]) -> None:
+    def __init__(self, descriptor: int, arguments: dict[str, Any], runs: list[dict[str, Any]]) -> None:
         self._descriptor = descriptor
+        self._arguments = arguments
         self.runs = runs
+
+    def begin(self) -> None:
+        """Drop every run, on the disk too: those to come are a function of these arguments."""
+        self.runs.clear()
+        os.ftruncate(self._descriptor, 0)
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+        _write_line(self._descriptor, {"format_version": FORMAT_VERSION, "arguments": self._arguments})
 
     def append(self, run: dict[str, Any]) -> None:
         """Keep a run: when this returns, it is on the disk."""
@@ -39,7 +48,9 @@ def open_journal(path: Path, arguments: dict[str, Any], force: bool) -> Iterator
     """The journal at ``path``, held by this process alone, for runs that are a function of ``arguments``.
 
     A torn last line, which a kill leaves, is dropped. Raises InputError where the journal holds runs made with other
-    arguments or is damaged (``force`` begins anew), or where another process holds it.
+    arguments or is damaged, where the file is no journal, or where another process holds it. With ``force`` other
+    arguments and damage are no error: there are no ``runs``, and those on the disk stay until the caller calls
+    ``begin``, which it must do before it appends.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -48,37 +59,53 @@ def open_journal(path: Path, arguments: dict[str, Any], force: bool) -> Iterator
         except BlockingIOError:
             raise InputError(f"Another llama-bench is writing to {path.parent}. Wait, or give another --out.") from None
         wanted = json.loads(json.dumps(arguments))
-        runs = [] if force else _read(descriptor, path, wanted)
-        if not runs:
-            os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_END)
-            _write_line(descriptor, {"format_version": FORMAT_VERSION, "arguments": wanted})
-        yield RunJournal(descriptor, runs)
+        lines = _read_lines(descriptor, path)
+        runs = [] if force else _runs(lines, descriptor, path, wanted)
+        journal = RunJournal(descriptor, wanted, runs)
+        if not runs and not (force and len(lines) > 1):
+            journal.begin()
+        yield journal
     finally:
         os.close(descriptor)
 
 
-def _read(descriptor: int, path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs so far; the file is cut behind the last whole line, and stands at its end."""
+def is_journal(path: Path) -> bool:
+    """Whether there is a file at ``path`` that begins as a bench begins it."""
+    with suppress(OSError), path.open("rb") as file:
+        return _parse(file.readline(_LONGEST_HEADER), header=True) is not None
+    return False
+
+
+def _read_lines(descriptor: int, path: Path) -> list[bytes]:
+    """The lines with their ends, none of a journal that was torn in the first. InputError for any other file."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
-        content = file.read()
-    lines = content.splitlines(keepends=True)
+        lines = file.read().splitlines(keepends=True)
+    if not lines or _parse(lines[0], header=True) is not None:
+        return lines
+    torn = not lines[0].endswith(b"\n") and (lines[0].startswith(_TORN_HEADER) or _TORN_HEADER.startswith(lines[0]))
+    if len(lines) == 1 and torn:
+        return []
+    raise InputError(
+        f"{path} was not written by llama-bench, and --force keeps it. Move it away, or give another --out."
+    )
+
+
+def _runs(lines: list[bytes], descriptor: int, path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs so far; the file is cut behind the last whole line, and stands at its end."""
     records = []
     for number, line in enumerate(lines, 1):
         record = _parse(line, header=number == 1)
-        if record is None and (number < len(lines) or (number == 1 and not _TORN_HEADER.startswith(line[:8]))):
-            raise InputError(f"{path} is damaged in line {number}. Give --force to measure anew, or another --out.")
-        if record is None:
-            lines.pop()
-        else:
+        if record is not None:
             records.append(record)
-    os.ftruncate(descriptor, sum(map(len, lines)))
-    os.lseek(descriptor, 0, os.SEEK_END)
+        elif number < len(lines):
+            raise InputError(f"{path} is damaged in line {number}. Give --force to measure anew, or another --out.")
     if len(records) > 1 and records[0] != {"format_version": FORMAT_VERSION, "arguments": wanted}:
         raise InputError(
             f"{path.parent} was begun with {_difference(records[0], wanted)}. Give the same, --force to measure anew, "
             "or another --out."
         )
+    os.ftruncate(descriptor, sum(map(len, lines[: len(records)])))
+    os.lseek(descriptor, 0, os.SEEK_END)
     return records[1:]
 
 
@@ -91,7 +118,8 @@ def _parse(line: bytes, header: bool) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         return None
     if header:
-        return record if isinstance(record.get("arguments"), dict) else None
+        ours = isinstance(record.get("arguments"), dict) and type(record.get("format_version")) is int
+        return record if ours else None
     outcome = are_figures(record["figures"]) if "figures" in record else isinstance(record.get("error"), str)
     whole = outcome and isinstance(record.get("point"), dict) and type(record.get("wall_s")) in (int, float)
     return record if whole else None

@@ -78,7 +78,7 @@ def _line(axes: Axes, figure: dict[str, Any], rows: list[dict[str, Any]], key: s
     places = [row["x"] for row in rows]
     axes.errorbar(places, medians, yerr=errors, marker="o", capsize=4, color=_DEFAULT_COLOR)
     top = max(row[key]["max"] for row in rows)
-    axes.set_ylim(0, 1.2 * top)
+    axes.set_ylim(0, 1.2 * top or 1)  # a prompt of one token has no prefill
     for x, row in zip(places, rows, strict=True):
         _write_above(axes, x, row[key])
     logarithmic = max(places) > _WIDEST_LINEAR * min(places)

@@ -8,6 +8,8 @@ from typing import Any
 from converters.errors import InputError
 from runtime.buckets import sections, usable_buckets
 
+PROMPT_LENS = (128, 10, 1500)  # where none are asked for
+MAX_SEQ_LENS = (256, 1024, 2048)
 FIGURES = ("2", "3", "4", "5", "6", "baseline")
 POST_BUCKETS = (128, 256, 384, 512)
 LAZY_TOKENS = 4  # each is a compilation of the whole model
@@ -105,6 +107,32 @@ class Sizes:
                     f"A prompt of {length} and {self.new_tokens} new tokens need a cache of {needed}, and "
                     f"--max-seq-len has {cache}{hint}. Change --prompt-len, --max-new-tokens or --max-seq-len."
                 )
+
+
+def fitting_sizes(
+    batch_sizes: tuple[int, ...],
+    prompt_lens: tuple[int, ...] | None,
+    max_seq_lens: tuple[int, ...] | None,
+    new_tokens: int,
+    max_position_embeddings: int,
+) -> Sizes:
+    """The sweeps, with the defaults that fit the model and each other in place of None; Sizes.check judges the rest.
+
+    The caches that were not asked for are those that hold the first prompt, the prompts those that the longest cache
+    holds, with one first that every cache holds.
+    """
+    more = new_tokens - 1  # the last new token is never fed back
+    first = (prompt_lens or PROMPT_LENS)[0]
+    caches = (
+        max_seq_lens
+        or tuple(length for length in MAX_SEQ_LENS if first + more <= length <= max_position_embeddings)
+        or (max_position_embeddings,)
+    )
+    if prompt_lens is None:
+        everywhere = tuple(length for length in PROMPT_LENS if length + more <= min(caches)) or (1,)
+        somewhere = (length for length in PROMPT_LENS if min(caches) < length + more <= max(caches))
+        prompt_lens = (*everywhere, *somewhere)
+    return Sizes(batch_sizes, prompt_lens, caches, new_tokens)
 
 
 def plan_figures(names: tuple[str, ...], sizes: Sizes, weights: str) -> list[Figure]:

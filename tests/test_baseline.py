@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from invoke import invoke
-from models import SMALL, make_model, write_hf
+from models import SMALL, make_model, snapshot, write_hf
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from converters import preflight
 from converters.errors import InputError
 from quantize.cli import command as quantize
 from quantize.dequantize import dequantized_rows, write_dequantized
@@ -18,7 +20,7 @@ from quantize.shards import Shards
 from runtime.baseline import _generate, _HostCPU, load_model
 
 
-def _exact(directory: Path, chips: int) -> dict[str, torch.Tensor]:
+def _exact(directory: Path) -> dict[str, torch.Tensor]:
     """Every parameter of int8 shards in float64, put together from a copy of them for one chip, without our reader."""
     invoke(quantize, directory, "--int8", "--out", directory.with_name("one"))
     tensors = load_file(directory.with_name("one") / "chip-00-of-01.safetensors")
@@ -33,8 +35,8 @@ def _exact(directory: Path, chips: int) -> dict[str, torch.Tensor]:
 def test_dequantized_shards_hold_values_times_scales(tmp_path: Path, chips: int) -> None:
     write_hf(tmp_path / "hf")
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / "int8")
-    exact = _exact(tmp_path / "int8", chips)
-    assert write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16")
+    exact = _exact(tmp_path / "int8")
+    assert write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16", force=False)
     shards = Shards(tmp_path / "bf16")
     shards.verify(lambda count, tensor="": None)
     assert (shards.chips, shards.manifest.scheme.name) == (chips, "bf16")
@@ -44,14 +46,41 @@ def test_dequantized_shards_hold_values_times_scales(tmp_path: Path, chips: int)
         assert got.dtype is torch.bfloat16
         torch.testing.assert_close(got, values.float().to(torch.bfloat16), rtol=2**-8, atol=0)
         assert (got.double() - values).abs().max() <= values.abs().max() * 2**-8
-    assert not write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16")  # nothing was left to do
+    assert not write_dequantized(
+        Shards(tmp_path / "int8"), None, tmp_path / "bf16", force=False
+    )  # nothing was left to do
 
 
 def test_dequantized_shards_of_a_cut_model_run_as_such(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "int8")
-    write_dequantized(Shards(tmp_path / "int8"), 1, tmp_path / "bf16")
+    write_dequantized(Shards(tmp_path / "int8"), 1, tmp_path / "bf16", force=False)
     assert Shards(tmp_path / "bf16").config.num_layers == 1
+
+
+def test_dequantized_shards_of_other_arguments_are_refused_or_forced(tmp_path: Path) -> None:
+    """A full disk is found before the earlier ones are removed, whose room counts as free."""
+    write_hf(tmp_path / "hf")
+    invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "int8")
+    shards, out = Shards(tmp_path / "int8"), tmp_path / "bf16"
+    write_dequantized(shards, 1, out, force=False)
+    before = snapshot(out)
+    with pytest.raises(InputError, match="layers 1, now 2"):
+        write_dequantized(shards, None, out, force=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(InputError, match="has room for"):
+            write_dequantized(shards, None, out, force=True)
+        assert not write_dequantized(shards, 1, out, force=True)  # nothing to write: the disk may be full
+    assert snapshot(out) == before
+    held = (out / "chip-00-of-01.safetensors").stat().st_size
+    assert write_dequantized(shards, None, tmp_path / "whole", force=False)
+    needed = (tmp_path / "whole" / "chip-00-of-01.safetensors").stat().st_size
+    free = preflight.room_for(needed) - held
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        assert write_dequantized(shards, None, out, force=True)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -59,7 +88,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", 2, "--out", tmp_path / "int8")
     (tmp_path / "int8" / "chip-01-of-02.safetensors").unlink()
     with pytest.raises(InputError, match="chip-01-of-02"):
-        write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16")
+        write_dequantized(Shards(tmp_path / "int8"), None, tmp_path / "bf16", force=False)
     assert not (tmp_path / "bf16").exists()
 
 

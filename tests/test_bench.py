@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -12,15 +13,19 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from invoke import invoke, refuse
-from models import edit_json, write_hf
+from models import edit_json, snapshot, write_hf
 
+from converters import preflight
 from converters.cli import command as convert
 from quantize.cli import command as quantize
+from quantize.shards import Shards
 from runtime import bench as bench_module
+from runtime import bench_report
 from runtime.bench import sweep
 from runtime.bench_cli import command as bench
 from runtime.bench_journal import RunJournal, open_journal
@@ -98,6 +103,15 @@ def test_answers_without_loading_anything_heavy(arguments: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("more", [("--max-new-tokens", 256), ("--max-seq-len", "64,256")], ids=str)
+def test_defaults_fit_the_sizes_that_are_given(tmp_path: Path, more: tuple[object, ...]) -> None:
+    write_hf(tmp_path / "hf", max_position_embeddings=2048)
+    invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "shards")
+    result = invoke(bench, "--shards", tmp_path / "shards", "--out", tmp_path / "out", "--figures", "3,4,6",
+                    "--minutes", 1e-9, *more)  # fmt: skip
+    assert "The time is up" in result.stderr
+
+
 class _Clock:
     """Time that passes only when told to."""
 
@@ -150,7 +164,7 @@ def test_a_failing_point_is_left_at_that_and_tried_again_by_a_rerun(tmp_path: Pa
         assert [len(journal.of(point.to_json())) for point in points] == [2, 2]
 
 
-def test_runs_of_two_devices_are_not_mixed(root: Path, tmp_path: Path) -> None:
+def test_runs_of_two_devices_are_not_mixed(tmp_path: Path) -> None:
     with open_journal(tmp_path / "j", {}, force=False) as journal:
         _sweep(journal, _points(1), 1, 1e9)
         journal.runs[0]["figures"]["platform"] = "tpu/xla"
@@ -253,6 +267,84 @@ def test_rows_that_fail_end_as_an_error(root: Path, tmp_path: Path, monkeypatch:
     assert "Error: 1 row failed" in result.stderr
     assert [row["runs"] for row in json.loads((out / "bench.json").read_text())["figures"][0]["rows"]] == [3, 0]
     assert (out / "figure-3.png").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """Runs that take no time, and no pictures; the list has the points measured."""
+    measured: list[Point] = []
+
+    def measure(self: Runner, point: Point) -> dict[str, Any]:
+        assert (self.shards[point.weights] / "shards.json").exists()
+        measured.append(point)
+        figures = {"per_token_latency_ms": 1.0, "prefill_ms": 0.0, "platform": "cpu/xla", "chips": 1}
+        return {"point": point.to_json(), "wall_s": 0.0, "figures": figures}
+
+    monkeypatch.setattr(Runner, "measure", measure)
+    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    return measured
+
+
+def test_forced_figure_5_is_measured_anew_with_other_arguments(
+    root: Path, tmp_path: Path, quick: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bfloat16 shards are made anew with the runs; where the disk has no room for them, all stays as it was."""
+    out = tmp_path / "out"
+    arguments = ("--shards", root / "shards", "--figures", "5,3", *SIZES, "--repeat", 1, "--out", out)
+    invoke(bench, *arguments, "--layers", 1)
+    refuse(tmp_path, bench, *arguments, "--layers", 2, says=["layers 1, now 2", "--force"])
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        refuse(tmp_path, bench, *arguments, "--layers", 2, "--force", says=["bf16-shards needs"])
+    quick.clear()
+    invoke(bench, *arguments, "--layers", 2, "--force")
+    assert len(quick) == len(_raw_runs(out)) == 4
+    assert Shards(out / "bf16-shards").config.num_layers == 2
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    edit_json(tmp_path / "shards" / "shards.json", lambda content: content.update(source_fingerprint="other"))
+    invoke(bench, "--shards", tmp_path / "shards", *arguments[2:], "--layers", 2, "--force")
+    assert len(quick) == 8
+
+
+def test_a_bench_that_measured_nothing_gives_way(root: Path, tmp_path: Path, quick: list[Point]) -> None:
+    out = tmp_path / "out"
+    arguments = ("--shards", root / "shards", "--figures", "5", *SIZES, "--repeat", 1, "--out", out)
+    invoke(bench, *arguments, "--layers", 1, "--minutes", 1e-9)
+    assert (len(quick), Shards(out / "bf16-shards").config.num_layers) == (0, 1)
+    invoke(bench, *arguments, "--layers", 2)
+    assert (len(quick), Shards(out / "bf16-shards").config.num_layers) == (4, 2)
+
+
+def test_bf16_shards_are_made_only_for_runs_that_are_left(root: Path, tmp_path: Path, quick: list[Point]) -> None:
+    out = tmp_path / "out"
+    arguments = ("--shards", root / "shards", "--figures", "5", *SIZES, "--repeat", 2, "--out", out)
+    invoke(bench, *arguments)
+    made = snapshot(out / "bf16-shards")
+    shutil.rmtree(out / "bf16-shards")
+    invoke(bench, *arguments)
+    assert not (out / "bf16-shards").exists()
+    (out / "runs.jsonl").write_text("".join((out / "runs.jsonl").read_text().splitlines(keepends=True)[:-2]))
+    invoke(bench, *arguments)
+    assert snapshot(out / "bf16-shards") == made
+    assert len(_raw_runs(out)) == 8
+
+
+@pytest.mark.parametrize("name", ["bench.csv", "compile-cache/graph", "bf16-shards/config.json"])
+@pytest.mark.parametrize("journal", [None, "", '{"loss": 1.5}\n'])
+def test_files_of_no_bench_are_kept(
+    root: Path, tmp_path: Path, quick: list[Point], name: str, journal: str | None
+) -> None:
+    """Whatever stands in runs.jsonl, unless its first line is a bench's; --force replaces no other runs.jsonl."""
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    if journal is not None:
+        (out / "runs.jsonl").write_text(journal)
+    arguments = ("--shards", root / "shards", "--figures", "3,5", *SIZES, "--out", out)
+    refuse(tmp_path, bench, *arguments, says=[name.partition("/")[0], "was not written by a bench", "--force"])
+    if journal:
+        refuse(tmp_path, bench, *arguments, "--force", says=["runs.jsonl was not written by llama-bench"])
+    assert not quick
 
 
 @pytest.mark.parametrize("backend", ["xla", "inductor", "eager"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime import bench_report
-from runtime.bench_points import FIGURES, Figure, Point, Sizes, plan_figures
+from runtime.bench_points import FIGURES, Figure, Point, Sizes, fitting_sizes, plan_figures
 from runtime.bench_report import spread, summarize, to_csv, to_markdown, write_report
 
 SIZES = Sizes((1, 2, 8), (16, 4, 40), (64, 32, 128), 5)
@@ -151,6 +151,16 @@ def test_pictures_open_and_show_something(tmp_path: Path) -> None:
         assert len({tuple(pixel) for pixel in imread(path)[::7, ::7, :3].reshape(-1, 3).tolist()}) > 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_prefill_of_no_time_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    figures = plan_figures(("6",), Sizes((1,), (1,), (32,), 5), "int8")
+    runs = _runs(figures, 2)
+    for run in runs:
+        run["figures"]["prefill_ms"] = 0.0
+    write_report(tmp_path, summarize(figures, runs, {}, SETTINGS), figures)
+    assert (tmp_path / "figure-6.png").exists()
+
+
 def test_without_matplotlib_the_tables_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +182,35 @@ def test_only_the_buckets_that_a_prompt_takes(cache: int) -> None:
         assert sections(length - 1, usable_buckets(chosen, cache), cache) == every
         assert set(chosen) == {section.bucket for section in every} or length == 1
         assert len(chosen) >= 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "caches", "new_tokens", "positions", "expected"),
+    [
+        (None, None, 16, 2048, ((128, 10, 1500), (256, 1024, 2048))),
+        (None, None, 256, 2048, ((128, 10, 1500), (1024, 2048))),  # 128 + 255 are beyond 256
+        (None, None, 16, 128, ((10,), (128,))),
+        (None, None, 256, 256, ((1,), (256,))),
+        (None, (64, 256), 16, 2048, ((10, 128), (64, 256))),
+        (None, (2048,), 16, 2048, ((128, 10, 1500), (2048,))),
+        (None, (8, 2048), 3, 2048, ((1, 128, 10, 1500), (8, 2048))),
+        ((300, 10), None, 16, 2048, ((300, 10), (1024, 2048))),
+        ((241, 10), None, 16, 2048, ((241, 10), (256, 1024, 2048))),
+    ],
+)
+def test_defaults_fit_what_is_given(
+    prompts: tuple[int, ...] | None, caches: tuple[int, ...] | None, new_tokens: int, positions: int, expected: object
+) -> None:
+    """They are never refused: a prompt and its new tokens, but for the last, fit where they are put."""
+    sizes = fitting_sizes((1,), prompts, caches, new_tokens, positions)
+    sizes.check(positions)
+    assert (sizes.prompt_lens, sizes.max_seq_lens) == expected
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3, 16, 100, 247, 256, 1000, 2048])
+def test_defaults_alone_are_never_refused(new_tokens: int) -> None:
+    for positions in range(new_tokens, 4096, 61):
+        fitting_sizes((1,), None, None, new_tokens, positions).check(positions)
 
 
 def test_each_figure_varies_what_it_is_about() -> None:
