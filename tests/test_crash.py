@@ -125,8 +125,9 @@ def test_killed_anywhere_a_rerun_ends_the_same(
     whole = snapshot(tmp_path / "whole" / "out")
     duration = min(_finish(command, arguments, tmp_path / f"timing{n}" / "out") for n in range(2) if _make(tmp_path, n))
     chance = random.Random(kind)
-    unfinished = resumed = 0
-    for number in range(KILLS):
+    unfinished = resumed = number = 0
+    # On a busy machine most kills may come too early or too late: then there are more of them.
+    while number < KILLS or (number < 5 * KILLS and (unfinished < KILLS // 4 or not resumed)):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         for attempt in range(chance.choice((1, 1, 1, 3))):
@@ -140,6 +141,7 @@ def test_killed_anywhere_a_rerun_ends_the_same(
                 assert _is_refused(command, out), sorted(snapshot(out))
         _finish(command, arguments, out)
         assert snapshot(out) == whole
+        number += 1
     assert unfinished >= KILLS // 4  # else the kills came before the first byte or after the last
     assert resumed
 
