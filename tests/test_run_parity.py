@@ -181,12 +181,11 @@ def test_prompts_of_all_lengths_in_one_process(smollm2_gguf: Path, tmp_path: Pat
     [result] = decode([job], tmp_path)
     assert result["recompilations"] == 0
     assert result["executions"] == [1, 1, 1, 1, 1, 1, 1, 2, 3]
-    stepped = job | {"batches": [[text[:130]]], "buckets": [1], "max_seq_len": 256}
-    [one_by_one] = decode([stepped], tmp_path / "stepped")
-    assert one_by_one["executions"] == [129]
+    two_ways = {"batches": [[text[:600]]], "max_seq_len": 640, "new_tokens": 1}
+    stepped, sectioned = decode([job | two_ways | {"buckets": [1]}, job | two_ways], tmp_path / "two-ways")
+    assert (stepped["executions"], sectioned["executions"]) == ([599], [2])
     model = reference(tmp_path / "checkpoint", tmp_path / "out")
     expected = logits_after(model, text)
     for length, logits in zip(lengths, result["logits"], strict=True):
         assert relative(torch.tensor(logits[0]), expected[length - 1]) < 1e-4
-    sections = decode([job | {"batches": [[text[:130]]]}], tmp_path / "sections")[0]["logits"][0][0]
-    assert relative(torch.tensor(sections), torch.tensor(one_by_one["logits"][0][0])) < 1e-4
+    assert relative(*(torch.tensor(way["logits"][0][0]) for way in (sectioned, stepped))) < 1e-4
