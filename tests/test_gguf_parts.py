@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from gguf_files import METADATA, finish, random_tensors, refused, write
 from invoke import invoke, refuse
 from models import snapshot
-from test_gguf import METADATA, random_tensors, refused, write
 
 from converters.cli import command as convert
 from converters.errors import DuplicateTensor, InputError
@@ -29,12 +29,7 @@ def write_split(
     for key, value in METADATA.items():
         kind = {int: "add_uint32", float: "add_float32", str: "add_string"}[type(value)]
         getattr(writer, kind)(key, value)
-    for name, (values, kind) in (random_tensors() if tensors is None else tensors).items():
-        writer.add_tensor(name, values, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
     return sorted(path.parent.glob(f"{path.stem}-*.gguf"))
 
 
