@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters import random_init
-from converters.config import ModelConfig, read_json
+from converters.config import read_json
 from converters.errors import InputError
 from converters.files import (
-    CODES,
     SafetensorsWriter,
     TensorSpec,
     safetensors_bytes,
@@ -21,25 +18,26 @@ from converters.files import (
     write_json,
     write_whole,
 )
+from converters.form import Form, block_tasks
 from converters.hf import COMPANIONS, INDEX, open_hf, weight_map
 from converters.journal import Journal
-from converters.layout import Parameter, parameters
 from converters.meta import is_meta, open_meta
 from converters.output import Finished, check_finished
 from converters.parallel import in_order
 from converters.progress import Advance
-from converters.source import TensorSource, row_blocks
-
-if TYPE_CHECKING:
-    import torch
+from converters.registry import find_opener
+from converters.self_check import SelfCheck, check_configuration, check_files
+from converters.source import TensorSource
 
 COMPANION_NAMES = frozenset(COMPANIONS)
-_CONVERSION = "conversion"  # the arguments, kept in the index's metadata or beside the seed
+# What is kept in the index's metadata, or beside the seed: the arguments, and the digest of the self-check.
+_CONVERSION = "conversion"
+_DIGEST = "names_and_shapes_sha256"
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One model-0000i-of-0000n.safetensors: its name and the parameters in it."""
+    """One model-0000i-of-0000n.safetensors: its name and the tensors in it."""
 
     name: str
     specs: tuple[TensorSpec, ...]
@@ -50,7 +48,7 @@ class ModelFile:
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open whatever holds a model's weights: a checkpoint, a Hugging Face or Meta directory, or a GGUF file.
+    """Open whatever holds a model's weights: a checkpoint, a Hugging Face or Meta directory, a GGUF file, shards.
 
     Nothing but headers is read. Raises InputError where the path holds no such thing.
     """
@@ -64,24 +62,28 @@ def open_source(path: Path) -> TensorSource:
         return open_gguf(path)
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a .gguf file, or a directory of Hugging Face's or Meta's.")
-    check_finished(path, "llama-convert", INDEX)
+    registered = find_opener(path)
+    if registered is not None:
+        return registered(path)
     if (path / "shards.json").exists():
-        raise InputError(f"{path} holds shards of a quantized model; give the checkpoint they were made from.")
+        raise InputError(
+            f"{path} holds shards, and nothing that reads them is announced by this installation. Install it again "
+            "(pip install -e .)."
+        )
+    check_finished(path, "llama-convert", INDEX)
     if (path / random_init.FILE_NAME).exists():
         return random_init.open_random_init(path)
     return open_meta(path) if is_meta(path) else open_hf(path)
 
 
-def plan_files(config: ModelConfig, max_shard_bytes: int) -> list[ModelFile]:
-    """Share the parameters, in the table's order, among files of at most ``max_shard_bytes`` of values each.
+def plan_files(form: Form, max_shard_bytes: int) -> list[ModelFile]:
+    """Share the tensors, in their order, among files of at most ``max_shard_bytes`` of values each.
 
-    A parameter larger than that has a file of its own.
+    A tensor larger than that has a file of its own.
     """
-    code = CODES[config.dtype]
     groups: list[list[TensorSpec]] = []
     room = 0
-    for parameter in parameters(config):
-        spec = TensorSpec(parameter.name, code, parameter.shape)
+    for spec in form.specs:
         if not groups or spec.nbytes > room:
             groups.append([])
             room = max_shard_bytes
@@ -94,74 +96,49 @@ def plan_files(config: ModelConfig, max_shard_bytes: int) -> list[ModelFile]:
 
 
 def write_files(
-    source: TensorSource,
-    config: ModelConfig,
-    out: Path,
-    files: list[ModelFile],
-    arguments: dict[str, Any],
-    advance: Advance,
-) -> None:
+    source: TensorSource, form: Form, out: Path, files: list[ModelFile], arguments: dict[str, Any], advance: Advance
+) -> SelfCheck:
     """Write the checkpoint as files, the index last, going on where an interrupted run stopped.
 
-    A file that has its name is whole and stays. ``config`` is the source's, with the dtype to write; ``advance`` is
-    told bytes as they are done.
+    A file that has its name is whole and stays. ``form`` is how the source's tensors are held; ``advance`` is told
+    bytes as they are done. Returns what the files were found to hold.
     """
-    _write_small_files(source, config, out)
+    _write_small_files(source, form.config.to_hf() | form.fields, out)
     with closing(Journal(out)) as journal:
         for file in files:
             if (out / file.name).exists():
                 advance(file.nbytes)
             else:
-                _write_file(source, config, out, file, journal, advance)
+                _write_file(form, out, file, journal, advance)
         journal.wait()
-        write_json(out / INDEX, _index(config, files, arguments))
+        check = check_files(out, [file.name for file in files])
+        write_json(out / INDEX, _index(files, arguments, check))
+    return check
 
 
-def _write_file(
-    source: TensorSource,
-    config: ModelConfig,
-    out: Path,
-    file: ModelFile,
-    journal: Journal,
-    advance: Advance,
-) -> None:
+def _write_file(form: Form, out: Path, file: ModelFile, journal: Journal, advance: Advance) -> None:
     position, _ = journal.read([file.name])
     done = tensors_before(file.specs, position)
     writer = SafetensorsWriter(out / file.name, file.specs, position if done else 0)
     advance(writer.nbytes)
-    table = {parameter.name: parameter for parameter in parameters(config)}
-    left = [table[spec.name] for spec in file.specs[done or 0 :]]
     try:
-        for parameter, stop, block in in_order(block_tasks(source, left, config.dtype)):
+        for spec, stop, block in in_order(block_tasks(form, file.specs[done or 0 :])):
             writer.append(block)
-            advance(block.nbytes, parameter.name)
-            if stop == parameter.shape[0]:
+            advance(block.nbytes, spec.name)
+            if stop == spec.shape[0]:
                 journal.note({file.name: writer})
         writer.close()
     finally:
         writer.stop()
 
 
-def block_tasks(
-    source: TensorSource, wanted: list[Parameter], dtype: str
-) -> Iterator[Callable[[], tuple[Parameter, int, torch.Tensor]]]:
-    """Tasks that read the blocks of these parameters in order: each gives the row at which it stops, and the block."""
-    import torch
-
-    def read(parameter: Parameter, start: int, stop: int) -> tuple[Parameter, int, torch.Tensor]:
-        block = source.rows(parameter.name, start, stop).to(getattr(torch, dtype))
-        check_finite(block, parameter.name)
-        return parameter, stop, block
-
-    for parameter in wanted:
-        for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
-            yield partial(read, parameter, start, stop)
-
-
-def write_seed(source: random_init.RandomSource, out: Path, arguments: dict[str, Any]) -> None:
+def write_seed(source: random_init.RandomSource, out: Path, arguments: dict[str, Any]) -> SelfCheck:
     """Write the checkpoint as its configuration and the seed that its weights come from."""
-    _write_small_files(source, source.config, out)
-    write_json(out / random_init.FILE_NAME, random_init.random_init_record(source.seed) | {_CONVERSION: arguments})
+    _write_small_files(source, source.config.to_hf(), out)
+    check = check_configuration(out)
+    record = random_init.random_init_record(source.seed) | {_DIGEST: check.sha256, _CONVERSION: arguments}
+    write_json(out / random_init.FILE_NAME, record)
+    return check
 
 
 def finished(out: Path) -> Finished | None:
@@ -180,27 +157,18 @@ def finished(out: Path) -> Finished | None:
     return Finished(arguments, ("config.json", *files)) if isinstance(arguments, dict) else None
 
 
-def _write_small_files(source: TensorSource, config: ModelConfig, out: Path) -> None:
-    write_json(out / "config.json", config.to_hf())
+def _write_small_files(source: TensorSource, fields: dict[str, Any], out: Path) -> None:
+    write_json(out / "config.json", fields)
     for name, content in source.companions().items():
         write_whole(out / name, content)
 
 
-def check_finite(block: torch.Tensor, name: str) -> None:
-    """Raise InputError, naming the tensor, where a block of weights holds NaN or an infinity."""
-    if block.abs().amax().isfinite():  # several times as fast as isfinite of every value
-        return
-    narrow = " (or values too large for float16)" if str(block.dtype) == "torch.float16" else ""
-    raise InputError(
-        f"The tensor {name} holds NaN or infinite values{narrow}. Fetch the source again, or give a wider --dtype."
-    )
-
-
-def _index(config: ModelConfig, files: list[ModelFile], arguments: dict[str, Any]) -> dict[str, Any]:
+def _index(files: list[ModelFile], arguments: dict[str, Any], check: SelfCheck) -> dict[str, Any]:
     return {
         "metadata": {
-            "total_parameters": sum(parameter.elements for parameter in parameters(config)),
+            "total_parameters": check.parameters,
             "total_size": sum(spec.nbytes for file in files for spec in file.specs),
+            _DIGEST: check.sha256,
             _CONVERSION: arguments,
         },
         "weight_map": {spec.name: file.name for file in files for spec in file.specs},

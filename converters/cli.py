@@ -1,4 +1,4 @@
-"""llama-convert: weights from a preset, a Hugging Face or Meta directory or a GGUF file into a checkpoint directory."""
+"""llama-convert: weights from a preset, another layout, a GGUF file or shards into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from converters.config import DTYPES
     "--source",
     type=click.Path(path_type=Path),
     metavar="DIR|FILE",
-    help="A directory of Hugging Face's or Meta's, or a .gguf file.",
+    help="A directory of Hugging Face's or Meta's, a .gguf file, or shards.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default="checkpoint", show_default=True, help="Where to write.")
 @click.option(
@@ -37,8 +37,12 @@ from converters.config import DTYPES
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the weights written."
 )
+@click.option("--keep-int8", is_flag=True, help="Of int8 weights: keep them so, in the compressed-tensors layout.")
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one model file.")
+@click.option(
+    "--check-logits", is_flag=True, help="Run a prompt through source and result afterwards (with transformers)."
+)
 @click.option("--force", is_flag=True, help="Replace what this tool wrote to --out before.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.version_option(package_name=DISTRIBUTION)
@@ -49,8 +53,10 @@ def command(
     storage: str,
     seed: int,
     dtype: str,
+    keep_int8: bool,
     layers: int | None,
     max_shard_size: str,
+    check_logits: bool,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -61,6 +67,7 @@ def command(
     llama-convert --source my-llama/       a Hugging Face directory
     llama-convert --source llama-2-70b/    a directory of Meta's: consolidated.00.pth ..., params.json
     llama-convert --source model.gguf      a GGUF file
+    llama-convert --source out/            shards of llama-quantize, the way back
     """
     from converters.config import find_config, read_config
     from converters.convert import Conversion, convert, describe
@@ -84,8 +91,14 @@ def command(
         _check_distinct(source, out)
         weights = open_source(source)
         config = weights.config.cut(layers).with_dtype(dtype)
-    conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size))
+    conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
+    if check_logits:
+        from converters import logits
+
+        logits.check_ready(conversion)
     click.echo(describe(conversion) if dry_run else convert(conversion, force))
+    if check_logits and not dry_run:
+        click.echo(logits.check_logits(conversion))
 
 
 def _check_distinct(source: Path, out: Path) -> None:

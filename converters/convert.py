@@ -10,13 +10,14 @@ from converters import checkpoint
 from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.files import partial_path
+from converters.form import Form, block_tasks, floating_form, int8_form
 from converters.hf import INDEX
 from converters.layout import parameters
 from converters.output import State, claim
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.random_init import RandomSource
-from converters.source import TensorSource
+from converters.source import Int8Source, TensorSource
 from converters.units import format_bytes, format_count, plural
 
 STORAGES = ("auto", "files", "seed")
@@ -32,10 +33,22 @@ class Conversion:
     out: Path
     storage: str
     max_shard_bytes: int
+    keep_int8: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_int8 and not isinstance(self.source, Int8Source):
+            raise InputError(
+                "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
+                "directory in the compressed-tensors layout. Leave it out, or quantize first."
+            )
+
+    @property
+    def form(self) -> Form:
+        return int8_form(self.source, self.config) if self.keep_int8 else floating_form(self.source, self.config)
 
     @property
     def files(self) -> list[checkpoint.ModelFile]:
-        return checkpoint.plan_files(self.config, self.max_shard_bytes)
+        return checkpoint.plan_files(self.form, self.max_shard_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +62,7 @@ class Conversion:
             "dtype": self.config.dtype,
             "storage": self.storage,
             "max_shard_bytes": self.max_shard_bytes,
+            "keep_int8": self.keep_int8,
         }
 
     def missing_bytes(self) -> int:
@@ -86,13 +100,13 @@ def convert(conversion: Conversion, force: bool) -> str:
         if state is State.FINISHED:
             return f"{conversion.out} is already complete; nothing was left to do."
         if storage == "seed":
-            checkpoint.write_seed(conversion.source, conversion.out, arguments)
+            check = checkpoint.write_seed(conversion.source, conversion.out, arguments)
         else:
             with progress("Converting", conversion.nbytes) as advance:
-                checkpoint.write_files(
-                    conversion.source, conversion.config, conversion.out, conversion.files, arguments, advance
+                check = checkpoint.write_files(
+                    conversion.source, conversion.form, conversion.out, conversion.files, arguments, advance
                 )
-    return "\n".join(filter(None, [_summary(conversion, storage), reason]))
+    return "\n".join(filter(None, [_summary(conversion, storage), check.line(), reason]))
 
 
 def describe(conversion: Conversion) -> str:
@@ -102,7 +116,7 @@ def describe(conversion: Conversion) -> str:
     if storage == "files":
         lines += [f"  {file.name}  {format_bytes(file.nbytes)}" for file in conversion.files]
         lines += [f"  {INDEX}, config.json", f"  {format_bytes(free_bytes(conversion.out))} free here"]
-        tasks = checkpoint.block_tasks(conversion.source, parameters(conversion.config), conversion.config.dtype)
+        tasks = block_tasks(conversion.form, conversion.form.specs)
         lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda done: done[2].nbytes))
     return "\n".join(filter(None, lines))
 
@@ -134,4 +148,5 @@ def _summary(conversion: Conversion, storage: str) -> str:
         "a seed" if storage == "seed" else f"{plural(len(conversion.files), 'file')}, {format_bytes(conversion.nbytes)}"
     )
     layers = plural(config.num_layers, "layer")
-    return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {config.dtype}, {form}"
+    dtype = f"int8 and {config.dtype}" if conversion.keep_int8 else config.dtype
+    return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {dtype}, {form}"

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, quantization_config
 from converters.config import DTYPES, ModelConfig, read_config, read_json
-from converters.errors import DuplicateTensor, InputError, MissingTensor, UnmappedTensor
+from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.files import CODES, TensorSpec
 from converters.fingerprint import fingerprint
 from converters.layout import LM_HEAD, check_names, is_known, parameters
 from converters.tensor_files import TensorFile, open_tensor_file
@@ -38,7 +40,7 @@ class HFSource:
 
     def __init__(self, directory: Path, config: ModelConfig, holder: dict[str, TensorFile]) -> None:
         self.config = config
-        self._directory = directory
+        self.directory = directory
         self._holder = holder
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -51,7 +53,32 @@ class HFSource:
         return sorted({file.path for file in self._holder.values()})
 
     def companions(self) -> dict[str, bytes]:
-        return read_companions(self._directory)
+        return read_companions(self.directory)
+
+
+class CompressedSource(HFSource):
+    """Weights in the compressed-tensors layout (compressed.py) under the Int8Source protocol."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        values = self.stored_rows(name, start, stop)
+        scale = name + SCALE_SUFFIX
+        return dequantize(values, self.stored_rows(scale, start, stop)) if scale in self._holder else values
+
+    def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
+        specs = []
+        for parameter in parameters(config):
+            scale = parameter.name + SCALE_SUFFIX
+            quantized = scale in self._holder
+            specs.append(TensorSpec(parameter.name, CODES["int8" if quantized else config.dtype], parameter.shape))
+            if quantized:
+                specs.append(TensorSpec(scale, CODES["float32"], (parameter.shape[0], 1)))
+        return specs
+
+    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return super().rows(name, start, stop)
+
+    def quantization_fields(self) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(LM_HEAD.name + SCALE_SUFFIX in self._holder)}
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
@@ -70,20 +97,27 @@ def open_hf(directory: Path) -> HFSource:
         raise InputError(f"{directory} does not exist or is no directory.")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
-    config = read_config(directory / "config.json")
-    holder = _hold(_weight_files(directory), config)
-    check_names(config, holder, str(directory))
-    return HFSource(directory, config.with_dtype(_check_tensors(config, holder)), holder)
+    int8 = is_int8(read_json(directory / "config.json"))
+    config = read_config(directory / "config.json", quantized=int8)
+    holder = _hold(_weight_files(directory), config, SCALE_SUFFIX if int8 else "")
+    scales = {name for name in holder if int8 and name.endswith(SCALE_SUFFIX)}
+    check_names(config, (name for name in holder if name not in scales), str(directory))
+    config = config.with_dtype(_check_tensors(config, holder, scales))
+    return (CompressedSource if int8 else HFSource)(directory, config, holder)
 
 
-def _hold(files: list[TensorFile], config: ModelConfig) -> dict[str, TensorFile]:
-    """Which file holds each tensor, computed buffers and a tied output head left out."""
+def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, TensorFile]:
+    """Which file holds each tensor, computed buffers and a tied output head left out.
+
+    The name of a weight may be followed by ``suffix``.
+    """
     holder: dict[str, TensorFile] = {}
     for file in files:
         for name in file.names():
-            if _COMPUTED.fullmatch(name) or (config.tie_word_embeddings and name == LM_HEAD.name):
+            weight = name.removesuffix(suffix)
+            if _COMPUTED.fullmatch(name) or (config.tie_word_embeddings and weight == LM_HEAD.name):
                 continue
-            if not is_known(name):
+            if not is_known(weight):
                 raise UnmappedTensor(f"{file.path} holds the tensor {name}, which is not part of a LLaMA model.")
             if name in holder:
                 raise DuplicateTensor(f"The tensor {name} is held twice: by {holder[name].path} and by {file.path}.")
@@ -91,24 +125,38 @@ def _hold(files: list[TensorFile], config: ModelConfig) -> dict[str, TensorFile]
     return holder
 
 
-def _check_tensors(config: ModelConfig, holder: dict[str, TensorFile]) -> str:
-    """Hold shapes and dtypes against the table. Returns the dtype of the weights (the widest of a mixed set)."""
-    found = set()
+def _check_tensors(config: ModelConfig, holder: dict[str, TensorFile], scales: set[str]) -> str:
+    """Hold shapes and dtypes against the table; what has one of the ``scales`` is int8.
+
+    Returns the dtype of the weights that are not quantized (the widest of a mixed set).
+    """
+    found, left = set(), set(scales)
     for parameter in parameters(config):
-        file = holder[parameter.name]
-        shape, dtype = file.shape(parameter.name), file.dtype(parameter.name)
-        if shape != parameter.shape:
-            raise InputError(
-                f"{file.path}: the tensor {parameter.name} is of shape {list(shape)}, but config.json calls for "
-                f"{list(parameter.shape)}."
-            )
-        if dtype not in DTYPES:
-            raise InputError(
-                f"{file.path}: the tensor {parameter.name} is of type {dtype}; this tool reads {', '.join(DTYPES)}. "
-                "Convert the unquantized original."
-            )
-        found.add(dtype)
+        scale = parameter.name + SCALE_SUFFIX
+        if scale in scales:
+            left.remove(scale)
+            _check_tensor(holder[scale], scale, (parameter.shape[0], 1), DTYPES)
+            _check_tensor(holder[parameter.name], parameter.name, parameter.shape, ("int8",))
+        else:
+            found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, DTYPES))
+    for scale in left:
+        raise UnexpectedTensor(f"{holder[scale].path} holds the scale {scale} of no weight of its configuration.")
     return found.pop() if len(found) == 1 else "float32"
+
+
+def _check_tensor(file: TensorFile, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
+    """Hold one tensor's shape and dtype against what is expected. Returns the dtype."""
+    shape, dtype = file.shape(name), file.dtype(name)
+    if shape != expected:
+        raise InputError(
+            f"{file.path}: the tensor {name} is of shape {list(shape)}, but config.json calls for {list(expected)}."
+        )
+    if dtype not in dtypes:
+        raise InputError(
+            f"{file.path}: the tensor {name} is of type {dtype}; this tool reads {', '.join(dtypes)} there. "
+            "Convert the unquantized original."
+        )
+    return dtype
 
 
 def _weight_files(directory: Path) -> list[TensorFile]:

@@ -64,7 +64,7 @@ def check_machine(out: Path, files: int, at_once: int = 1) -> None:
             f"{out} needs {files} files and its disk has room for {status.f_favail} more names. Remove some files "
             "there, or give --out on another disk."
         )
-    available = _available_memory()
+    available = available_memory()
     needed = expected_rss_bytes(at_once)
     if available is not None and available < needed:
         raise InputError(
@@ -113,7 +113,7 @@ def _measure_write_rate(out: Path) -> float:
         return _PROBE_BYTES / (time.perf_counter() - begin)
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Linux's own estimate of the memory that a program can take; None elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

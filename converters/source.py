@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from converters.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from converters.files import TensorSpec
 
 BLOCK_ELEMENTS = 1 << 21  # 4 MB in bfloat16: few enough to hold several, enough to be worth handing to a thread
 CACHED_ELEMENTS = 1 << 19  # as float32, 2 MB: arithmetic in steps of this size stays in the cache
@@ -21,7 +23,7 @@ class TensorSource(Protocol):
     Opening a source checks its names and shapes against the parameter table; values are read by ``rows`` alone.
     """
 
-    config: ModelConfig  # ``config.dtype`` is the dtype in which ``rows`` gives the weights
+    config: ModelConfig  # ``config.dtype`` is that of the weights; what is dequantized comes as float32
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor along its first axis, on the host. Raises InputError for unreadable data."""
@@ -37,6 +39,26 @@ class TensorSource(Protocol):
 
     def companions(self) -> dict[str, bytes]:
         """The files that go with the weights (tokenizer, generation settings): file name -> content."""
+        ...
+
+
+@runtime_checkable
+class Int8Source(TensorSource, Protocol):
+    """A source that holds linears as int8 values and scales: ``rows`` dequantizes, ``stored_rows`` doesn't."""
+
+    def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
+        """Every tensor as it is held, scales by the weight's name and ``_scale``, for this model or a cut of it.
+
+        Tensors that are not quantized, and have no scale, are in ``config.dtype``.
+        """
+        ...
+
+    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of such a tensor, on the host."""
+        ...
+
+    def quantization_fields(self) -> dict[str, Any]:
+        """What config.json has to say of the tensors: its ``quantization_config``."""
         ...
 
 

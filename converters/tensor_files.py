@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
-from converters.files import CODES
+from converters.files import DTYPE_NAMES
 from converters.mapped import file_offset, mappings
 from converters.streams import StreamReader
 
@@ -65,7 +65,7 @@ class SafetensorsFile:
         return tuple(self._entries[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        return _DTYPE_NAMES.get(self.code(name), self.code(name))
+        return DTYPE_NAMES.get(self.code(name), self.code(name))
 
     def code(self, name: str) -> str:
         """The format's code of the stored dtype (``BF16``)."""
@@ -134,9 +134,6 @@ class PickleFile:
         if offset is None or not mapped.is_contiguous():
             return mapped.clone()
         return self._file.values(offset, mapped.dtype, mapped.shape)
-
-
-_DTYPE_NAMES = {code: name for name, code in CODES.items()}
 
 
 def open_tensor_file(path: Path) -> TensorFile:

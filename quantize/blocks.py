@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from converters.checkpoint import check_finite
 from converters.errors import InputError
+from converters.form import check_finite
 from converters.source import TensorSource
 from quantize.int8 import RowErrors, quantize_rows
 from quantize.report import FILE_NAME as REPORT

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from converters.checkpoint import COMPANION_NAMES
+from converters.compressed import SCALE_SUFFIX, dequantize
 from converters.errors import InputError
 from converters.files import PARTIAL_SUFFIX
 from converters.output import claim
@@ -20,7 +21,6 @@ from converters.preflight import check_machine, free_bytes, room_for
 from converters.progress import progress
 from converters.units import format_bytes
 from quantize.blocks import Block, Resharder
-from quantize.int8 import Quantized, dequantize
 from quantize.pipeline import Sharding, finished, write_shards
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
@@ -31,10 +31,10 @@ from quantize.shards import Shards
 def dequantized_rows(shards: Shards, name: str, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a parameter before the split: float32 where it is int8, else in its stored dtype."""
     values = shards.rows(name, start, stop)
-    scale = f"{name}_scale"
+    scale = name + SCALE_SUFFIX
     if scale not in shards.tensors:
         return values
-    return dequantize(Quantized(values, shards.rows(scale, start, stop)))
+    return dequantize(values, shards.rows(scale, start, stop))
 
 
 def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool) -> bool:

@@ -56,8 +56,3 @@ def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
     unit = scales.double()
     errors = (squared_errors * unit.square(), squared_weights * unit.square(), max_errors * unit)
     return Quantized(values, scales), RowErrors(*(column.squeeze(1) for column in errors))
-
-
-def dequantize(quantized: Quantized) -> torch.Tensor:
-    """float32 [out, in]: values * scale."""
-    return quantized.values.float() * quantized.scale

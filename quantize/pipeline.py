@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from converters.compressed import quantization_config
 from converters.config import ModelConfig
 from converters.files import (
     SafetensorsWriter,
@@ -31,7 +32,7 @@ from quantize.blocks import Block, BlockSource
 from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
-from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_config, stored_parameters
+from quantize.scheme import Scheme, StoredParameter, chip_specs, stored_parameters
 from quantize.shards import Shards
 
 
@@ -92,7 +93,7 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
             write_whole(out / name, content)
         fields = config.to_hf()
         if scheme.name == "int8":
-            fields["quantization_config"] = quantization_config(scheme)
+            fields["quantization_config"] = quantization_config(scheme.quantize_lm_head)
         write_json(out / "config.json", fields)
         tensors = describe_tensors(config, scheme, chips)
         Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from converters.config import ModelConfig
 from converters.errors import InputError
@@ -95,16 +94,3 @@ def padding_bytes(config: ModelConfig, scheme: Scheme, chips: int) -> int:
             shard_length = tensor.parameter.shape[tensor.parameter.row.shard]
             total += extra * tensor.parameter.elements // shard_length * ITEM_BYTES[CODES[tensor.dtype]]
     return total
-
-
-def quantization_config(scheme: Scheme) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json in the terms of the compressed-tensors format."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    ignored = [] if scheme.quantize_lm_head else [LM_HEAD.name.removesuffix(".weight")]
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ignored,
-    }

@@ -23,7 +23,7 @@ from converters.checkpoint import open_source
 from converters.errors import InputError
 from quantize.shards import Shards
 
-KILLS = 20  # of each of the seven kinds of run
+KILLS = 20  # of each of the nine kinds of run
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from one process that has loaded everything, so that the kills land in the work and not in the imports.
 _CONTEXT.set_forkserver_preload(["quantize.job", "quantize.cli", "converters.convert", "converters.cli", "gguf"])
@@ -47,6 +47,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         "convert-seed": ("convert", ["--config", config, "--storage", "files", "--seed", 3, *small]),
         "convert-gguf": ("convert", ["--source", root / "model.gguf", *small]),
         "convert-meta": ("convert", ["--source", root / "meta", *small]),
+        "convert-shards": ("convert", ["--source", root / "shards", *small]),
+        "convert-shards-int8": ("convert", ["--source", root / "shards", "--keep-int8", *small]),
         "quantize-files": ("quantize", [root / "files", "--int8", "--chips", 4]),
         "quantize-seed": ("quantize", [root / "seed", "--int8", "--chips", 3]),
         "reshard": ("quantize", [root / "shards", "--int8", "--chips", 3]),
@@ -113,7 +115,10 @@ def _is_refused(command: str, out: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["convert-hf", "convert-seed", "convert-gguf", "convert-meta", "quantize-files", "quantize-seed", "reshard"],
+    [
+        *("convert-hf", "convert-seed", "convert-gguf", "convert-meta", "convert-shards", "convert-shards-int8"),
+        *("quantize-files", "quantize-seed", "reshard"),
+    ],
 )
 def test_killed_anywhere_a_rerun_ends_the_same(
     sources: dict[str, tuple[str, list[str]]], kind: str, tmp_path: Path

@@ -219,6 +219,7 @@ def test_errors_of_run_come_before_torch_xla(root: Path, tmp_path: Path) -> None
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
+sys.modules["accelerate"] = None  # where it is installed, transformers, which our helpers import, has it load torch_xla
 from invoke import invoke_error
 from runtime.cli import command
 for arguments in eval(sys.argv[2]):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from invoke import invoke, refuse, refuse_source
+from invoke import invoke, refuse_source
 from models import SMALL, edit_json, random_tensors, snapshot, write_hf
 from safetensors.torch import save_file
 
@@ -19,7 +19,6 @@ from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.hf import open_hf
-from quantize.cli import command as quantize
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -80,12 +79,6 @@ def test_unfinished_conversion_is_no_source(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     (tmp_path / "hf" / ".in-progress.json").write_text("{}")
     refuse_source(tmp_path, str(tmp_path / "hf"), "unfinished", "llama-convert")
-
-
-def test_shards_are_no_source_of_a_conversion(tmp_path: Path) -> None:
-    write_hf(tmp_path / "hf")
-    invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "shards")
-    refuse(tmp_path, convert, "--source", tmp_path / "shards", "--out", tmp_path / "out", says=["holds shards"])
 
 
 # --- safetensors files

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantize.int8 import dequantize, quantize_rows
+from converters.compressed import dequantize
+from quantize.int8 import quantize_rows
 
 
 def _weight(seed: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,7 +30,7 @@ def test_values_and_scales_are_the_formula(dtype: torch.dtype) -> None:
 def test_error_is_at_most_half_a_step() -> None:
     weight = _weight(1, 64, 512)
     quantized, _ = quantize_rows(weight)
-    assert ((dequantize(quantized) - weight).abs() <= quantized.scale * 0.5001).all()
+    assert ((dequantize(*quantized) - weight).abs() <= quantized.scale * 0.5001).all()
 
 
 def test_rows_are_independent() -> None:
@@ -47,7 +48,7 @@ def test_odd_rows() -> None:
     assert scale[0].item() == 1.0
     assert scale[1].item() == pytest.approx(3 / 127)
     assert values.abs().max() <= 127
-    assert dequantize(quantize_rows(weight)[0]).isfinite().all()
+    assert dequantize(*quantize_rows(weight)[0]).isfinite().all()
     assert values.tolist()[3] == [127, -42, 0]
 
 

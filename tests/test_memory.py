@@ -42,9 +42,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_quantizing_and_resharding_files(checkpoint: Path, tmp_path: Path) -> None:
+def test_quantizing_resharding_and_the_way_back(checkpoint: Path, tmp_path: Path) -> None:
     _run("llama-quantize", checkpoint, "--int8", "--chips", 8, "--out", tmp_path / "eight")
     _run("llama-quantize", tmp_path / "eight", "--int8", "--chips", 3, "--out", tmp_path / "three")
+    _run("llama-convert", "--source", tmp_path / "eight", "--out", tmp_path / "restored")
+    _run("llama-convert", "--source", tmp_path / "three", "--keep-int8", "--out", tmp_path / "kept")
 
 
 @pytest.mark.slow

@@ -203,3 +203,17 @@ def test_dry_run_says_the_same_and_writes_nothing(tmp_path: Path, free) -> None:
     free(10**12)
     assert "model-00001-of-00078.safetensors" in invoke(convert, "--config", "175b", "--dry-run").stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("llama-2-70b", 68_976_648_192), ("llama-3-70b", 70_553_706_496), ("llama-3-405b", 405_853_388_800)],
+)
+def test_large_presets_as_seeds(name: str, count: int, tmp_path: Path) -> None:
+    """At once, with the published number of parameters; a dry run says what the files would be."""
+    said = invoke(convert, "--config", name, "--storage", "seed", "--out", tmp_path / "out").stdout
+    assert f"{count:,} parameters" in said
+    assert open_source(tmp_path / "out").config == PRESETS[name]
+    dry = invoke(convert, "--config", name, "--storage", "files", "--out", tmp_path / "files", "--dry-run").stdout
+    assert f"{count * 2 / 1e9:.2f} GB" in dry
+    assert not (tmp_path / "files").exists()

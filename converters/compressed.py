@@ -1,0 +1,50 @@
+"""int8 weights in the compressed-tensors layout: which config.json describes it, and what the values stand for.
+
+The layout (format "int-quantized", https://github.com/vllm-project/compressed-tensors): ``<name>.weight`` int8
+[out, in] and ``<name>.weight_scale`` [out, 1]; the weight is their product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from converters.layout import LM_HEAD
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_SUFFIX = "_scale"  # behind the name of the weight
+_METHOD, _FORMAT = "compressed-tensors", "int-quantized"
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+
+
+def quantization_config(quantized_lm_head: bool) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json for weights of this layout."""
+    return {
+        "quant_method": _METHOD,
+        "format": _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "format": _FORMAT, "weights": _WEIGHTS}},
+        "ignore": [] if quantized_lm_head else [LM_HEAD.name.removesuffix(".weight")],
+    }
+
+
+def is_int8(fields: Any) -> bool:
+    """Whether a config.json's fields describe weights of this layout; what they say of activations is no matter.
+
+    Which linears are quantized is told by their tensors, not by ``ignore``.
+    """
+    described = fields.get("quantization_config") if isinstance(fields, dict) else None
+    if not isinstance(described, dict) or described.get("quant_method") != _METHOD:
+        return False
+    groups = described.get("config_groups")
+    if described.get("format") != _FORMAT or not isinstance(groups, dict) or len(groups) != 1:
+        return False
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and all(weights.get(key) == value for key, value in _WEIGHTS.items())
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in]: int8 values [out, in] times their scale [out, 1]."""
+    return values.float() * scale.float()

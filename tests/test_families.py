@@ -1,0 +1,89 @@
+"""The LLaMA families, small, from transformers' files to logits on 1, 2 and 3 chips; no size divides by the chips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from invoke import invoke
+from models import edit_json, make_model
+from parity import count_greedy, decode, logits_after, reference, relative
+from transformers import PreTrainedModel
+
+from converters.cli import command as convert
+from quantize.cli import command as quantize
+from quantize.shards import Shards
+
+ORIGINAL = 16  # the context before RoPE was scaled
+LENGTHS = (1, 13, 41, 75)  # of prompts: beyond it, too
+NEW_TOKENS = 24
+ODD = {"heads": 7, "hidden": 70, "ffn": 173, "vocab": 517}
+GROUPED = {"heads": 35, "kv_heads": 5, "hidden": 70, "head_dim": 6, "ffn": 181, "vocab": 523}  # 7 to a KV head
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
+# Sizes for make_model, and what is scaled.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama-1": (ODD | {"eps": 1e-6}, {}),
+    "llama-2-70b": (GROUPED, {}),
+    "llama-3": (GROUPED | {"theta": 500000.0, "eos": [7, 9]}, LLAMA3),
+    "linear": (ODD | {"kv_heads": 1, "seed": 3}, {"rope_type": "linear", "factor": 8.0}),
+}
+
+
+class Family(NamedTuple):
+    """A converted model, and transformers' model with what int8 makes of its weights."""
+
+    checkpoint: Path
+    model: PreTrainedModel
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    made = {}
+    for name, (sizes, rope) in FAMILIES.items():
+        root = tmp_path_factory.mktemp(name)
+        make_model(root / "hf", **sizes)
+
+        def scale(fields: dict[str, Any], rope: dict[str, Any] = rope) -> None:
+            fields["rope_parameters"].update(rope)
+            fields["max_position_embeddings"] = 8 * ORIGINAL
+
+        edit_json(root / "hf" / "config.json", scale)
+        invoke(convert, "--source", root / "hf", "--out", root / "checkpoint", "--dtype", "float32")
+        invoke(quantize, root / "checkpoint", "--int8", "--out", root / "one")
+        model = reference(root / "hf", root / "one")  # of the source: whatever conversion did to RoPE would show
+        assert model.config.rope_parameters["rope_type"] == rope.get("rope_type", "default")
+        generator = torch.Generator().manual_seed(len(made))
+        prompts = [torch.randint(3, sizes["vocab"], (length,), generator=generator).tolist() for length in LENGTHS]
+        made[name] = Family(root / "checkpoint", model, prompts)
+    return made
+
+
+@pytest.mark.parametrize("chips", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_logits_are_those_of_transformers(families: dict[str, Family], chips: int, tmp_path: Path) -> None:
+    """Within 1e-4 of transformers with the dequantized weights, and so greedily the same tokens."""
+    jobs = []
+    for name, family in families.items():
+        invoke(quantize, family.checkpoint, "--int8", "--chips", chips, "--out", tmp_path / name)
+        config = Shards(tmp_path / name).config
+        assert not any(size % 2 == 0 or size % 3 == 0 for size in (config.intermediate_size, config.vocab_size))
+        assert not any(heads % 2 == 0 or heads % 3 == 0 for heads in (config.num_heads, config.num_kv_heads))
+        sizes = {"new_tokens": NEW_TOKENS, "max_seq_len": 8 * ORIGINAL, "buckets": [16, 32]}
+        batches = [[prompt] for prompt in family.prompts]
+        jobs.append({"shards": tmp_path / name, "dtype": "float32", "batches": batches, **sizes})
+    compared = 0
+    for (name, family), result in zip(families.items(), decode(jobs, tmp_path), strict=True):
+        assert result["recompilations"] == 0
+        for prompt, logits, ids in zip(family.prompts, result["logits"], result["token_ids"], strict=True):
+            error = relative(torch.tensor(logits[0]), logits_after(family.model, prompt)[-1])
+            assert error < 1e-4, (name, len(prompt))
+            compared += count_greedy(family.model, prompt, ids[0])
+    assert compared >= len(families) * len(LENGTHS) * NEW_TOKENS // 2
