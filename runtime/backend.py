@@ -10,6 +10,7 @@ import torch
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.kv_cache import KVCache
+from runtime.linear import MakeLinear
 
 
 class CacheUse(NamedTuple):
@@ -28,6 +29,7 @@ class Backend(Protocol):
     leader: bool  # whether this process speaks for all of a multi-host slice
     steps_ahead: int  # decode steps to launch before the tokens of one are read; 0 where launching waits for the end
     cache_type: type[KVCache]  # how a graph updates the cache
+    make_linear: MakeLinear  # the form of a linear that is fast there
 
     def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
         """A tensor of the shards on the device, put together over the chips. Raises InputError for missing files."""

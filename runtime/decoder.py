@@ -20,23 +20,23 @@ from converters.layout import EMBEDDING, FINAL_NORM, LM_HEAD
 from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
 from runtime.kv_cache import KVCache
-from runtime.linear import Linear
+from runtime.linear import Linear, MakeLinear
 
 
 class Weights:
     """Tensors by their name in the shards, each to be taken once, under names that grow with the module tree."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._left = dict(tensors)
+    def __init__(self, tensors: Mapping[str, torch.Tensor], make_linear: MakeLinear) -> None:
+        self._left, self._make_linear = dict(tensors), make_linear
 
     def take(self, name: str) -> torch.Tensor:
         if name not in self._left:
             raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
         return self._left.pop(name)
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> nn.Module:
         """The linear whose weight has this name, quantized where there is a scale beside it."""
-        return Linear(self.take(name), self._left.pop(name + "_scale", None))
+        return self._make_linear(self.take(name), self._left.pop(name + "_scale", None))
 
     def check_all_taken(self) -> None:
         for name in self._left:
@@ -147,17 +147,18 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         tensors: Mapping[str, torch.Tensor],
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        make_linear: MakeLinear = Linear,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``tensors`` are."""
+        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form."""
         super().__init__()
-        weights = Weights(tensors)
+        weights = Weights(tensors, make_linear)
         self.vocab_size = config.vocab_size
         self.register_buffer("embedding", weights.take(EMBEDDING.name))  # [V, E]
         self.layers = nn.ModuleList(
             Block(weights, f"model.layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps, dtype)
-        self.lm_head = Linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
+        self.lm_head = make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
         weights.check_all_taken()
         frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float32)  # [D / 2]
         self.register_buffer("frequencies", place(frequencies))

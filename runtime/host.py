@@ -15,6 +15,7 @@ from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
 from runtime.kv_cache import KVCache
+from runtime.linear import Linear
 
 
 class HostBackend:
@@ -23,6 +24,7 @@ class HostBackend:
     chips = 1
     leader = True
     cache_type = KVCache
+    make_linear = Linear
     steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:

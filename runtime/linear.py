@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+
+# From a weight and its scale (None where it isn't quantized) to a module of the form that a device wants.
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 
 
 class Linear(nn.Module):
@@ -23,3 +28,16 @@ class Linear(nn.Module):
         if self.weight_scale is None:
             return y
         return (y * self.weight_scale.squeeze(1)).to(x.dtype)
+
+
+class PaddedLinear(Linear):
+    """A linear that never has a single row: TPUs give one to their vector unit, which takes up to five times as long.
+
+    The row is put in twice and taken out once; the matrix unit takes as long for two rows as for eight.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > x.shape[-1]:
+            return super().forward(x)
+        row = x.reshape(1, -1)  # [1, in]
+        return super().forward(torch.cat([row, row]))[:1].reshape(*x.shape[:-1], -1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 
 from converters.config import ModelConfig
@@ -13,6 +16,9 @@ from runtime.backend import Backend
 from runtime.decoder import Decoder
 from runtime.kv_cache import HEAD_AXIS, KVCache
 from runtime.sizing import cache_shape
+
+if TYPE_CHECKING:
+    from runtime.xla import Tracer
 
 
 def load_decoder(
@@ -30,11 +36,20 @@ def load_decoder(
         bytes_per_chip += tensor.nbytes // (1 if stored.parameter.row.shard is None else backend.chips)
         tensors[stored.name] = tensor
         advance(tensor.nbytes, stored.name)
+    return make_decoder(config, dtype, backend, tensors), bytes_per_chip
+
+
+def make_decoder(
+    config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, tensors: Mapping[str, torch.Tensor]
+) -> Decoder:
+    """The decoder over tensors of the shards that are on the device already, by name."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
-    return Decoder(config, heads, dtype, tensors, backend.replicate).eval(), bytes_per_chip
+    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.make_linear).eval()
 
 
-def make_cache(config: ModelConfig, backend: Backend, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> KVCache:
+def make_cache(
+    config: ModelConfig, backend: Backend | Tracer, batch_size: int, max_seq_len: int, dtype: torch.dtype
+) -> KVCache:
     """An empty cache on the device, split over the chips by KV heads; ``dtype`` may be int8."""
     shape = cache_shape(config, backend.chips, batch_size, max_seq_len)
     tensors = [(shape, dtype)] * 2

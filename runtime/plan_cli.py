@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from converters.config import ModelConfig
     from quantize.scheme import Scheme
     from quantize.targets import Slice
+    from runtime.compiled_plan import CompiledPlan
+    from runtime.plan import Workload
 
 _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be shown
 
@@ -38,6 +40,13 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
 @click.option(
     "--max-seq-len", type=click.IntRange(1, _MOST), default=256, show_default=True, help="Length of the KV cache."
 )
+@click.option(
+    "--compile",
+    "compile_",
+    is_flag=True,
+    help="Ask the TPU's own compiler, which needs no TPU (extra [tpu]); with --target.",
+)
+@click.option("--buckets", metavar="128,256", help="With --compile: prompt buckets to compile as well.")
 @click.option("--json", "json_out", metavar="FILE|-", help="Write the plan as JSON; - for stdout, in place of text.")
 @click.version_option(package_name=DISTRIBUTION)
 def command(
@@ -48,6 +57,8 @@ def command(
     target: str | None,
     batch_size: int,
     max_seq_len: int,
+    compile_: bool,
+    buckets: str | None,
     json_out: str | None,
 ) -> None:
     """Say how large a model is, what each chip of a slice holds of it, and what a decode step takes at least.
@@ -56,6 +67,7 @@ def command(
     llama-plan                                     the post's Table 2, exactly, in bfloat16 and int8
     llama-plan --config 33B --int8                 which slices hold it, and what padding its heads costs
     llama-plan --config 175B --int8 --target v4-16
+    llama-plan --config 175B --int8 --target v4-16 --compile     the TPU compiler's verdict, without a TPU
     """
     from converters.errors import InputError
     from quantize.targets import find_slice
@@ -68,10 +80,15 @@ def command(
     scheme = "int8" if int8 else "bf16" if bf16 else None
     slice_ = find_slice(target) if target is not None else None
     check_json_out(json_out)
+    if compile_ and (slice_ is None or (config_name is None and shards is None)):
+        raise InputError("--compile is for one model on one slice: give --config or --shards, and --target.")
+    if buckets is not None and not compile_:
+        raise InputError("--buckets are compiled prompts; give --compile with them.")
+    sizes = _buckets(buckets, max_seq_len) if compile_ else None
     if config_name is None and shards is None:
         text, content = _presets(scheme, slice_, batch_size, max_seq_len)
     else:
-        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len)
+        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len, sizes)
     _put(text, content, json_out)
 
 
@@ -99,8 +116,9 @@ def _model(
     target: Slice | None,
     batch_size: int,
     max_seq_len: int,
+    buckets: tuple[int, ...] | None,
 ) -> tuple[str, Any]:
-    """Text and JSON of one model's plan."""
+    """Text and JSON of one model's plan, with the compiler's verdict where ``buckets`` (maybe none) are given."""
     from quantize.scheme import Scheme
     from runtime.plan import Plan, Workload
     from runtime.plan_text import detail
@@ -112,8 +130,33 @@ def _model(
     workload = Workload(config, chosen, batch_size, max_seq_len)
     if target is None and chips is None:
         workload.require_slice()
-    plan = Plan(workload, target, chips)
-    return detail(plan), plan.to_json()
+    if buckets is None:
+        plan = Plan(workload, target, chips)
+        return detail(plan), plan.to_json()
+    compiled = _compiled(workload, target, buckets)
+    plan = Plan(workload, target, chips, compiled.to_json(target))
+    from runtime.compiled_text import compiled_lines
+
+    return "\n".join([detail(plan), "", *compiled_lines(compiled, target)]), plan.to_json()
+
+
+def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> CompiledPlan:
+    """The compiler's verdict. Raises InputError, before anything slow is loaded, where it isn't installed."""
+    from converters.progress import spinner
+    from runtime.tpu_compiler import require_libtpu
+
+    require_libtpu()
+    from runtime.compiled_plan import compile_plan
+
+    with spinner(f"Compiling for {target.name}"):
+        return compile_plan(workload, target, buckets)
+
+
+def _buckets(text: str | None, max_seq_len: int) -> tuple[int, ...]:
+    """--buckets as lengths, those that the cache holds."""
+    from runtime.buckets import parse_buckets, usable_buckets
+
+    return () if text is None else tuple(usable_buckets(parse_buckets(text), max_seq_len))
 
 
 def _read_config(config_name: str) -> ModelConfig:

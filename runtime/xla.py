@@ -12,18 +12,21 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
+from converters.config import ModelConfig
 from converters.errors import InputError
 from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
-from runtime.kv_cache import FunctionalKVCache
+from runtime.kv_cache import FunctionalKVCache, KVCache
+from runtime.linear import Linear, MakeLinear, PaddedLinear
 
+TPU_LINEAR = PaddedLinear
 _CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
 _BANDWIDTH_BYTES = 1 << 30  # read on each chip to measure its memory
 _SHARDING_CHECKS = 4  # calls after which a program's inputs, mostly its own results, won't change their sharding
@@ -60,6 +63,7 @@ class XLABackend:
             )
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
+        self.make_linear: MakeLinear = TPU_LINEAR if kind == "TPU" else Linear
         self.leader = xr.process_index() == 0
 
     @property
@@ -158,8 +162,52 @@ class _Compiled:
         return program(tensors)
 
 
+class _Trace:
+    """A function run once on lazy tensors: its graph's inputs and results, in the order in which XLA has them."""
+
+    def __init__(
+        self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: list[torch.Tensor]
+    ) -> None:
+        from torch_xla import _XLAC
+
+        arguments = [_XLAC._xla_get_tensor_id(tensor) for tensor in tensors]
+        donors = [_XLAC._xla_get_tensor_id(tensor) for tensor in donated]
+        results, self._structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
+        self.ids, self._values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
+        # A result is written over the first donated input of its shape, in the order of XLA's parameters. So the
+        # results that replace donated inputs have to come in that order: else XLA would copy every cache twice.
+        others = len(results) - len(donated)
+        turns = sorted(range(len(donors)), key=lambda turn: self.ids.index(donors[turn]))
+        self._order = [*range(others), *(others + turn for turn in turns)]
+        self.results = [results[place] for place in self._order]
+        self.aliases = {others + place: self.ids.index(donors[turn]) for place, turn in enumerate(turns)}
+        missing = [place for place, tensor in enumerate(arguments) if tensor not in self.ids]
+        if missing:
+            raise RuntimeError(f"the traced program does not depend on its arguments {missing}")
+        # What is no argument keeps its value; what is one comes anew with every call.
+        places = {tensor: place for place, tensor in enumerate(arguments)}
+        self._inputs = [places.get(key, value) for key, value in zip(self.ids, self._values, strict=True)]
+
+    def inputs(self, tensors: list[torch.Tensor]) -> list[Any]:
+        """What XLA's parameters stand for when the arguments are ``tensors``."""
+        return [tensors[place] if isinstance(place, int) else place for place in self._inputs]
+
+    def restore(self, results: Sequence[Any]) -> Any:
+        """XLA's results as the function gave them."""
+        ordered: list[Any] = [None] * len(self._order)
+        for place, result in zip(self._order, results, strict=True):
+            ordered[place] = result
+        return pytree.tree_unflatten(ordered, self._structure)
+
+    def hlo(self) -> bytes:
+        """The graph as a serialized HloModuleProto, before any of XLA's passes."""
+        from torch_xla import _XLAC
+
+        return _XLAC._get_xla_tensors_hlo_proto(self.results)
+
+
 class _Program:
-    """One compiled XLA program, with its inputs in the order that XLA wants."""
+    """One compiled XLA program."""
 
     def __init__(
         self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: list[torch.Tensor]
@@ -172,20 +220,8 @@ class _Program:
         xm.wait_device_ops()  # results of a program still running are placeholders, which tracing can't tell apart
         for tensor in donated:
             _XLAC._set_buffer_donation(tensor, True)
-        places = {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
-        results, self._structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
-        ids, values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
-        # A result is written over the first donated input of its shape, in the order of XLA's parameters. So the
-        # results that replace donated inputs have to come in that order: else XLA would copy every cache twice.
-        others = len(results) - len(donated)
-        turns = sorted(range(len(donated)), key=lambda turn: ids.index(_XLAC._xla_get_tensor_id(donated[turn])))
-        self._order = [*range(others), *(others + turn for turn in turns)]
-        results = [results[place] for place in self._order]
-        # What is no argument keeps its value; what is one comes anew with every call.
-        self._inputs = [places.get(key, value) for key, value in zip(ids, values, strict=True)]
-        missing = set(places.values()).difference(place for place in self._inputs if isinstance(place, int))
-        if missing:
-            raise RuntimeError(f"the traced program does not depend on its arguments {sorted(missing)}")
+        self._trace = _Trace(function, tensors, structure, donated)
+        results, self._trace.results = self._trace.results, []  # they would hold the graph
         with alias_with_buffer_donor_config():
             self._hash = _XLAC._get_graph_hash(results)
             _XLAC._xla_warm_up_cache(results, [])
@@ -205,11 +241,59 @@ class _Program:
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         from torch_xla import _XLAC
 
-        inputs = [tensors[place] if isinstance(place, int) else place for place in self._inputs]
-        results: list[Any] = [None] * len(self._order)
-        for place, result in zip(self._order, _XLAC._run_cached_graph(self._hash, inputs), strict=True):
-            results[place] = result
-        return pytree.tree_unflatten(results, self._structure)
+        return self._trace.restore(_XLAC._run_cached_graph(self._hash, self._trace.inputs(tensors)))
+
+
+class TracedGraph(NamedTuple):
+    """A graph for a compiler: its serialized HloModuleProto, which knows neither shardings nor donated inputs."""
+
+    hlo: bytes
+    shard_axes: list[int | None]  # of each parameter; None where it is whole on every chip
+    aliases: dict[int, int]  # from a result to the parameter over which it is written
+
+
+class Tracer:
+    """Stands for the chips of a slice where there are none: tensors without memory, functions traced for a compiler.
+
+    It holds what ``Backend`` asks for to build a decoder, and needs no device but torch_xla's single virtual one.
+    """
+
+    def __init__(self, chips: int, make_linear: MakeLinear, cache_type: type[KVCache]) -> None:
+        """``make_linear`` and ``cache_type`` are those of the backend that is to be traced for."""
+        os.environ["PJRT_DEVICE"] = "CPU"  # even beside a TPU, which others may be using
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        self.chips, self.make_linear, self.cache_type = chips, make_linear, cache_type
+        self._axes: dict[int, int | None] = {}
+
+    def load(self, config: ModelConfig, stored: StoredTensor) -> torch.Tensor:
+        """A tensor as ``XLABackend.load`` gives it, but for its values."""
+        spec, axis = stored.spec(config, self.chips), stored.parameter.row.shard
+        shape = list(spec.shape)
+        if axis is not None:
+            shape[axis] *= self.chips
+        return self.zeros(shape, getattr(torch, stored.dtype), axis)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int | None) -> torch.Tensor:
+        import torch_xla.core.xla_builder as xb
+        from torch_xla import _XLAC
+
+        tensor = xb.create_placeholder_tensor(tuple(shape), dtype)
+        self._axes[_XLAC._xla_get_tensor_id(tensor)] = axis
+        return tensor
+
+    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.zeros(tensor.shape, tensor.dtype, None)
+
+    def trace(self, function: Callable[..., Any], args: tuple[Any, ...], donates: int) -> TracedGraph:
+        """``function`` of the arguments as ``XLABackend.compile`` would give it to XLA."""
+        import torch_xla
+        from torch_xla import _XLAC
+
+        tensors, structure = pytree.tree_flatten(args)
+        trace = _Trace(function, tensors, structure, pytree.tree_leaves(args[donates]))
+        graph = TracedGraph(trace.hlo(), [self._axes.get(key) for key in trace.ids], trace.aliases)
+        _XLAC._clear_pending_irs(str(torch_xla.device()))
+        return graph
 
 
 def _ordinal(device_name: str) -> int:

@@ -248,6 +248,9 @@ def test_smallest_slices_are_the_smallest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--compile",), "--compile is for one model on one slice: give --config or --shards, and --target."),
+        (("--config", "7B", "--compile"), "give --config or --shards, and --target."),
+        (("--config", "7B", "--buckets", "128"), "give --compile with them."),
         (("--target", "v3-8"), "Unknown slice 'v3-8'; give one of v4-8, v4-16"),
         (("--config", "7B", "--target", "v4-7"), "'v4-7'"),
         (("--config", "7B", "--target", ""), "''"),
@@ -295,3 +298,10 @@ print(*(name for name in heavy if name in sys.modules), file=sys.stderr)
         done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
         assert done.stdout
         assert done.stderr.split() == []
+
+
+def test_compile_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.tpu_compiler.find_spec", lambda name: None if name == "libtpu" else object())
+    line = invoke_error(plan, "--config", "7B", "--target", "v4-8", "--compile")
+    assert "libtpu is not installed" in line
+    assert "pip install 'llama-tpu-toolchain[tpu]'" in line

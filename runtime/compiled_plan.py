@@ -1,0 +1,142 @@
+"""What the TPU's compiler makes of the graphs that llama-run executes, for a slice that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantize.scheme import stored_tensors
+from quantize.targets import Slice
+from runtime.estimate import Estimate, estimate
+from runtime.graphs import CACHE_ARGUMENT, Graph, fill_graph, greedy_graph
+from runtime.hlo import Module, parse_module
+from runtime.kv_cache import FunctionalKVCache
+from runtime.load import make_cache, make_decoder
+from runtime.plan import Workload
+from runtime.topology import chip_of
+from runtime.tpu_compiler import CompiledProgram, OutOfMemory, TPUCompiler
+from runtime.xla import TPU_LINEAR, TracedGraph, Tracer
+
+_HALF_PRECISION = ("bf16", "f16", "f32")
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """One graph compiled for one chip of a slice. ``out_of_memory`` is the compiler's refusal; else it is None."""
+
+    program: CompiledProgram | None
+    estimate: Estimate | None  # None where the generation's clock isn't published
+    collectives: dict[str, tuple[int, int]]
+    dequantized_weights: int  # int8 weights of which a floating copy is written to memory
+    out_of_memory: str | None = None
+    roofline_s: float = 0.0
+
+    @property
+    def estimated_ms(self) -> float | None:
+        """The compiler's cost model, never below the roofline; without collectives, which it doesn't price."""
+        return None if self.estimate is None else 1000 * max(self.estimate.estimated_s, self.roofline_s)
+
+    def to_json(self, hbm_bytes: int) -> dict[str, Any]:
+        """The verdict under the keys that scripts rely on."""
+        if self.program is None:
+            return {"fits": False, "out_of_memory": self.out_of_memory}
+        program = self.program
+        content = {
+            "fits": program.peak_bytes <= hbm_bytes,
+            "argument_bytes": program.argument_bytes,
+            "output_bytes": program.output_bytes,
+            "alias_bytes": program.alias_bytes,
+            "temp_bytes": program.temp_bytes,
+            "peak_bytes": program.peak_bytes,
+            "all_reduce": self.collectives.get("all-reduce", (0, 0))[0],
+            "all_gather": self.collectives.get("all-gather", (0, 0))[0],
+            "collectives": {name: {"count": c, "bytes": b} for name, (c, b) in self.collectives.items()},
+            "dequantized_weights": self.dequantized_weights,
+            "estimated_ms": self.estimated_ms,
+            "compile_s": program.compile_s,
+        }
+        if self.estimate is not None:
+            content["by_kind_ms"] = {
+                kind.value: {"estimated": 1000 * share.estimated_s, "roofline": 1000 * share.roofline_s}
+                for kind, share in self.estimate.shares.items()
+            }
+            content["unpriced_instructions"] = self.estimate.unpriced
+            content["complete"] = self.estimate.complete
+        return content
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """The decode step, and prompt buckets by their length."""
+
+    step: CompiledGraph
+    buckets: dict[int, CompiledGraph]
+
+    def to_json(self, target: Slice) -> dict[str, Any]:
+        hbm_bytes = chip_of(target).hbm_bytes
+        content = self.step.to_json(hbm_bytes)
+        if self.buckets:
+            content["buckets"] = {str(size): each.to_json(hbm_bytes) for size, each in self.buckets.items()}
+        return content
+
+
+def compile_plan(workload: Workload, target: Slice, buckets: Sequence[int] = ()) -> CompiledPlan:
+    """Trace a workload's decode step and buckets as llama-run does, and compile them for ``target`` at full depth.
+
+    Raises InputError where the compiler isn't installed.
+    """
+    compiler = TPUCompiler(target)
+    step = trace_graph(workload, target.chips, 1)
+    compiled = _compile(compiler, step, workload, target)
+    filled = {size: _compile(compiler, trace_graph(workload, target.chips, size), workload, target) for size in buckets}
+    return CompiledPlan(compiled, filled)
+
+
+def trace_graph(workload: Workload, chips: int, tokens: int) -> TracedGraph:
+    """The decode step, or with more than one of ``tokens`` the bucket of that length; bfloat16 throughout."""
+    config, rows = workload.config, workload.batch_size
+    tracer = Tracer(chips, TPU_LINEAR, FunctionalKVCache)
+    make: Graph = greedy_graph if tokens == 1 else fill_graph
+    with torch.no_grad():
+        tensors = {stored.name: tracer.load(config, stored) for stored in stored_tensors(config, workload.scheme)}
+        decoder = make_decoder(config, torch.bfloat16, tracer, tensors)
+        cache = make_cache(config, tracer, rows, workload.max_seq_len, torch.bfloat16)
+        shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
+        arguments = [tracer.zeros(shape, torch.long, None) for shape in shapes]
+        return tracer.trace(make(decoder, tracer.cache_type), (*arguments, cache.layers), CACHE_ARGUMENT)
+
+
+def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
+    try:
+        program = compiler.compile(graph)
+    except OutOfMemory as error:
+        return CompiledGraph(None, None, {}, 0, str(error))
+    module, chip = parse_module(program.text), chip_of(target)
+    caches = frozenset(graph.aliases.values())
+    priced = estimate(module, chip, caches, workload.max_seq_len)
+    return CompiledGraph(
+        program,
+        priced if chip.clock_hz else None,
+        {name: (each.count, each.nbytes) for name, each in priced.collectives.items()},
+        dequantized_weights(module),
+        roofline_s=workload.on(target.chips).decode_bytes / chip.hbm_bandwidth,
+    )
+
+
+def dequantized_weights(module: Module) -> int:
+    """How many results outside of fusions have the sizes of an int8 matrix, in a floating type."""
+    weights = {
+        tuple(sorted(array.dims))
+        for each in module.entry.parameters.values()
+        for array in each.results
+        if array.dtype == "s8" and len(array.dims) == 2
+    }
+    return sum(
+        array.dtype in _HALF_PRECISION and tuple(sorted(size for size in array.dims if size > 1)) in weights
+        for each in module.entry.instructions.values()
+        if each.parameter is None
+        for array in each.results
+    )

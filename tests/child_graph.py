@@ -1,0 +1,62 @@
+"""Run by tests in a process of its own: the graphs that a run gives to XLA, and those that a plan traces for it.
+
+``child_graph.py SHARDS RESULT``: loads the shards on virtual chips in the form for TPU, warms a generator up with one
+bucket of 16 tokens, and writes both kinds of graph as HLO text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.scheme import Scheme
+from quantize.shards import Shards
+from runtime import xla
+from runtime.compiled_plan import trace_graph
+from runtime.generate import Generator
+from runtime.load import load_decoder, make_cache
+from runtime.plan import Workload
+
+ROWS, SLOTS, BUCKET = 1, 40, 16
+
+
+def main(shards_path: str, result_path: str) -> None:
+    shards = Shards(Path(shards_path))
+    traced: list[tuple[str, dict[int, int]]] = []
+
+    class Recorded(xla._Trace):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            traced.append((_text(self.hlo()), self.aliases))
+
+    backend = xla.XLABackend(shards.chips)
+    backend.make_linear = xla.TPU_LINEAR
+    with torch.no_grad():
+        decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
+        cache = make_cache(shards.config, backend, ROWS, SLOTS, torch.bfloat16)
+        plain, xla._Trace = xla._Trace, Recorded
+        Generator(shards.config, decoder, cache, backend, [BUCKET]).warm_up()
+        xla._Trace = plain
+    workload = Workload(shards.config, Scheme(shards.manifest.scheme.name), ROWS, SLOTS)
+    planned = [trace_graph(workload, shards.chips, tokens) for tokens in (BUCKET, 1)]
+    content = {
+        "run": [(text, sorted(aliases.items())) for text, aliases in traced],
+        "plan": [(_text(graph.hlo), sorted(graph.aliases.items())) for graph in planned],
+        "axes": [graph.shard_axes for graph in planned],
+    }
+    Path(result_path).write_text(json.dumps(content))
+
+
+def _text(hlo: bytes) -> str:
+    from jax._src.lib import xla_client
+
+    return re.sub(r"HloModule \S+", "HloModule", xla_client.XlaComputation(hlo).as_hlo_text())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
