@@ -1,4 +1,4 @@
-"""The LLaMA decoder as a plain module of fixed shapes, which knows no device.
+"""The decoder as a plain module of fixed shapes, which knows no device; its parts are those of an architecture.
 
 Shapes: B rows, T tokens of one call, S slots of the cache, H KV heads (over all chips), G query heads under each, D the
 head dimension, E the hidden size, V the vocabulary.
@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from converters.architecture import FeedForward, Norm, Positions
 from converters.config import ModelConfig
 from converters.errors import MissingTensor, UnexpectedTensor
-from converters.layout import EMBEDDING, FINAL_NORM, LM_HEAD
+from converters.layout import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
 from runtime.kv_cache import KVCache
@@ -34,13 +35,36 @@ class Weights:
             raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
         return self._left.pop(name)
 
-    def linear(self, name: str) -> nn.Module:
-        """The linear whose weight has this name, quantized where there is a scale beside it."""
-        return self._make_linear(self.take(name), self._left.pop(name + "_scale", None))
+    def linear(self, name: str, bias: bool = False) -> nn.Module:
+        """The linear ``name``.weight, quantized where there is a scale beside it; with ``bias`` it has one."""
+        weight = f"{name}.weight"
+        linear = self._make_linear(self.take(weight), self._left.pop(weight + "_scale", None))
+        return Biased(linear, self.take(f"{name}.bias")) if bias else linear
+
+    def norm(self, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+        """The normalization ``name``, given out in ``dtype``."""
+        learned = config.architecture.norm_weights
+        weight = self.take(f"{name}.weight") if learned else None
+        if config.architecture.norm is Norm.RMS:
+            return RMSNorm(weight, config.norm_eps, dtype)
+        return LayerNorm(weight, self.take(f"{name}.bias") if learned else None, config.norm_eps, dtype)
 
     def check_all_taken(self) -> None:
         for name in self._left:
             raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
+
+
+class Biased(nn.Module):
+    """A linear of any form, and the bias [out] that is added to what it gives: on every chip, or once to their sum."""
+
+    def __init__(self, linear: nn.Module, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -56,21 +80,39 @@ class RMSNorm(nn.Module):
         return (x * self.weight.float()).to(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``; without a weight, only that."""
+
+    def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.dtype = eps, dtype
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            x = x * self.weight.float() + self.bias.float()
+        return x.to(self.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the cache, query heads laid out under their KV heads."""
 
-    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, head_dim: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig) -> None:
         super().__init__()
-        self.kv_heads, self.group, self.head_dim = heads.kv_slots, heads.group, head_dim
-        self.q_proj = weights.linear(prefix + "q_proj.weight")
-        self.k_proj = weights.linear(prefix + "k_proj.weight")
-        self.v_proj = weights.linear(prefix + "v_proj.weight")
-        self.o_proj = weights.linear(prefix + "o_proj.weight")
+        self.kv_heads, self.group, self.head_dim = heads.kv_slots, heads.group, config.head_dim
+        biases = config.architecture.biases
+        self.q_proj = weights.linear(prefix + "q_proj", biases)
+        self.k_proj = weights.linear(prefix + "k_proj", biases)
+        self.v_proj = weights.linear(prefix + "v_proj", biases)
+        self.o_proj = weights.linear(prefix + config.architecture.attention_out, biases)
 
     def forward(
         self,
         x: torch.Tensor,  # [B, T, E]
-        turn: tuple[torch.Tensor, torch.Tensor],  # cos and sin, [B, T, D]
+        turn: tuple[torch.Tensor, torch.Tensor] | None,  # cos and sin, [B, T, D], of rotary positions
         mask: torch.Tensor,  # [B, T, S], true where a token may look
         slots: torch.Tensor,  # [T]
         cache: KVCache,
@@ -80,9 +122,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.kv_heads, self.group, self.head_dim)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
-        cos, sin = turn
-        q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
-        k = _rotate(k, cos[:, :, None], sin[:, :, None])
+        if turn is not None:
+            cos, sin = turn
+            q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
+            k = _rotate(k, cos[:, :, None], sin[:, :, None])
         keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
         # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
         scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
@@ -95,45 +138,65 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(batch, length, -1))
 
 
-class MLP(nn.Module):
-    """The gated feed-forward layer, SwiGLU (Shazeer 2020)."""
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer (Shazeer 2020)."""
 
-    def __init__(self, weights: Weights, prefix: str) -> None:
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
         super().__init__()
-        self.gate_proj = weights.linear(prefix + "gate_proj.weight")
-        self.up_proj = weights.linear(prefix + "up_proj.weight")
-        self.down_proj = weights.linear(prefix + "down_proj.weight")
+        self.gate, self.up, self.down = gate, up, down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class ReLU(nn.Module):
+    """The feed-forward layer of the first Transformer (Vaswani et al. 2017)."""
+
+    def __init__(self, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.relu(self.up(x)))
+
+
+_FEED_FORWARD = {FeedForward.SWIGLU: SwiGLU, FeedForward.RELU: ReLU}
 
 
 class Block(nn.Module):
-    """One layer of the decoder, under the names of the parameter table."""
+    """One layer of the decoder: attention and feed-forward layer, each added to what goes in."""
 
     def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan, dtype: torch.dtype) -> None:
         super().__init__()
-        eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(weights.take(prefix + "input_layernorm.weight"), eps, dtype)
-        self.self_attn = Attention(weights, prefix + "self_attn.", heads, config.head_dim)
-        self.post_attention_layernorm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight"), eps, dtype)
-        self.mlp = MLP(weights, prefix + "mlp.")
+        made_of = config.architecture
+        self.norm_first, self.dtype = made_of.norm_first, dtype
+        normed = dtype if self.norm_first else torch.float32  # behind the sums, norms give the next layer's input
+        self.attention_norm = weights.norm(prefix + made_of.attention_norm, config, normed)
+        self.attention = Attention(weights, prefix + "self_attn.", heads, config)
+        self.feed_forward_norm = weights.norm(prefix + made_of.feed_forward_norm, config, normed)
+        linears = (*made_of.feed_forward_in, made_of.feed_forward_out)
+        self.feed_forward = _FEED_FORWARD[made_of.feed_forward](
+            *(weights.linear(prefix + name, made_of.biases) for name in linears)
+        )
 
     def forward(
         self,
         x: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor],
+        turn: tuple[torch.Tensor, torch.Tensor] | None,
         mask: torch.Tensor,
         slots: torch.Tensor,
         cache: KVCache,
         layer: int,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, mask, slots, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.norm_first:
+            x = x + self.attention(self.attention_norm(x), turn, mask, slots, cache, layer)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(x + self.attention(x.to(self.dtype), turn, mask, slots, cache, layer))
+        return self.feed_forward_norm(x + self.feed_forward(x.to(self.dtype)))
 
 
 class Decoder(nn.Module):
-    """A LLaMA model over tensors as the shards of ``heads.chips`` chips hold them, put together along their shard axes.
+    """A model over tensors as the shards of ``heads.chips`` chips hold them, put together along their shard axes.
 
     ``dtype`` is that of cache, activations inside the layers and logits. A weight keeps the one it is stored in and is
     converted at use. The sum that runs through the layers stays in float32: it is small, and rounding it after every
@@ -152,16 +215,27 @@ class Decoder(nn.Module):
         """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form."""
         super().__init__()
         weights = Weights(tensors, make_linear)
-        self.vocab_size = config.vocab_size
-        self.register_buffer("embedding", weights.take(EMBEDDING.name))  # [V, E]
+        made_of, prefix = config.architecture, config.architecture.prefix
+        self.vocab_size, self.dtype = config.vocab_size, dtype
+        self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or of a width of its own
+        learned = made_of.positions is Positions.LEARNED
+        self.register_buffer("positions", weights.take(prefix + POSITIONS.name) if learned else None)
+        self.position_offset = made_of.position_offset
         self.layers = nn.ModuleList(
-            Block(weights, f"model.layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
+            Block(weights, f"{prefix}layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps, dtype)
-        self.lm_head = make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
+        self.norm = weights.norm(prefix + made_of.final_norm, config, dtype) if made_of.final_norm else None
+        self.project_in, self.project_out = (
+            None if config.word_embed_proj_dim is None else weights.linear(prefix + row.name.removesuffix(".weight"))
+            for row in (PROJECT_IN, PROJECT_OUT)
+        )
+        head = LM_HEAD.name.removesuffix(".weight")
+        self.lm_head = make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(head)
         weights.check_all_taken()
-        frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float32)  # [D / 2]
-        self.register_buffer("frequencies", place(frequencies))
+        frequencies = None
+        if made_of.positions is Positions.ROTARY:
+            frequencies = place(torch.tensor(inverse_frequencies(config), dtype=torch.float32))  # [D / 2]
+        self.register_buffer("frequencies", frequencies)
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits [B, V] after the last of ``tokens`` [B, T], which take ``slots`` [T] of the cache.
@@ -169,19 +243,33 @@ class Decoder(nn.Module):
         ``offsets`` [B] is the slot at which each row begins.
         """
         x = self.fill(tokens, slots, offsets, cache)[:, -1]  # [B, E]
-        return self.lm_head(self.norm(x))[:, : self.vocab_size]  # rows of the head beyond are padding
+        x = x.to(self.dtype) if self.norm is None else self.norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return self.lm_head(x)[:, : self.vocab_size]  # rows of the head beyond are padding
 
     def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32."""
-        turn = self._turn(slots, offsets)
+        turn = None if self.frequencies is None else self._turn(slots, offsets)
         places = torch.arange(cache.slots, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]
-        x = nn.functional.embedding(tokens, self.embedding).float()
+        x = self._embed(tokens, slots, offsets)
         for layer, block in enumerate(self.layers):
             x = block(x, turn, mask, slots, cache, layer)
         return x
+
+    def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """What goes into the first layer, [B, T, E] in float32: tokens, and learned positions where there are some."""
+        x = nn.functional.embedding(tokens, self.embedding)
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.dtype))
+        x = x.float()
+        if self.positions is None:
+            return x
+        positions = (slots[None] - offsets[:, None]).clamp(min=0)  # [B, T]; before a row's begin any will do
+        return x + nn.functional.embedding(positions + self.position_offset, self.positions).float()
 
     def _turn(self, slots: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, D] of the rotary embedding (Su et al. 2021), in float32."""

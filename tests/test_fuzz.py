@@ -112,7 +112,7 @@ def write_gguf(path: Path, per_part: int = 0) -> None:
     writer.add_context_length(SMALL.max_position_embeddings)
     writer.add_head_count(SMALL.num_heads)
     writer.add_head_count_kv(SMALL.num_kv_heads)
-    writer.add_layer_norm_rms_eps(SMALL.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(SMALL.norm_eps)
     tensors = {name: tensor.float().numpy() for name, tensor in random_tensors().items()}
     for name, hf_name in MODEL_NAMES.items():
         writer.add_tensor(name, tensors[hf_name])

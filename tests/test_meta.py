@@ -227,7 +227,7 @@ def test_rope_scaling_of_llama_3_1_and_3_2(dim: int, layers: int, factor: float)
         ({"n_kv_heads": 3}, ["params.json", "multiple of num_key_value_heads 3"]),
         ({"multiple_of": 0}, ["multiple_of is 0"]),
         ({"ffn_dim_multiplier": "1"}, ["ffn_dim_multiplier is '1'"]),
-        ({"norm_eps": -1}, ["params.json", "rms_norm_eps is -1"]),
+        ({"norm_eps": -1}, ["params.json", "norm_eps is -1"]),
         ({"rope_theta": []}, ["rope_theta is []"]),
         ({"use_scaled_rope": 1}, ["use_scaled_rope is 1"]),
         ({"vocab_size": 209}, ["params.json", "vocab_size is 209 and the embedding has 208 rows"]),
