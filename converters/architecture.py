@@ -1,4 +1,4 @@
-"""What sets one family of decoders apart from another, as data: the kinds of its parts, and what its tensors are called.
+"""What sets one family of decoders apart from another, as data: the kinds of its parts, the names of its tensors.
 
 The parameter table (layout.py) and the decoder are built from this; so a model of another family needs no code of its
 own, unless it has a kind of part that none had before.

@@ -95,9 +95,13 @@ class ModelConfig:
         """The width of the embedding and of the output head."""
         return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
 
+    def holds_context(self, tokens: int) -> bool:
+        """Whether ``tokens`` have positions: learned ones end, RoPE's don't."""
+        return self.architecture.positions is not Positions.LEARNED or tokens <= self.max_position_embeddings
+
     def check_context(self, tokens: int) -> None:
-        """Raise InputError for a context of more ``tokens`` than there are learned positions; RoPE has no end."""
-        if self.architecture.positions is Positions.LEARNED and tokens > self.max_position_embeddings:
+        """Raise InputError where a context of so many ``tokens`` has no positions."""
+        if not self.holds_context(tokens):
             raise InputError(
                 f"{self.name} has learned {self.max_position_embeddings} positions, and --max-seq-len is {tokens}. "
                 f"Lower --max-seq-len to {self.max_position_embeddings} or less."
@@ -300,7 +304,7 @@ def _opt(name: str, hidden_size: int, heads: int, layers: int, **fields: Any) ->
 
 # Table 1 of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", with 13B and a small
 # one for demos and tests. 175B is OPT-175B's dimensions on the LLaMA architecture. Below them the models of Touvron
-# et al. 2023 (LLaMA 2), Roziere et al. 2023 (Code Llama) and Grattafiori et al. 2024 (LLaMA 3, and 3.1 405B), and true OPT.
+# et al. 2023 (LLaMA 2), Roziere et al. 2023 (Code Llama), Grattafiori et al. 2024 (LLaMA 3, and 3.1 405B) and OPT.
 PRESETS: dict[str, ModelConfig] = {
     preset.name: preset
     for preset in (

@@ -1,4 +1,4 @@
-"""The LLaMA families and OPT, small, from transformers' files to logits on 1, 2 and 3 chips; no size divides by the chips."""
+"""The LLaMA families and OPT, small, from transformers' files to logits on chips that divide none of their sizes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ COUNTS = {
     "opt-13b": 12_853_473_280,
     "opt-30b": 29_974_540_288,
 }
-WIDE = [PRESETS[name] for name in (*PUBLISHED, "tiny", "175B", "llama-2-70b", "opt-350m", "opt-175b")]  # each is a model of half a second
+WIDE = [
+    PRESETS[name] for name in (*PUBLISHED, "tiny", "175B", "llama-2-70b", "opt-350m", "opt-175b")
+]  # each is a model of half a second
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
