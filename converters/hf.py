@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.architecture import Architecture
+from converters.companions import read_companions, with_tokenizer
 from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, quantization_config
 from converters.config import DTYPES, ModelConfig, read_config, read_json
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
@@ -18,17 +19,6 @@ from converters.tensor_files import TensorFile, open_tensor_file
 if TYPE_CHECKING:
     import torch
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 INDEX = "model.safetensors.index.json"
 # Where weights may be, the first that exists counts: a directory often holds both forms.
 _CANDIDATES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -55,19 +45,20 @@ class HFSource:
         self.config = config
         self.directory = directory
         self._holder = holder
+        self._companions = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         held = self._holder[name]
         return held.file.rows(held.name, start, stop)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), self.companions())
+        return fingerprint(self.config, self.files(), read_companions(self.directory))
 
     def files(self) -> list[Path]:
         return sorted({held.path for held in self._holder.values()})
 
     def companions(self) -> dict[str, bytes]:
-        return read_companions(self.directory)
+        return dict(self._companions)
 
 
 class CompressedSource(HFSource):
@@ -93,12 +84,6 @@ class CompressedSource(HFSource):
 
     def quantization_fields(self) -> dict[str, Any]:
         return {"quantization_config": quantization_config(self.config, LM_HEAD.name + SCALE_SUFFIX in self._holder)}
-
-
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files and the like in a directory: file name -> content."""
-    present = (directory / name for name in COMPANIONS)
-    return {path.name: path.read_bytes() for path in present if path.is_file()}
 
 
 def open_hf(directory: Path) -> HFSource:

@@ -133,12 +133,13 @@ def test_parts_saved_as_views_of_larger_tensors(model: LlamaForCausalLM, tmp_pat
 def test_whole_chain(model: LlamaForCausalLM, tmp_path: Path) -> None:
     """Dry run, tokenizer.model, a second run, and quantizing the directory as it is."""
     write_meta(tmp_path / "meta", model, 4)
-    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"\x0a\x0e a tokenizer")
+    tokenizer = b"\x0a\x03\x0a\x01a\x12\x02\x18\x02"  # SentencePiece's: one piece, BPE
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(tokenizer)
     arguments = ("--source", tmp_path / "meta", "--out", tmp_path / "out")
     assert "model-00001-of-00001.safetensors" in invoke(convert, *arguments, "--dry-run").stdout
     assert not (tmp_path / "out").exists()
     assert "meta, 2 layers" in invoke(convert, *arguments).stdout
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\x0a\x0e a tokenizer"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer
     assert "already complete" in invoke(convert, *arguments).stdout
     for source in ("meta", "out"):
         invoke(quantize, tmp_path / source, "--int8", "--chips", 2, "--out", tmp_path / f"{source}-shards")
