@@ -10,15 +10,20 @@ from typing import Any
 from converters.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
 from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
+from converters.llama import REQUIRED as LLAMA_REQUIRED
+from converters.llama import llama_from_hf, llama_to_hf, optional
 from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
-from converters.rope import Llama3Scaling, RopeScaling, rope_from_hf, scaling_to_hf
+from converters.rope import Llama3Scaling, RopeScaling
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
 _MAX_NUMBER = 10**15
+# What each family's config.json must have, and how it is read and written where the families differ.
+_FROM_HF = {LLAMA.model_type: (LLAMA_REQUIRED, llama_from_hf), OPT.model_type: (OPT_REQUIRED, opt_from_hf)}
+_TO_HF = {LLAMA.model_type: llama_to_hf, OPT.model_type: opt_to_hf}
 _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
 
 
@@ -110,9 +115,8 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """config.json as the configuration classes of transformers read it."""
         eos = list(self.eos_token_ids)
-        own = opt_to_hf(self) if self.architecture.model_type == OPT.model_type else _llama_to_hf(self)
         return {
-            **own,
+            **_TO_HF[self.architecture.model_type](self),
             "model_type": self.architecture.model_type,
             "_name_or_path": self.name,
             "hidden_size": self.hidden_size,
@@ -136,12 +140,11 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
     if not isinstance(fields, dict):
         raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
     fields = check_features(fields)
-    opt = fields.get("model_type") == OPT.model_type
-    absent = [field for field in (OPT_REQUIRED if opt else _LLAMA_REQUIRED) if field not in fields]
+    family = OPT if fields.get("model_type") == OPT.model_type else LLAMA
+    needed, read = _FROM_HF[family.model_type]
+    absent = [field for field in needed if field not in fields]
     if absent:
-        title = OPT.title if opt else LLAMA.title
-        raise InputError(f"config.json lacks {', '.join(absent)}; it is no {title} configuration.")
-    own = opt_from_hf(fields) if opt else _llama_from_hf(fields)
+        raise InputError(f"config.json lacks {', '.join(absent)}; it is no {family.title} configuration.")
     return ModelConfig(
         name=_name(fields) or name,
         hidden_size=fields["hidden_size"],
@@ -149,44 +152,13 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         num_heads=fields["num_attention_heads"],
         head_dim=_head_dim(fields),
         vocab_size=fields["vocab_size"],
-        max_position_embeddings=_optional(fields, "max_position_embeddings", MAX_POSITIONS),
-        tie_word_embeddings=_optional(fields, "tie_word_embeddings", False),
+        max_position_embeddings=optional(fields, "max_position_embeddings", MAX_POSITIONS),
+        tie_word_embeddings=optional(fields, "tie_word_embeddings", False),
         bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
         eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
         dtype=_dtype(fields),
-        **own,
+        **read(fields),
     )
-
-
-_LLAMA_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-def _llama_from_hf(fields: dict[str, Any]) -> dict[str, Any]:
-    """ModelConfig's fields that are LLaMA's own."""
-    rope_theta, rope_scaling = rope_from_hf(fields)
-    return {
-        "intermediate_size": fields["intermediate_size"],
-        "num_kv_heads": _optional(fields, "num_key_value_heads", fields["num_attention_heads"]),
-        "norm_eps": _optional(fields, "rms_norm_eps", 1e-6),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
-    }
-
-
-def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that are LLaMA's own."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "intermediate_size": config.intermediate_size,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        **({} if config.rope_scaling is None else {"rope_scaling": scaling_to_hf(config.rope_scaling)}),
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
 
 
 def _head_dim(fields: dict[str, Any]) -> Any:
@@ -200,11 +172,6 @@ def _head_dim(fields: dict[str, Any]) -> Any:
             "and there is no head_dim."
         )
     return hidden // heads
-
-
-def _optional(fields: dict[str, Any], field: str, default: Any) -> Any:
-    value = fields.get(field)
-    return default if value is None else value
 
 
 def read_config(path: Path, quantized: bool = False) -> ModelConfig:

@@ -40,7 +40,7 @@ def check_features(fields: dict[str, Any]) -> dict[str, Any]:
     fields = MODEL_TYPES[kind] | fields
     _check_unquantized(fields)
     if kind == OPT.model_type:
-        return fields
+        return fields | {"head_dim": None}  # its heads share the hidden size, whatever else is said
     _check_window(fields)
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"config.json asks for the activation {shown(fields['hidden_act'])}; LLaMA's is 'silu'.")

@@ -26,6 +26,8 @@ def read_gpt2(
             "Convert from a directory that has a tokenizer.json."
         )
     vocab = _vocab(vocab_json, f"{where}/vocab.json")
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    vocabulary = Vocabulary(f"{where}/vocab.json", tokens, [NORMAL] * len(tokens), {})
     try:
         lines = merges_txt.decode().split("\n")
     except UnicodeDecodeError:
@@ -33,8 +35,7 @@ def read_gpt2(
     # A first line may name the format's version. "#" itself is a letter of merges, so only this is left out.
     kept = lines[1:] if lines[0].startswith("#version") else lines
     merges = read_merges((line.rstrip("\r") for line in kept if line.strip()), vocab, f"{where}/merges.txt")
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    return byte_level(vocab, merges, GPT2), Vocabulary(f"{where}/vocab.json", tokens, [NORMAL] * len(tokens), {})
+    return byte_level(vocab, merges, GPT2), vocabulary
 
 
 def _vocab(content: bytes, where: str) -> dict[str, int]:

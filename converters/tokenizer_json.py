@@ -34,6 +34,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         first: dict[str, int] = {}
         for i, token in enumerate(self.tokens):
+            if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
+                raise InputError(f"{self.where} gives token {i} a text that is none (half a pair); fetch it again.")
             if first.setdefault(token, i) != i:
                 raise InputError(f"{self.where} gives tokens {first[token]} and {i} the same text; fetch it again.")
 
@@ -106,7 +108,10 @@ def sentencepiece(
             byte_fallback=BYTE in types,
         )
         tokenizer = Tokenizer(model)
-    _normalize(tokenizer, normalization)
+    try:
+        _normalize(tokenizer, normalization)
+    except Exception as error:  # plain Exception is what the library raises for a charsmap that is none
+        raise InputError(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
     return tokenizer
 
 

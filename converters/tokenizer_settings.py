@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,14 +56,10 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
     by_role = {
         role: text for fields in (special, config) for key, role in _ROLES.items() if (text := _text(fields.get(key)))
     }
-    found = {i: (text, text in by_role.values()) for text, i in added.items()}
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        if not key.isdigit() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise InputError(f"{where}/{CONFIG} has an entry of added_tokens_decoder that is none; fetch it again.")
-        found[int(key)] = (entry["content"], bool(entry.get("special")))
-    for i in found:
+    for i in added.values():
         if type(i) is not int or i < 0:
             raise InputError(f"{where}/{ADDED} gives a token the id {shown(i)}; fetch it again.")
+    found = {i: (text, text in by_role.values()) for text, i in added.items()}
     return Settings(
         where,
         kind=str(config.get("tokenizer_class") or ""),
@@ -70,8 +67,19 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
         add_eos=_flag(config, "add_eos_token", where),
         add_prefix_space=_flag(config, "add_prefix_space", where),
         special=by_role,
-        added=found,
+        added=found | _decoder(config.get("added_tokens_decoder"), where),
     )
+
+
+def _decoder(entries: Any, where: str) -> dict[int, tuple[str, bool]]:
+    """added_tokens_decoder: by id, as text, a token's text and properties."""
+    found = {}
+    for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)] if entries else []:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(content, str):
+            raise InputError(f"{where}/{CONFIG} has an added_tokens_decoder that is none; fetch it again.")
+        found[int(key)] = (content, bool(entry.get("special")))
+    return found
 
 
 def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

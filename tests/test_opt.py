@@ -85,6 +85,7 @@ def test_configuration_that_is_silent() -> None:
     needed = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     config = from_hf(needed | {"model_type": "opt", "vocab_size": 50272, "torch_dtype": "bfloat16"}, "opt-125m")
     assert config == PRESETS["opt-125m"]
+    assert from_hf(config.to_hf() | {"head_dim": 32}) == config  # which transformers doesn't look at either
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,15 @@ def test_sentencepiece_cuts_as_the_library_does(options: dict[str, Any]) -> None
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.one_of(st.sampled_from("aAbehlnost '.\n1\u00e9"), st.characters(exclude_categories=["Cs"]))))
 def test_any_text_is_cut_as_the_library_does(text: str) -> None:
-    tokenizer, library = _SMALL
+    tokenizer, library = _small()
     if "\0" not in text and "\u2581" not in text:  # the library writes a space as the latter
         assert tokenizer.encode(text).ids == library.encode(text)
 
 
+@lru_cache
 def _small() -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
     model = train_sentencepiece(600)
     return read_sentencepiece(model, "here")[0], sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-_SMALL = _small()
 
 
 def test_metas_directory_runs_from_text(llama: bytes, tmp_path: Path) -> None:
@@ -255,6 +254,7 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
         (b"\x0a\x03\x0a\x01a\x12\x02\x18\x03", "of kind 'word'"),
         (b"\x0a\x03\x0a\x01a\x12\x04\x18\x02\xc0\x01\x01", "ends within"),
         (b"\x0a\x03\x0a\x01a\x12\x05\x18\x02\xc0\x01\x01", "treats spaces"),
+        (b"\x0a\x03\x0a\x01a\x12\x02\x18\x02\x1a\x03\x12\x01\x01", "table of replacements"),
         (b"\x0a\x03\x0a\x01\xff", "no SentencePiece model"),
         (b"\x0f\x00", "unknown kind 7"),
         (b"\xff" * 11, "more than ten bytes"),
@@ -284,6 +284,9 @@ def test_a_model_of_more_tokens_than_embeddings(llama: bytes, tmp_path: Path) ->
         ("tokenizer_config.json", "{", "holds no JSON object"),
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+        ("added_tokens.json", '{"<a>": [800]}', "the id [800]"),
+        ("added_tokens.json", '{"\\ud800": 800}', "half a pair"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"3": {"content": "<b>"}}}', "gives the id 3"),
         ("added_tokens.json", '{"<a>": 802}', "has no token 800"),
         ("added_tokens.json", '{"<a>": -1}', "the id -1"),
@@ -322,7 +325,7 @@ def test_gpt2_files_that_are_refused(name: str, content: str, says: str, tmp_pat
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
     """Any bytes changed, cut off or put in: an InputError or a tokenizer, and nothing else."""
-    model = bytearray(_DAMAGED[data.draw(st.integers(0, 1))])
+    model = bytearray(_damaged()[data.draw(st.integers(0, 1))])
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(model) - 1))
         model[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
@@ -333,7 +336,9 @@ def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
         read_tiktoken(model, "here", since_3_1=True)
 
 
-_DAMAGED = (train_sentencepiece(400), tiktoken_file(train_byte_level(LLAMA3, 300)[0]))
+@lru_cache
+def _damaged() -> tuple[bytes, bytes]:
+    return train_sentencepiece(400), tiktoken_file(train_byte_level(LLAMA3, 300)[0])
 
 
 def test_scaled_rope_tells_the_generation(tmp_path: Path) -> None:
