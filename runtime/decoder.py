@@ -43,11 +43,10 @@ class Weights:
 
     def norm(self, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         """The normalization ``name``, given out in ``dtype``."""
-        learned = config.architecture.norm_weights
-        weight = self.take(f"{name}.weight") if learned else None
         if config.architecture.norm is Norm.RMS:
-            return RMSNorm(weight, config.norm_eps, dtype)
-        return LayerNorm(weight, self.take(f"{name}.bias") if learned else None, config.norm_eps, dtype)
+            return RMSNorm(self.take(f"{name}.weight"), config.norm_eps, dtype)
+        learned = ("weight", "bias") if config.architecture.norm_weights else ()
+        return LayerNorm(config.norm_eps, dtype, *(self.take(f"{name}.{part}") for part in learned))
 
     def check_all_taken(self) -> None:
         for name in self._left:
@@ -81,9 +80,11 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``; without a weight, only that."""
+    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``; weight and bias may be none."""
 
-    def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.eps, self.dtype = eps, dtype
         self.register_buffer("weight", weight)

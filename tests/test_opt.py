@@ -200,6 +200,19 @@ def test_biases_keep_their_dtype_and_are_not_quantized(tmp_path: Path) -> None:
     assert "model.decoder.layers.1.self_attn.out_proj.weight" in int8
 
 
+def test_shards_are_split_anew(tmp_path: Path) -> None:
+    """Biases too: what is made of 8 chips' files is what quantizing for so many chips gives."""
+    make_opt(tmp_path / "hf", **VARIETIES["divisible-by-nothing"])
+    invoke(quantize, tmp_path / "hf", "--int8", "--chips", 8, "--out", tmp_path / "eight")
+    for chips in (1, 2, 5):
+        invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / f"made{chips}")
+        invoke(quantize, tmp_path / "eight", "--int8", "--chips", chips, "--out", tmp_path / f"split{chips}")
+        made, split = (snapshot(tmp_path / f"{kind}{chips}") for kind in ("made", "split"))
+        weights = [name for name in made if name.endswith(".safetensors")]
+        assert len(weights) == chips
+        assert {name: split[name] for name in weights} == {name: made[name] for name in weights}
+
+
 @pytest.mark.parametrize("variety", ["pre-norm", "post-norm"])
 def test_random_weights(variety: str, tmp_path: Path) -> None:
     """Norms change nothing at first; every other bias has values of its own, which no other tensor shares."""
