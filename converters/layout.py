@@ -54,6 +54,11 @@ class Row:
     fill: float | None = None  # the value that random weights have there; None: each its own
     looked_up: bool = False  # only the rows of the tokens at hand are read, one per token
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it belongs to a normalization: these are what random weights give a value that changes nothing."""
+        return self.fill is not None
+
     def scale(self) -> Row:
         """The row of the per-output-channel scale [out, 1] that goes with this linear's int8 weight [out, in]."""
         return Row(self.name + "_scale", (self.axes[0], Axis.ONE), shard=0 if self.shard == 0 else None)

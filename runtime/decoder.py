@@ -9,12 +9,12 @@ one index serves index_copy for the whole batch, and a row's position is its slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from converters.architecture import FeedForward, Norm, Positions
+from converters.architecture import Architecture, FeedForward, Norm, Positions
 from converters.config import ModelConfig
 from converters.errors import MissingTensor, UnexpectedTensor
 from converters.layout import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
@@ -22,6 +22,7 @@ from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
 from runtime.kv_cache import KVCache
 from runtime.linear import Linear, MakeLinear
+from runtime.placed import FUSED
 
 
 class Weights:
@@ -40,6 +41,12 @@ class Weights:
         weight = f"{name}.weight"
         linear = self._make_linear(self.take(weight), self._left.pop(weight + "_scale", None))
         return Biased(linear, self.take(f"{name}.bias")) if bias else linear
+
+    def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
+        """The linears that ``fused`` of ``placed.FUSED`` stands for, as one where they have been put together."""
+        whole = prefix + fused
+        names = [whole] if f"{whole}.weight" in self._left else [prefix + part for part in FUSED[fused]]
+        return Projections([self.linear(name, bias) for name in names], shares, chips)
 
     def norm(self, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         """The normalization ``name``, given out in ``dtype``."""
@@ -64,6 +71,24 @@ class Biased(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
         return y + self.bias.to(y.dtype)
+
+
+class Projections(nn.Module):
+    """Linears of one input: each by itself, or all as one product of their weights put together chip by chip.
+
+    ``shares`` are the sizes of their outputs relative to each other. Gives a tensor [..., chips, size] for each.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module], shares: Sequence[int], chips: int) -> None:
+        super().__init__()
+        self.linears, self.shares, self.chips = nn.ModuleList(linears), shares, chips
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs = [linear(x).unflatten(-1, (self.chips, -1)) for linear in self.linears]
+        if len(outputs) > 1:
+            return outputs
+        unit = outputs[0].shape[-1] // sum(self.shares)
+        return outputs[0].split([unit * share for share in self.shares], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -101,32 +126,37 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache, query heads laid out under their KV heads."""
 
-    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig) -> None:
+    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig, least_rows: int) -> None:
         super().__init__()
-        self.kv_heads, self.group, self.head_dim = heads.kv_slots, heads.group, config.head_dim
-        biases = config.architecture.biases
-        self.q_proj = weights.linear(prefix + "q_proj", biases)
-        self.k_proj = weights.linear(prefix + "k_proj", biases)
-        self.v_proj = weights.linear(prefix + "v_proj", biases)
-        self.o_proj = weights.linear(prefix + config.architecture.attention_out, biases)
+        self.heads, self.head_dim, self.least_rows = heads, config.head_dim, least_rows
+        made_of = config.architecture
+        self.qkv_proj = weights.projections(prefix, "qkv_proj", (heads.group, 1, 1), heads.chips, made_of.biases)
+        self.o_proj = weights.linear(prefix + made_of.attention_out, made_of.biases)
 
     def forward(
         self,
-        x: torch.Tensor,  # [B, T, E]
+        x: torch.Tensor,  # [C * B, T, E], C copies of every row
         turn: tuple[torch.Tensor, torch.Tensor] | None,  # cos and sin, [B, T, D], of rotary positions
         mask: torch.Tensor,  # [B, T, S], true where a token may look
         slots: torch.Tensor,  # [T]
         cache: KVCache,
         layer: int,
     ) -> torch.Tensor:
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.kv_heads, self.group, self.head_dim)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        batch, length, heads, size = cache.batch_size, x.shape[1], self.heads, self.head_dim
+        q, k, v = self.qkv_proj(x)
+        q = q.reshape(-1, batch, length, heads.kv_slots, heads.group, size)
+        k = k[:batch].reshape(batch, length, heads.kv_slots, size)
+        v = v[:batch].reshape(batch, length, heads.kv_slots, size)
+        copies = q.shape[0]
+        # Copies of a row look at the same keys, as the query heads of a group do.
+        q = q.permute(1, 2, 3, 0, 4, 5).reshape(batch, length, heads.kv_slots, copies * heads.group, size)
         if turn is not None:
             cos, sin = turn
             q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
             k = _rotate(k, cos[:, :, None], sin[:, :, None])
+        asked = q.shape[3]
+        if asked * length < self.least_rows:
+            q = torch.cat([q] * -(-self.least_rows // (asked * length)), dim=3)
         keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
         # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
         scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
@@ -135,19 +165,21 @@ class Attention(nn.Module):
             scores = scores * key_scale
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         weights = scores.softmax(-1) * value_scale if scales else scores.softmax(-1)
-        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float()).to(x.dtype)
-        return self.o_proj(y.reshape(batch, length, -1))
+        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float())[:, :, :, :asked].to(x.dtype)
+        y = y.view(batch, length, heads.kv_slots, copies, heads.group, size).permute(3, 0, 1, 2, 4, 5)
+        return self.o_proj(y.reshape(copies * batch, length, -1))
 
 
 class SwiGLU(nn.Module):
     """The gated feed-forward layer (Shazeer 2020)."""
 
-    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
+    def __init__(self, gate_up: Projections, down: nn.Module) -> None:
         super().__init__()
-        self.gate, self.up, self.down = gate, up, down
+        self.gate_up, self.down = gate_up, down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x)  # [..., chips, F / chips]
+        return self.down((nn.functional.silu(gate) * up).flatten(-2))
 
 
 class ReLU(nn.Module):
@@ -161,24 +193,34 @@ class ReLU(nn.Module):
         return self.down(nn.functional.relu(self.up(x)))
 
 
-_FEED_FORWARD = {FeedForward.SWIGLU: SwiGLU, FeedForward.RELU: ReLU}
+def _feed_forward(weights: Weights, prefix: str, made_of: Architecture, chips: int) -> nn.Module:
+    first, down = prefix + made_of.feed_forward_in[0], weights.linear(prefix + made_of.feed_forward_out, made_of.biases)
+    if made_of.feed_forward is FeedForward.RELU:
+        return ReLU(weights.linear(first, made_of.biases), down)
+    within = first.removesuffix(FUSED["gate_up_proj"][0])
+    return SwiGLU(weights.projections(within, "gate_up_proj", (1, 1), chips, made_of.biases), down)
 
 
 class Block(nn.Module):
     """One layer of the decoder: attention and feed-forward layer, each added to what goes in."""
 
-    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        prefix: str,
+        config: ModelConfig,
+        heads: HeadPlan,
+        dtype: torch.dtype,
+        least_rows: int,
+    ) -> None:
         super().__init__()
         made_of = config.architecture
         self.norm_first, self.dtype = made_of.norm_first, dtype
         normed = dtype if self.norm_first else torch.float32  # behind the sums, norms give the next layer's input
         self.attention_norm = weights.norm(prefix + made_of.attention_norm, config, normed)
-        self.attention = Attention(weights, prefix + "self_attn.", heads, config)
+        self.attention = Attention(weights, prefix + "self_attn.", heads, config, least_rows)
         self.feed_forward_norm = weights.norm(prefix + made_of.feed_forward_norm, config, normed)
-        linears = (*made_of.feed_forward_in, made_of.feed_forward_out)
-        self.feed_forward = _FEED_FORWARD[made_of.feed_forward](
-            *(weights.linear(prefix + name, made_of.biases) for name in linears)
-        )
+        self.feed_forward = _feed_forward(weights, prefix, made_of, heads.chips)
 
     def forward(
         self,
@@ -212,9 +254,15 @@ class Decoder(nn.Module):
         tensors: Mapping[str, torch.Tensor],
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         make_linear: MakeLinear = Linear,
+        least_rows: int = 1,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form."""
+        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form.
+
+        Matrix products are given ``least_rows`` rows at least, by copies: a TPU gives a single row to its vector unit,
+        which takes up to five times as long as the matrix unit for two.
+        """
         super().__init__()
+        self.least_rows = least_rows
         weights = Weights(tensors, make_linear)
         made_of, prefix = config.architecture, config.architecture.prefix
         self.vocab_size, self.dtype = config.vocab_size, dtype
@@ -222,9 +270,8 @@ class Decoder(nn.Module):
         learned = made_of.positions is Positions.LEARNED
         self.register_buffer("positions", weights.take(prefix + POSITIONS.name) if learned else None)
         self.position_offset = made_of.position_offset
-        self.layers = nn.ModuleList(
-            Block(weights, f"{prefix}layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
-        )
+        prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, least_rows) for name in prefixes)
         self.norm = weights.norm(prefix + made_of.final_norm, config, dtype) if made_of.final_norm else None
         self.project_in, self.project_out = (
             None if config.word_embed_proj_dim is None else weights.linear(prefix + row.name.removesuffix(".weight"))
@@ -243,34 +290,39 @@ class Decoder(nn.Module):
 
         ``offsets`` [B] is the slot at which each row begins.
         """
-        x = self.fill(tokens, slots, offsets, cache)[:, -1]  # [B, E]
+        x = self._layers(tokens, slots, offsets, cache)[:, -1]  # [C * B, E]
         x = x.to(self.dtype) if self.norm is None else self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return self.lm_head(x)[:, : self.vocab_size]  # rows of the head beyond are padding
+        return self.lm_head(x)[: cache.batch_size, : self.vocab_size]  # the head is padded to all chips
 
     def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32."""
+        return self._layers(tokens, slots, offsets, cache)[: cache.batch_size]
+
+    def _layers(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """The last layer's output [C * B, T, E], with C copies of every row where ``least_rows`` asks for them."""
         turn = None if self.frequencies is None else self._turn(slots, offsets)
         places = torch.arange(cache.slots, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]
-        x = self._embed(tokens, slots, offsets)
+        x = self._embed(tokens, slots, offsets, copies=-(-self.least_rows // tokens.numel()))
         for layer, block in enumerate(self.layers):
             x = block(x, turn, mask, slots, cache, layer)
         return x
 
-    def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """What goes into the first layer, [B, T, E] in float32: tokens, and learned positions where there are some."""
-        x = nn.functional.embedding(tokens, self.embedding)
+    def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, copies: int) -> torch.Tensor:
+        """What goes into the first layer, [copies * B, T, E] in float32: tokens, and learned positions if there are."""
+        x = nn.functional.embedding(torch.cat([tokens] * copies), self.embedding)
         if self.project_in is not None:
             x = self.project_in(x.to(self.dtype))
         x = x.float()
         if self.positions is None:
             return x
         positions = (slots[None] - offsets[:, None]).clamp(min=0)  # [B, T]; before a row's begin any will do
-        return x + nn.functional.embedding(positions + self.position_offset, self.positions).float()
+        learned = nn.functional.embedding(positions + self.position_offset, self.positions).float()
+        return x + torch.cat([learned] * copies)
 
     def _turn(self, slots: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, D] of the rotary embedding (Su et al. 2021), in float32."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
 from runtime.kv_cache import KVCache
 from runtime.linear import Linear
+from runtime.placed import PlacedTensor
 
 
 class HostBackend:
@@ -25,6 +25,8 @@ class HostBackend:
     leader = True
     cache_type = KVCache
     make_linear = Linear
+    least_rows = 1
+    fuse_bytes = None
     steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
@@ -35,8 +37,9 @@ class HostBackend:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.platform = f"{self._device.type}/{mode}"
 
-    def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
-        return shards.rows(stored.name, 0, stored.parameter.shape[0]).to(self._device)
+    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+        parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]
+        return tensor.join(parts).to(self._device)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

@@ -10,10 +10,11 @@ from converters.architecture import LLAMA, OPT
 from converters.config import PRESETS, ModelConfig, from_hf
 from converters.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
 from converters.layout import check_names, is_known, parameters
-from quantize.partition import local_shape, plan_heads
-from quantize.scheme import Scheme, stored_tensors
+from quantize.partition import plan_heads
+from quantize.scheme import Scheme
 from runtime.decoder import Decoder
 from runtime.kv_cache import KVCache
+from runtime.placed import placed_tensors
 from runtime.sizing import cache_shape
 
 ODD = ModelConfig(
@@ -100,15 +101,16 @@ def test_feed_forward_sizes(name: str, ffn: int) -> None:
 
 @pytest.mark.parametrize("chips", [1, 8, 16])
 @pytest.mark.parametrize("config", [*WIDE, ODD], ids=lambda config: config.name)
-def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int) -> None:
+@pytest.mark.parametrize("fuse_bytes", [None, 0])
+def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int, fuse_bytes: int | None) -> None:
     """At full width and depth, on the meta device: what the shards hold is what the decoder takes."""
     scheme = Scheme("int8")
     tensors = {}
-    for stored in stored_tensors(config, scheme):
-        shape = list(local_shape(config, stored.parameter, chips))
-        if stored.parameter.row.shard is not None:
-            shape[stored.parameter.row.shard] *= chips
-        tensors[stored.name] = torch.empty(shape, dtype=getattr(torch, stored.dtype), device="meta")
+    for placed in placed_tensors(config, scheme, chips, fuse_bytes):
+        shape = list(placed.local_shape(config, chips))
+        if placed.shard is not None:
+            shape[placed.shard] *= chips
+        tensors[placed.name] = torch.empty(shape, dtype=placed.dtype, device="meta")
     heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
     decoder = Decoder(config, heads, torch.bfloat16, tensors, lambda tensor: tensor.to("meta"))
     shape = cache_shape(config, chips, 2, 64)
@@ -121,8 +123,8 @@ def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: in
 
 def test_decoder_names_a_tensor_too_many_or_too_few() -> None:
     tensors = {
-        stored.name: torch.empty(stored.parameter.shape, dtype=getattr(torch, stored.dtype))
-        for stored in stored_tensors(ODD, Scheme("int8"))
+        placed.name: torch.empty(placed.local_shape(ODD, 1), dtype=placed.dtype)
+        for placed in placed_tensors(ODD, Scheme("int8"), 1, fuse_bytes=0)
     }
     heads = plan_heads(ODD.num_heads, ODD.num_kv_heads, 1)
     with pytest.raises(UnexpectedTensor, match="extra"):

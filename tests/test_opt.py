@@ -19,8 +19,12 @@ from converters.config import PRESETS, from_hf
 from converters.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.random_init import STD, RandomSource
 from quantize.cli import command as quantize
+from quantize.shards import Shards
 from runtime.baseline import load_model
 from runtime.cli import command as run
+from runtime.generate import Generator
+from runtime.host import HostBackend
+from runtime.load import load_decoder, make_cache
 from runtime.plan_cli import command as plan
 
 POST_NORM: dict[str, Any] = {"do_layer_norm_before": False, "width": 20}
@@ -184,6 +188,23 @@ def test_rows_of_different_lengths(variety: str, backend: str, chips: int, tmp_p
     for prompt, logits, ids in zip(prompts, result["logits"][0], result["token_ids"][0], strict=True):
         assert relative(torch.tensor(logits), logits_after(model, prompt)[-1]) < 1e-4
         assert count_greedy(model, prompt, ids[:20]) >= 10
+
+
+@pytest.mark.parametrize("fuse_bytes", [None, 0])
+@pytest.mark.parametrize("variety", ["divisible-by-nothing", "post-norm"])
+def test_in_the_form_for_tpus(variety: str, fuse_bytes: int | None, tmp_path: Path) -> None:
+    """A single row is copied, and projections with their biases are put together or not: the same logits."""
+    make_opt(tmp_path / "hf", **VARIETIES[variety])
+    invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "checkpoint", "--dtype", "float32")
+    invoke(quantize, tmp_path / "checkpoint", "--int8", "--out", tmp_path / "out")
+    shards, backend = Shards(tmp_path / "out"), HostBackend("eager")
+    backend.least_rows, backend.fuse_bytes = 2, fuse_bytes
+    with torch.no_grad():
+        decoder, _ = load_decoder(shards, shards.config, torch.float32, backend, lambda *done: None)
+        cache = make_cache(shards.config, backend, 1, 40, torch.float32)
+        logits = Generator(shards.config, decoder, cache, backend, [16]).logits([[5, 9, 3, 20]])
+    expected = logits_after(reference(tmp_path / "hf", tmp_path / "out"), [5, 9, 3, 20])[-1]
+    assert relative(logits[0], expected) < 1e-4
 
 
 def test_biases_keep_their_dtype_and_are_not_quantized(tmp_path: Path) -> None:
