@@ -73,5 +73,6 @@ def _prediction(prediction: Prediction, target: Slice) -> str:
     return (
         f"Prediction: {prediction.ms:.2f} ms a step, {computation} and {prediction.collectives_ms:.2f} ms of "
         f"collectives. Of the {len(PUBLISHED)} published times{elsewhere}, each left out of the fit in turn, this "
-        f"foretells {model.mean_error:.0%} off in the mean and {model.worst_error:.0%} at worst."
+        f"foretells {model.mean_error:.0%} off in the mean and {model.worst_error:.0%} at worst; the model's form was "
+        "chosen on these same times."
     )
