@@ -23,8 +23,10 @@ from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
+from runtime.cpu_process import prepare_cpu_process
 from runtime.kv_cache import FunctionalKVCache, KVCache
-from runtime.linear import Linear, MakeLinear, PaddedLinear
+from runtime.linear import MakeLinear, PaddedLinear
+from runtime.tiles import TiledLinear, Tiles, cut
 
 TPU_LINEAR = PaddedLinear
 _CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
@@ -37,6 +39,7 @@ class XLABackend:
 
     cache_type = FunctionalKVCache
     steps_ahead = 4
+    tiled = False  # whether linears have XLA:CPU's form; TPUs take weights as they are
 
     def __init__(self, chips: int, compile_cache: Path | None = None) -> None:
         """Bring up XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
@@ -52,6 +55,7 @@ class XLABackend:
         kind = os.environ["PJRT_DEVICE"]
         if kind == "CPU":
             os.environ["CPU_NUM_DEVICES"] = str(chips)
+            prepare_cpu_process()
         import torch_xla.runtime as xr
 
         xr.use_spmd()
@@ -63,8 +67,10 @@ class XLABackend:
             )
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
-        self.make_linear: MakeLinear = TPU_LINEAR if kind == "TPU" else Linear
+        self.tiled = kind == "CPU"
+        self.make_linear: MakeLinear = self._tiled_linear if self.tiled else TPU_LINEAR
         self.leader = xr.process_index() == 0
+        self._one = self.replicate(torch.ones(1)) if self.tiled else None
 
     @property
     def local_chips(self) -> list[int]:
@@ -76,7 +82,10 @@ class XLABackend:
     def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
         """Each local chip's part, read from its file; no host ever puts the whole tensor together."""
         parts = [shards.local(stored.name, chip) for chip in self.local_chips]
-        return self._place(parts, stored.parameter.row.shard)
+        row = stored.parameter.row
+        if self.tiled and row.is_linear:
+            return self._place_tiles(parts, row.shard)
+        return self._place(parts, row.shard)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         local_shape = list(shape)
@@ -125,6 +134,16 @@ class XLABackend:
     def peak_bytes(self) -> int | None:
         """None: torch_xla 2.9 has no memory account of the one device that SPMD shows."""
         return None
+
+    def _place_tiles(self, parts: Sequence[torch.Tensor], axis: int | None) -> Tiles:
+        """The local chips' parts of a weight [out, in], each cut into tiles on its own."""
+        tiles = zip(*(cut(part) for part in parts), strict=True)
+        if axis != 1 or self.chips == 1:
+            return Tiles([self._place(tile, axis) for tile in tiles])
+        return Tiles([self._place([part[None] for part in tile], 0) for tile in tiles])
+
+    def _tiled_linear(self, weight: torch.Tensor | Tiles, scale: torch.Tensor | None) -> TiledLinear:
+        return TiledLinear(weight, scale, self._one)
 
     def _place(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
         """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copies)."""

@@ -35,7 +35,7 @@ def main(shards_path: str, result_path: str) -> None:
             traced.append((_text(self.hlo()), self.aliases))
 
     backend = xla.XLABackend(shards.chips)
-    backend.make_linear = xla.TPU_LINEAR
+    backend.tiled, backend.make_linear = False, xla.TPU_LINEAR
     with torch.no_grad():
         decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
         cache = make_cache(shards.config, backend, ROWS, SLOTS, torch.bfloat16)

@@ -54,3 +54,13 @@ def test_same_split_in_plan_and_run(graphs: dict) -> None:
         assert [found[place] for place in range(len(axes))] == axes
         assert 0 in axes
         assert 1 in axes
+
+
+def test_weights_come_as_the_shards_hold_them(graphs: dict) -> None:
+    """The CPU's tiles and whatever comes with them are not in the graph for TPU."""
+    shapes = {(128, 64), (64, 64), (64, 128), (96, 64), (64, 96)}
+    for text, _ in [*graphs["plan"], *graphs["run"]]:
+        entry = text[text.index("ENTRY") :]
+        found = set(re.findall(r"= s8\[([\d,]+)\]\S* parameter", entry))
+        assert found == {f"{rows},{columns}" for rows, columns in shapes}
+        assert not re.search(r"f32\[1\]\S* parameter", entry)
