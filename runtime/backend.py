@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.kv_cache import KVCache
 from runtime.linear import MakeLinear
+from runtime.placed import PlacedTensor
 
 
 class CacheUse(NamedTuple):
@@ -30,9 +30,11 @@ class Backend(Protocol):
     steps_ahead: int  # decode steps to launch before the tokens of one are read; 0 where launching waits for the end
     cache_type: type[KVCache]  # how a graph updates the cache
     make_linear: MakeLinear  # the form of a linear that is fast there
+    least_rows: int  # that a matrix product should have there
+    fuse_bytes: int | None  # of a weight that is put together from several; None where no size is too large
 
-    def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
-        """A tensor of the shards on the device, put together over the chips. Raises InputError for missing files."""
+    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+        """A tensor on the device, put together over the chips. Raises InputError for missing files."""
         ...
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:

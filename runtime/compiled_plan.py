@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from quantize.scheme import stored_tensors
 from quantize.targets import Slice
 from runtime.estimate import Estimate, estimate
 from runtime.graphs import CACHE_ARGUMENT, Graph, fill_graph, greedy_graph
 from runtime.hlo import Module, parse_module
-from runtime.kv_cache import FunctionalKVCache
+from runtime.latency import FITTED_GENERATION, latency_model
 from runtime.load import make_cache, make_decoder
+from runtime.placed import placed_tensors
 from runtime.plan import Workload
 from runtime.topology import chip_of
 from runtime.tpu_compiler import CompiledProgram, OutOfMemory, TPUCompiler
-from runtime.xla import TPU_LINEAR, TracedGraph, Tracer
+from runtime.xla import TPU_LEAST_ROWS, TracedGraph, Tracer
 
 _HALF_PRECISION = ("bf16", "f16", "f32")
 
@@ -39,10 +39,15 @@ class CompiledGraph:
         """The compiler's cost model, never below the roofline; without collectives, which it doesn't price."""
         return None if self.estimate is None else 1000 * max(self.estimate.estimated_s, self.roofline_s)
 
+    @property
+    def collective_count(self) -> int:
+        return sum(count for count, _ in self.collectives.values())
+
     def to_json(self, hbm_bytes: int) -> dict[str, Any]:
-        """The verdict under the keys that scripts rely on."""
+        """The verdict under the keys that scripts rely on; all but ``fits`` None where the program doesn't compile."""
         if self.program is None:
-            return {"fits": False, "out_of_memory": self.out_of_memory}
+            figures = ("argument_bytes", "temp_bytes", "alias_bytes", "all_reduce", "all_gather", "estimated_ms")
+            return {"fits": False, "out_of_memory": self.out_of_memory} | dict.fromkeys((*figures, "compile_s"))
         program = self.program
         content = {
             "fits": program.peak_bytes <= hbm_bytes,
@@ -69,39 +74,75 @@ class CompiledGraph:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a decode step will take: computation as the compiler estimates it, and collectives by ``latency.py``."""
+
+    computation_ms: float  # the roofline where the compiler's cycles can't be turned into time
+    collectives_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.computation_ms + self.collectives_ms
+
+    def to_json(self) -> dict[str, Any]:
+        model = latency_model()
+        return {
+            "ms": self.ms,
+            "computation_ms": self.computation_ms,
+            "collectives_ms": self.collectives_ms,
+            "leave_one_out_mean_error": model.mean_error,
+            "leave_one_out_worst_error": model.worst_error,
+            "fitted_on": FITTED_GENERATION,
+        }
+
+
+@dataclass(frozen=True)
 class CompiledPlan:
     """The decode step, and prompt buckets by their length."""
 
+    target: Slice
     step: CompiledGraph
     buckets: dict[int, CompiledGraph]
 
-    def to_json(self, target: Slice) -> dict[str, Any]:
-        hbm_bytes = chip_of(target).hbm_bytes
+    @property
+    def prediction(self) -> Prediction | None:
+        """None where the step doesn't compile."""
+        if self.step.program is None:
+            return None
+        collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.chips)
+        return Prediction(self.step.estimated_ms or 1000 * self.step.roofline_s, 1000 * collectives_s)
+
+    def to_json(self) -> dict[str, Any]:
+        hbm_bytes = chip_of(self.target).hbm_bytes
         content = self.step.to_json(hbm_bytes)
+        content["prediction"] = self.prediction and self.prediction.to_json()
         if self.buckets:
             content["buckets"] = {str(size): each.to_json(hbm_bytes) for size, each in self.buckets.items()}
         return content
 
 
-def compile_plan(workload: Workload, target: Slice, buckets: Sequence[int] = ()) -> CompiledPlan:
+def compile_plan(
+    workload: Workload, target: Slice, buckets: Sequence[int] = (), least_rows: int = TPU_LEAST_ROWS
+) -> CompiledPlan:
     """Trace a workload's decode step and buckets as llama-run does, and compile them for ``target`` at full depth.
 
     Raises InputError where the compiler isn't installed.
     """
     compiler = TPUCompiler(target)
-    step = trace_graph(workload, target.chips, 1)
+    step = trace_graph(workload, target.chips, 1, least_rows)
     compiled = _compile(compiler, step, workload, target)
     filled = {size: _compile(compiler, trace_graph(workload, target.chips, size), workload, target) for size in buckets}
-    return CompiledPlan(compiled, filled)
+    return CompiledPlan(target, compiled, filled)
 
 
-def trace_graph(workload: Workload, chips: int, tokens: int) -> TracedGraph:
+def trace_graph(workload: Workload, chips: int, tokens: int, least_rows: int = TPU_LEAST_ROWS) -> TracedGraph:
     """The decode step, or with more than one of ``tokens`` the bucket of that length; bfloat16 throughout."""
     config, rows = workload.config, workload.batch_size
-    tracer = Tracer(chips, TPU_LINEAR, FunctionalKVCache)
+    tracer = Tracer(chips, least_rows)
     make: Graph = greedy_graph if tokens == 1 else fill_graph
     with torch.no_grad():
-        tensors = {stored.name: tracer.load(config, stored) for stored in stored_tensors(config, workload.scheme)}
+        placed = placed_tensors(config, workload.scheme, chips, tracer.fuse_bytes)
+        tensors = {tensor.name: tracer.load(config, tensor) for tensor in placed}
         decoder = make_decoder(config, torch.bfloat16, tracer, tensors)
         cache = make_cache(config, tracer, rows, workload.max_seq_len, torch.bfloat16)
         shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets

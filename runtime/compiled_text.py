@@ -5,16 +5,22 @@ from __future__ import annotations
 from converters.units import format_bytes, plural
 from quantize.targets import Slice
 from runtime.columns import columns
-from runtime.compiled_plan import CompiledGraph, CompiledPlan
+from runtime.compiled_plan import CompiledGraph, CompiledPlan, Prediction
+from runtime.latency import FITTED_GENERATION, PUBLISHED, latency_model
 from runtime.topology import chip_of
 
 
-def compiled_lines(compiled: CompiledPlan, target: Slice) -> list[str]:
-    """The decode step's verdict, then a line for each bucket."""
+def compiled_lines(compiled: CompiledPlan) -> list[str]:
+    """The decode step's verdict and the prediction of its time, then a verdict for each bucket."""
+    target, prediction = compiled.target, compiled.prediction
     lines = [f"The TPU's compiler, asked for {target.name} (no TPU was used), per chip:"]
     lines += _graph("decode step", compiled.step, target)
+    lines += [f"    {line}" for line in _times(compiled.step, prediction, target)]
+    if prediction is not None:
+        lines.append(f"    {_prediction(prediction, target)}")
     for size, graph in compiled.buckets.items():
         lines += _graph(f"bucket of {plural(size, 'token')}", graph, target)
+        lines += [f"    {line}" for line in _times(graph, None, target)]
     return lines
 
 
@@ -24,30 +30,48 @@ def _graph(title: str, graph: CompiledGraph, target: Slice) -> list[str]:
     program, hbm = graph.program, chip_of(target).hbm_bytes
     verdict = "fits" if program.peak_bytes <= hbm else "does not fit"
     moved = ", ".join(f"{count} {kind} of {format_bytes(size)}" for kind, (count, size) in graph.collectives.items())
-    lines = [
+    return [
         f"  {title}: {verdict}, {format_bytes(program.peak_bytes)} at once of {format_bytes(hbm)}: arguments "
         f"{format_bytes(program.argument_bytes)}, temporaries {format_bytes(program.temp_bytes)}, outputs "
         f"{format_bytes(program.output_bytes)}, of which {format_bytes(program.alias_bytes)} over arguments",
         f"    collectives: {moved or 'none'}; int8 weights written out dequantized: {graph.dequantized_weights}; "
         f"compiled in {program.compile_s:.1f} s",
     ]
-    if graph.estimate is None:
-        return [*lines, f"    no estimate of time: the clock of {target.generation} is not published"]
-    return [*lines, *(f"    {line}" for line in _times(graph))]
 
 
-def _times(graph: CompiledGraph) -> list[str]:
+def _times(graph: CompiledGraph, prediction: Prediction | None, target: Slice) -> list[str]:
     """The estimate by kind of work, beside the time of reading its bytes."""
     priced = graph.estimate
-    rows = [("", "estimate, ms", "roofline, ms", "instructions")]
+    if priced is None:
+        return [] if graph.program is None else [f"no estimate of time: {target.generation}'s clock is not published"]
+    rows = [("", "estimate, ms", "roofline, ms", "gap, ms", "instructions")]
     for kind, share in priced.shares.items():
-        times = (f"{1000 * share.estimated_s:.3f}", f"{1000 * share.roofline_s:.3f}")
-        rows.append((kind.value, *times, str(share.instructions)))
-    rows.append(("all, without collectives", f"{graph.estimated_ms:.3f}", f"{1000 * graph.roofline_s:.3f}", ""))
+        rows.append((kind.value, *_gap(1000 * share.estimated_s, 1000 * share.roofline_s), str(share.instructions)))
+    rows.append(("all of these", *_gap(graph.estimated_ms, 1000 * graph.roofline_s), ""))
+    if prediction is not None:
+        rows.append(("collectives, predicted", *_gap(prediction.collectives_ms, 0.0), str(graph.collective_count)))
     filled = f"filled from bytes over bandwidth ({1000 * priced.unpriced_s:.3f} ms)"
     incomplete = f" Incomplete: no time is known of {priced.unknown}." if priced.unknown else ""
+    count = sum(priced.unpriced.values())
     return [
         *columns(rows),
-        f"An estimate by the compiler's cost model; {plural(sum(priced.unpriced.values()), 'instruction')} had none "
-        f"and {'was' if sum(priced.unpriced.values()) == 1 else 'were'} {filled}.{incomplete}",
+        f"An estimate by the compiler's cost model; {plural(count, 'instruction')} had none and "
+        f"{'was' if count == 1 else 'were'} {filled}.{incomplete}",
     ]
+
+
+def _gap(estimated_ms: float, roofline_ms: float) -> tuple[str, str, str]:
+    return f"{estimated_ms:.3f}", f"{roofline_ms:.3f}", f"{estimated_ms - roofline_ms:.3f}"
+
+
+def _prediction(prediction: Prediction, target: Slice) -> str:
+    model = latency_model()
+    computation = "the estimate" if chip_of(target).clock_hz else "the roofline, for want of an estimate,"
+    elsewhere = (
+        "" if target.generation == FITTED_GENERATION else f", all of {FITTED_GENERATION}, not of this generation"
+    )
+    return (
+        f"Prediction: {prediction.ms:.2f} ms a step, {computation} and {prediction.collectives_ms:.2f} ms of "
+        f"collectives. Of the {len(PUBLISHED)} published times{elsewhere}, each left out of the fit in turn, this "
+        f"foretells {model.mean_error:.0%} off in the mean and {model.worst_error:.0%} at worst."
+    )

@@ -9,7 +9,7 @@ one index serves index_copy for the whole batch, and a row's position is its slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
 from runtime.kv_cache import KVCache
 from runtime.linear import Linear, MakeLinear
+from runtime.placed import FUSED
 
 
 class Weights:
@@ -38,9 +39,33 @@ class Weights:
         """The linear whose weight has this name, quantized where there is a scale beside it."""
         return self._make_linear(self.take(name), self._left.pop(name + "_scale", None))
 
+    def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int) -> Projections:
+        """The linears that ``fused`` of ``placed.FUSED`` stands for, as one where they have been put together."""
+        whole = f"{prefix}{fused}.weight"
+        names = [whole] if whole in self._left else [f"{prefix}{part}.weight" for part in FUSED[fused]]
+        return Projections([self.linear(name) for name in names], shares, chips)
+
     def check_all_taken(self) -> None:
         for name in self._left:
             raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
+
+
+class Projections(nn.Module):
+    """Linears of one input: each by itself, or all as one product of their weights put together chip by chip.
+
+    ``shares`` are the sizes of their outputs relative to each other. Gives a tensor [..., chips, size] for each.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module], shares: Sequence[int], chips: int) -> None:
+        super().__init__()
+        self.linears, self.shares, self.chips = nn.ModuleList(linears), shares, chips
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs = [linear(x).unflatten(-1, (self.chips, -1)) for linear in self.linears]
+        if len(outputs) > 1:
+            return outputs
+        unit = outputs[0].shape[-1] // sum(self.shares)
+        return outputs[0].split([unit * share for share in self.shares], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -59,30 +84,35 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache, query heads laid out under their KV heads."""
 
-    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, head_dim: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, head_dim: int, least_rows: int) -> None:
         super().__init__()
-        self.kv_heads, self.group, self.head_dim = heads.kv_slots, heads.group, head_dim
-        self.q_proj = weights.linear(prefix + "q_proj.weight")
-        self.k_proj = weights.linear(prefix + "k_proj.weight")
-        self.v_proj = weights.linear(prefix + "v_proj.weight")
+        self.heads, self.head_dim, self.least_rows = heads, head_dim, least_rows
+        self.qkv_proj = weights.projections(prefix, "qkv_proj", (heads.group, 1, 1), heads.chips)
         self.o_proj = weights.linear(prefix + "o_proj.weight")
 
     def forward(
         self,
-        x: torch.Tensor,  # [B, T, E]
+        x: torch.Tensor,  # [C * B, T, E], C copies of every row
         turn: tuple[torch.Tensor, torch.Tensor],  # cos and sin, [B, T, D]
         mask: torch.Tensor,  # [B, T, S], true where a token may look
         slots: torch.Tensor,  # [T]
         cache: KVCache,
         layer: int,
     ) -> torch.Tensor:
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.kv_heads, self.group, self.head_dim)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim)
+        batch, length, heads, size = cache.batch_size, x.shape[1], self.heads, self.head_dim
+        q, k, v = self.qkv_proj(x)
+        q = q.reshape(-1, batch, length, heads.kv_slots, heads.group, size)
+        k = k[:batch].reshape(batch, length, heads.kv_slots, size)
+        v = v[:batch].reshape(batch, length, heads.kv_slots, size)
+        copies = q.shape[0]
+        # Copies of a row look at the same keys, as the query heads of a group do.
+        q = q.permute(1, 2, 3, 0, 4, 5).reshape(batch, length, heads.kv_slots, copies * heads.group, size)
         cos, sin = turn
         q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
         k = _rotate(k, cos[:, :, None], sin[:, :, None])
+        asked = q.shape[3]
+        if asked * length < self.least_rows:
+            q = torch.cat([q] * -(-self.least_rows // (asked * length)), dim=3)
         keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
         # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
         scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
@@ -91,33 +121,42 @@ class Attention(nn.Module):
             scores = scores * key_scale
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         weights = scores.softmax(-1) * value_scale if scales else scores.softmax(-1)
-        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float()).to(x.dtype)
-        return self.o_proj(y.reshape(batch, length, -1))
+        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float())[:, :, :, :asked].to(x.dtype)
+        y = y.view(batch, length, heads.kv_slots, copies, heads.group, size).permute(3, 0, 1, 2, 4, 5)
+        return self.o_proj(y.reshape(copies * batch, length, -1))
 
 
 class MLP(nn.Module):
     """The gated feed-forward layer, SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, weights: Weights, prefix: str) -> None:
+    def __init__(self, weights: Weights, prefix: str, chips: int) -> None:
         super().__init__()
-        self.gate_proj = weights.linear(prefix + "gate_proj.weight")
-        self.up_proj = weights.linear(prefix + "up_proj.weight")
+        self.gate_up_proj = weights.projections(prefix, "gate_up_proj", (1, 1), chips)
         self.down_proj = weights.linear(prefix + "down_proj.weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x)  # [..., chips, F / chips]
+        return self.down_proj((nn.functional.silu(gate) * up).flatten(-2))
 
 
 class Block(nn.Module):
     """One layer of the decoder, under the names of the parameter table."""
 
-    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, heads: HeadPlan, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        prefix: str,
+        config: ModelConfig,
+        heads: HeadPlan,
+        dtype: torch.dtype,
+        least_rows: int,
+    ) -> None:
         super().__init__()
         eps = config.rms_norm_eps
         self.input_layernorm = RMSNorm(weights.take(prefix + "input_layernorm.weight"), eps, dtype)
-        self.self_attn = Attention(weights, prefix + "self_attn.", heads, config.head_dim)
+        self.self_attn = Attention(weights, prefix + "self_attn.", heads, config.head_dim, least_rows)
         self.post_attention_layernorm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight"), eps, dtype)
-        self.mlp = MLP(weights, prefix + "mlp.")
+        self.mlp = MLP(weights, prefix + "mlp.", heads.chips)
 
     def forward(
         self,
@@ -148,15 +187,20 @@ class Decoder(nn.Module):
         tensors: Mapping[str, torch.Tensor],
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         make_linear: MakeLinear = Linear,
+        least_rows: int = 1,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form."""
+        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form.
+
+        Matrix products are given ``least_rows`` rows at least, by copies: a TPU gives a single row to its vector unit,
+        which takes up to five times as long as the matrix unit for two.
+        """
         super().__init__()
+        self.least_rows = least_rows
         weights = Weights(tensors, make_linear)
         self.vocab_size = config.vocab_size
         self.register_buffer("embedding", weights.take(EMBEDDING.name))  # [V, E]
-        self.layers = nn.ModuleList(
-            Block(weights, f"model.layers.{layer}.", config, heads, dtype) for layer in range(config.num_layers)
-        )
+        prefixes = [f"model.layers.{layer}." for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(Block(weights, prefix, config, heads, dtype, least_rows) for prefix in prefixes)
         self.norm = RMSNorm(weights.take(FINAL_NORM.name), config.rms_norm_eps, dtype)
         self.lm_head = make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(LM_HEAD.name)
         weights.check_all_taken()
@@ -168,17 +212,22 @@ class Decoder(nn.Module):
 
         ``offsets`` [B] is the slot at which each row begins.
         """
-        x = self.fill(tokens, slots, offsets, cache)[:, -1]  # [B, E]
-        return self.lm_head(self.norm(x))[:, : self.vocab_size]  # rows of the head beyond are padding
+        x = self._layers(tokens, slots, offsets, cache)[:, -1]  # [C * B, E]
+        return self.lm_head(self.norm(x))[: cache.batch_size, : self.vocab_size]  # the head is padded to all chips
 
     def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32."""
+        return self._layers(tokens, slots, offsets, cache)[: cache.batch_size]
+
+    def _layers(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """The last layer's output [C * B, T, E], with C copies of every row where ``least_rows`` asks for them."""
         turn = self._turn(slots, offsets)
         places = torch.arange(cache.slots, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]
-        x = nn.functional.embedding(tokens, self.embedding).float()
+        copies = -(-self.least_rows // tokens.numel())
+        x = nn.functional.embedding(torch.cat([tokens] * copies), self.embedding).float()
         for layer, block in enumerate(self.layers):
             x = block(x, turn, mask, slots, cache, layer)
         return x

@@ -18,9 +18,18 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CALLS = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
-# What hands an array on without reading it.
+# What hands an array on without reading it; an update of a slice does so in place.
 _HANDED_ON = frozenset(
-    {"bitcast", "copy-start", "copy-done", "slice-start", "slice-done", "get-tuple-element", "opt-barrier"}
+    {
+        "bitcast",
+        "copy-start",
+        "copy-done",
+        "slice-start",
+        "slice-done",
+        "get-tuple-element",
+        "opt-barrier",
+        "dynamic-update-slice",
+    }
 )
 _JOINED_COPIES = "ConcatBitcast"  # a custom call that takes slices of one array, copied each alone, as the array again
 
@@ -74,8 +83,15 @@ class Computation:
     def users(self, name: str) -> list[Instruction]:
         return [each for each in self.instructions.values() if name in each.operands]
 
+    def written_back(self, instruction: Instruction) -> int:
+        """Bytes that a copy beside the computation writes from the chip's own memory to HBM; 0 for anything else."""
+        if instruction.opcode != "copy-start":
+            return 0
+        written, read, *_ = instruction.results
+        return written.nbytes if read.on_chip and not written.on_chip else 0
+
     def source(self, instruction: Instruction) -> Instruction:
-        """Where an array comes from: through bitcasts, and copies that run beside the computation."""
+        """Where an array comes from: through bitcasts, copies beside the computation, and updates in place."""
         while _hands_on(instruction) and (operands := self.operands(instruction)):
             instruction = operands[0]
         return instruction

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
@@ -18,6 +17,7 @@ from runtime.cpu_process import prepare_cpu_process
 from runtime.kv_cache import KVCache
 from runtime.linear import Linear, MakeLinear
 from runtime.packed_linear import PackedLinear
+from runtime.placed import PlacedTensor
 
 
 class HostBackend:
@@ -26,6 +26,8 @@ class HostBackend:
     chips = 1
     leader = True
     cache_type = KVCache
+    least_rows = 1
+    fuse_bytes = None
     steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
@@ -40,8 +42,9 @@ class HostBackend:
         # On CUDA Inductor fuses the conversion into the product by itself.
         self.make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
 
-    def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
-        return shards.rows(stored.name, 0, stored.parameter.shape[0]).to(self._device)
+    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+        parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]
+        return tensor.join(parts).to(self._device)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

@@ -10,11 +10,11 @@ import torch
 from converters.config import ModelConfig
 from converters.progress import Advance
 from quantize.partition import plan_heads
-from quantize.scheme import stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
 from runtime.decoder import Decoder
 from runtime.kv_cache import HEAD_AXIS, KVCache
+from runtime.placed import placed_tensors
 from runtime.sizing import cache_shape
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ def load_decoder(
     """
     tensors = {}
     bytes_per_chip = 0
-    for stored in stored_tensors(config, shards.manifest.scheme):
-        tensor = backend.load(shards, stored)
-        bytes_per_chip += tensor.nbytes // (1 if stored.parameter.row.shard is None else backend.chips)
-        tensors[stored.name] = tensor
-        advance(tensor.nbytes, stored.name)
+    for placed in placed_tensors(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes):
+        tensor = backend.load(shards, placed)
+        bytes_per_chip += tensor.nbytes // (1 if placed.shard is None else backend.chips)
+        tensors[placed.name] = tensor
+        advance(tensor.nbytes, placed.name)
     return make_decoder(config, dtype, backend, tensors), bytes_per_chip
 
 
 def make_decoder(
     config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, tensors: Mapping[str, torch.Tensor]
 ) -> Decoder:
-    """The decoder over tensors of the shards that are on the device already, by name."""
+    """The decoder over tensors that are on the device already, by the names of ``placed_tensors``."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
-    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.make_linear).eval()
+    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.make_linear, backend.least_rows).eval()
 
 
 def make_cache(

@@ -22,7 +22,7 @@ _KERNEL_INPUTS = 16  # the kernel takes so many at a time and drops what is left
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T for a weight [out, in] and x [..., in], without a bias; a weight with a scale [out, 1] is int8."""
+    """y = x W^T for a weight [out, in] and x [..., in], without a bias; a weight with a scale [out] is int8."""
 
     def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # [R, in]
         y = self._product(rows)
         if self.weight_scale is not None:
-            y = y * self.weight_scale.reshape(-1)
+            y = y * self.weight_scale
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:

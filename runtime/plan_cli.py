@@ -134,10 +134,10 @@ def _model(
         plan = Plan(workload, target, chips)
         return detail(plan), plan.to_json()
     compiled = _compiled(workload, target, buckets)
-    plan = Plan(workload, target, chips, compiled.to_json(target))
+    plan = Plan(workload, target, chips, compiled.to_json())
     from runtime.compiled_text import compiled_lines
 
-    return "\n".join([detail(plan), "", *compiled_lines(compiled, target)]), plan.to_json()
+    return "\n".join([detail(plan), "", *compiled_lines(compiled)]), plan.to_json()
 
 
 def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> CompiledPlan:

@@ -54,7 +54,7 @@ class TiledLinear(nn.Module):
     """y = x W^T for a weight in tiles and x [..., in], without a bias; computed in float32, given in x's dtype."""
 
     def __init__(self, weight: Tiles | torch.Tensor, scale: torch.Tensor | None, one: torch.Tensor) -> None:
-        """``scale`` is float32 [out, 1]; ``one`` is float32 [1], a one on the device.
+        """``scale`` is float32 [out]; ``one`` is float32 [1], a one on the device.
 
         A weight [out, in] that isn't in tiles, as an embedding that is the output head too, is read as it is.
         """
@@ -73,7 +73,7 @@ class TiledLinear(nn.Module):
             rows = rows.unflatten(-1, (tiles[0].shape[0], -1))  # [R, chips, in / chips]
         inputs = rows.split([tile.shape[-1] for tile in tiles], dim=-1)
         multiply = _vector_products if len(rows) <= self._vector_rows else _matrix_product
-        y = multiply(tiles, inputs, self.scale.reshape(-1))  # [R, out] or [R, chips, out]
+        y = multiply(tiles, inputs, self.scale)  # [R, out] or [R, chips, out]
         if split:
             y = y.sum(1)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)

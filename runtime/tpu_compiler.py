@@ -58,6 +58,7 @@ class TPUCompiler:
         """Raises InputError where the compiler is not installed, or doesn't know the slice."""
         require_libtpu()
         os.environ["JAX_PLATFORMS"] = "cpu"  # a plan must not take a TPU that this machine may have
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock file: it takes no TPU from others, nor they from it
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", target.name)

@@ -19,16 +19,17 @@ from torch.utils import _pytree as pytree
 
 from converters.config import ModelConfig
 from converters.errors import InputError
-from quantize.scheme import StoredTensor
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.cpu_process import prepare_cpu_process
-from runtime.kv_cache import FunctionalKVCache, KVCache
-from runtime.linear import MakeLinear, PaddedLinear
+from runtime.kv_cache import FunctionalKVCache
+from runtime.linear import Linear, MakeLinear
+from runtime.placed import PlacedTensor
 from runtime.tiles import TiledLinear, Tiles, cut
 
-TPU_LINEAR = PaddedLinear
+TPU_LEAST_ROWS = 2  # what the matrix unit is given; one row goes to the vector unit
+TPU_FUSE_BYTES = 24_000_000  # a larger weight is not fetched to the chip's own memory ahead of its use
 _CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
 _BANDWIDTH_BYTES = 1 << 30  # read on each chip to measure its memory
 _SHARDING_CHECKS = 4  # calls after which a program's inputs, mostly its own results, won't change their sharding
@@ -68,7 +69,9 @@ class XLABackend:
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
-        self.make_linear: MakeLinear = self._tiled_linear if self.tiled else TPU_LINEAR
+        self.make_linear: MakeLinear = self._tiled_linear if self.tiled else Linear
+        self.least_rows = TPU_LEAST_ROWS if kind == "TPU" else 1
+        self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
         self._one = self.replicate(torch.ones(1)) if self.tiled else None
 
@@ -79,13 +82,12 @@ class XLABackend:
 
         return [_ordinal(name) for name in _XLAC._xla_get_runtime_devices()]
 
-    def load(self, shards: Shards, stored: StoredTensor) -> torch.Tensor:
+    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
         """Each local chip's part, read from its file; no host ever puts the whole tensor together."""
-        parts = [shards.local(stored.name, chip) for chip in self.local_chips]
-        row = stored.parameter.row
-        if self.tiled and row.is_linear:
-            return self._place_tiles(parts, row.shard)
-        return self._place(parts, row.shard)
+        parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in self.local_chips]
+        if self.tiled and tensor.is_linear:
+            return self._place_tiles(parts, tensor.shard)
+        return self._place(parts, tensor.shard)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         local_shape = list(shape)
@@ -272,25 +274,27 @@ class TracedGraph(NamedTuple):
 
 
 class Tracer:
-    """Stands for the chips of a slice where there are none: tensors without memory, functions traced for a compiler.
+    """Stands for the TPUs of a slice where there are none: tensors without memory, functions traced for a compiler.
 
     It holds what ``Backend`` asks for to build a decoder, and needs no device but torch_xla's single virtual one.
     """
 
-    def __init__(self, chips: int, make_linear: MakeLinear, cache_type: type[KVCache]) -> None:
-        """``make_linear`` and ``cache_type`` are those of the backend that is to be traced for."""
+    make_linear = Linear
+    fuse_bytes: int | None = TPU_FUSE_BYTES
+    cache_type = XLABackend.cache_type
+
+    def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS) -> None:
         os.environ["PJRT_DEVICE"] = "CPU"  # even beside a TPU, which others may be using
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self.chips, self.make_linear, self.cache_type = chips, make_linear, cache_type
+        self.chips, self.least_rows = chips, least_rows
         self._axes: dict[int, int | None] = {}
 
-    def load(self, config: ModelConfig, stored: StoredTensor) -> torch.Tensor:
+    def load(self, config: ModelConfig, tensor: PlacedTensor) -> torch.Tensor:
         """A tensor as ``XLABackend.load`` gives it, but for its values."""
-        spec, axis = stored.spec(config, self.chips), stored.parameter.row.shard
-        shape = list(spec.shape)
-        if axis is not None:
-            shape[axis] *= self.chips
-        return self.zeros(shape, getattr(torch, stored.dtype), axis)
+        shape = list(tensor.local_shape(config, self.chips))
+        if tensor.shard is not None:
+            shape[tensor.shard] *= self.chips
+        return self.zeros(shape, tensor.dtype, tensor.shard)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int | None) -> torch.Tensor:
         import torch_xla.core.xla_builder as xb

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from converters.config import PRESETS
 from quantize.scheme import Scheme
 from quantize.targets import find_slice
 from runtime.compiled_plan import CompiledGraph, compile_plan
+from runtime.latency import PUBLISHED
 from runtime.plan import Workload
 from runtime.plan_cli import command as plan
 
@@ -57,6 +60,62 @@ def test_the_command_reports_it(tmp_path: Path) -> None:
     assert compiled["all_reduce"] + 2 * compiled["all_gather"] <= 2 + 5
     assert compiled["estimated_ms"] > 0
     assert compiled["buckets"]["32"]["alias_bytes"] == compiled["alias_bytes"] > 0
+    prediction = compiled["prediction"]
+    assert prediction["ms"] == pytest.approx(compiled["estimated_ms"] + prediction["collectives_ms"])
+    assert prediction["collectives_ms"] > 0
+    assert 0 < prediction["leave_one_out_mean_error"] < prediction["leave_one_out_worst_error"]
     text = invoke(plan, *wanted).stdout
     assert "no TPU was used" in text
+    assert "Prediction: " in text
+    assert "not of this generation" in text
     assert "bucket of 32 tokens: fits" in text
+
+
+def test_what_the_prediction_is_fitted_on_is_what_the_compiler_says() -> None:
+    """The figures kept in latency.py against two graphs of full depth, compiled now."""
+    for point in PUBLISHED[:2]:
+        workload = Workload(PRESETS[point.model].with_dtype("bfloat16"), Scheme("bf16"), 1, 256)
+        step = compile_plan(workload, find_slice(point.target)).step
+        assert step.estimated_ms == pytest.approx(point.estimated_ms, rel=0.002)
+        assert step.collective_count == point.collectives
+
+
+def test_a_second_row_brings_batch_1_to_the_matrix_unit() -> None:
+    config = PRESETS["7B"].with_dtype("bfloat16").cut(LAYERS)
+    workload, slice_ = Workload(config, Scheme("bf16"), 1, 256), find_slice("v4-8")
+    one, two = (compile_plan(workload, slice_, least_rows=rows).step.estimated_ms for rows in (1, 2))
+    assert two < 0.6 * one
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "fits"), [("int8", "v4-16", True), ("bf16", "v4-16", False), ("bf16", "v4-32", True)]
+)
+def test_175b_at_full_depth(scheme: str, target: str, fits: bool, tmp_path: Path) -> None:
+    """All 96 layers in 8 GB of memory; held bytes as the files', caches in place, two all-reduces a layer."""
+    program = [Path(sys.executable).with_name("llama-plan"), "--config", "175B", f"--{scheme}", "--target", target]
+    child = [sys.executable, Path(__file__).with_name("child_rusage.py"), *program]
+    done = subprocess.run(
+        [*child, "--compile", "--json", tmp_path / "plan.json"], check=True, capture_output=True, text=True, timeout=900
+    )
+    assert int(done.stdout) < 8e9
+    found = json.loads((tmp_path / "plan.json").read_text())
+    compiled = found["compiled"]
+    assert found["fits"] == compiled["fits"] == fits
+    if not fits:
+        assert "Ran out of memory" in compiled["out_of_memory"]
+        assert compiled["prediction"] is None
+        return
+    held = found["per_chip"]["parameter_bytes"] + found["per_chip"]["cache_bytes"]
+    assert compiled["argument_bytes"] == pytest.approx(held, rel=0.01)
+    assert compiled["alias_bytes"] == found["per_chip"]["cache_bytes"]
+    assert compiled["temp_bytes"] < 0.2e9
+    assert compiled["all_reduce"] <= 2 * 96 + 3
+    assert compiled["all_gather"] <= 2  # in the head
+    assert compiled["dequantized_weights"] == 0
+    assert compiled["complete"]
+    assert found["roofline_ms"] <= compiled["estimated_ms"] < compiled["prediction"]["ms"]
+
+
+def test_a_refusal_says_by_how_much_and_what_would_do() -> None:
+    text = invoke(plan, "--config", "175B", "--bf16", "--target", "v4-16").stdout
+    assert "Does not fit: 11.84 GB more than a chip has. The smallest slices that hold it: v4-32," in text

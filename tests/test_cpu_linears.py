@@ -39,8 +39,8 @@ def _case(out: int, inputs: int, dtype: torch.dtype) -> Case:
     generator = torch.Generator().manual_seed(out * 10_000 + inputs)
     if dtype == torch.int8:
         weight = torch.randint(-127, 128, (out, inputs), dtype=torch.int8, generator=generator)
-        scale = torch.rand(out, 1, generator=generator) + 0.01
-        return Case(weight, scale, weight.double() * scale.double())
+        scale = torch.rand(out, generator=generator) + 0.01
+        return Case(weight, scale, weight.double() * scale.double()[:, None])
     weight = torch.randn(out, inputs, generator=generator).to(dtype)
     return Case(weight, None, weight.double())
 

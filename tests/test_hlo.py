@@ -64,8 +64,8 @@ def test_a_cache_is_copied_at_most_once(step: str) -> None:
     assert 0 < copies <= 2 * LAYERS
 
 
-# By the chip: the linears split by outputs, those split by inputs (their tiles lie chip by chip), and the output head.
-WEIGHTS = {"s8": {(32, 64), (16, 64), (24, 64), (1, 64, 32), (1, 64, 24)}, "f32": {(56, 64)}}
+# By the chip: qkv, gate and up, o and down (split by inputs: their tiles lie chip by chip), and the output head.
+WEIGHTS = {"s8": {(64, 64), (48, 64), (1, 64, 32), (1, 64, 24)}, "f32": {(56, 64)}}
 
 
 def test_no_weight_is_transposed_copied_or_converted_in_memory(step: str) -> None:

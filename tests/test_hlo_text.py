@@ -37,6 +37,13 @@ ENTRY %main (p0: bf16[800,400], p1: s8[600,400], p2: bf16[1,2,64,32], p3: s32[])
   %scores = f32[2,64]{1,0} fusion(%p2, %product), calls=%missing, backend_config={"estimated_cycles":"2100"}
   %moved = f32[64,2]{1,0} transpose(%scores), dimensions={1,0}
   %again = (s32[]) while(%p3), condition=%c, body=%b
+  %near-start = (bf16[1,2,64,32]{3,2,1,0:S(3)}, bf16[1,2,64,32]{3,2,1,0}, u32[]{:S(2)}) copy-start(%p2)
+  %near = bf16[1,2,64,32]{3,2,1,0:S(3)} copy-done(%near-start)
+  %new = bf16[1,2,1,32]{3,2,1,0:S(3)} bitcast(%row)
+  %updated = bf16[1,2,64,32]{3,2,1,0:S(3)} dynamic-update-slice(%near, %new, %p3, %p3, %p3, /*index=5*/%p3)
+  %back-start = (bf16[1,2,64,32]{3,2,1,0}, bf16[1,2,64,32]{3,2,1,0:S(3)}, u32[]{:S(2)}) copy-start(%updated)
+  %back = bf16[1,2,64,32]{3,2,1,0} copy-done(%back-start)
+  %mixed = f32[2,32]{1,0} fusion(%updated, %scores), calls=%missing, backend_config={"estimated_cycles":"1050"}
   ROOT %tuple = (bf16[600]{0}, f32[2,64]{1,0}) tuple(%product, %scores)
 }
 """
@@ -44,7 +51,7 @@ ENTRY %main (p0: bf16[800,400], p1: s8[600,400], p2: bf16[1,2,64,32], p3: s32[])
 
 def test_instructions_are_read_whole() -> None:
     module = parse_module(TEXT)
-    assert len(module.entry.instructions) == 13
+    assert len(module.entry.instructions) == 20
     start, product = module.entry.instructions["copy-start"], module.entry.instructions["product"]
     assert [array.on_chip for array in start.results] == [True, False, True]
     assert (product.opcode, product.operands, product.calls, product.cycles) == (
@@ -67,13 +74,16 @@ def test_priced_as_by_hand() -> None:
     bandwidth = 1200e9
     # The cost model's 21 cycles (20 ns) are less than the copied weight takes to read.
     assert priced.shares[Kind.MATMUL].estimated_s == pytest.approx(240_000 / bandwidth)
-    # 2,100 cycles at 1.05 GHz, and the transpose of scores without cycles: 512 bytes in, 512 out.
-    assert priced.shares[Kind.ATTENTION].estimated_s == pytest.approx(2e-6 + 1024 / bandwidth)
+    # 3,150 cycles at 1.05 GHz; without cycles the transpose of scores, 512 bytes in and 512 out, and the cache that was
+    # updated near the chip and goes back to HBM, 8,192 bytes.
+    assert priced.shares[Kind.ATTENTION].estimated_s == pytest.approx(3e-6 + (1024 + 8192) / bandwidth)
+    # The cache is read once for the scores and once, after its update, for the values.
+    assert priced.shares[Kind.ATTENTION].roofline_s == pytest.approx(2 * 8192 / bandwidth)
     assert priced.shares[Kind.REST].estimated_s == pytest.approx(1e-6)
     assert priced.collectives["all-reduce"].count == 1
     assert priced.collectives["all-reduce"].nbytes == 800
-    assert priced.unpriced == {"transpose": 1}
-    assert priced.unpriced_s == pytest.approx(1024 / bandwidth)
+    assert priced.unpriced == {"transpose": 1, "copy-start": 1}
+    assert priced.unpriced_s == pytest.approx((1024 + 8192) / bandwidth)
     assert priced.unknown == {"while": 1}
     assert not priced.complete
 

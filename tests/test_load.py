@@ -9,9 +9,12 @@ import torch
 from invoke import invoke
 from models import write_hf
 
+from converters.config import PRESETS
 from converters.errors import InputError
 from quantize.cli import command as quantize
+from quantize.scheme import Scheme, stored_tensors
 from quantize.shards import Shards
+from runtime.placed import placed_tensors
 from runtime.xla import XLABackend
 
 
@@ -35,21 +38,38 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_a_host_needs_only_its_own_files(shards: Path) -> None:
+    """Each tensor of the decoder is what its chips' files hold, those put together one upon the other."""
     whole = Shards(shards)
-    expected = {tensor.name: [whole.local(tensor.name, chip) for chip in (2, 3)] for tensor in whole.tensors.values()}
+    expected = {name: [whole.local(name, chip) for chip in (2, 3)] for name in whole.tensors}
     for chip in (0, 1):
         (shards / f"chip-0{chip}-of-04.safetensors").unlink()
     half = Shards(shards)
-    for tensor in half.tensors.values():
+    placed = placed_tensors(half.config, half.manifest.scheme, 4, None)
+    assert sorted(part.name for tensor in placed for part in tensor.parts) == sorted(whole.tensors)
+    assert max(len(tensor.parts) for tensor in placed) == 3
+    for tensor in placed:
         found = OneHostOfTwo().load(half, tensor)
-        axis = tensor.parameter.row.shard
-        parts = expected[tensor.name]
-        assert torch.equal(found, parts[0] if axis is None else torch.cat(parts, dim=axis))
+        parts = [torch.cat([expected[part.name][host] for part in tensor.parts]) for host in (0, 1)]
+        joined = parts[0] if tensor.shard is None else torch.cat(parts, dim=tensor.shard)
+        assert torch.equal(found, joined.flatten() if tensor.name.endswith("_scale") else joined)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fused"), [(None, {"qkv_proj", "gate_up_proj"}), (10_000, {"gate_up_proj"}), (0, set())]
+)
+def test_weights_are_put_together_up_to_a_size(limit: int | None, fused: set[str]) -> None:
+    """int8 weights of the tiny model on 64 chips: 3 heads of 32 rows, and 2 * 12 rows, of 256 each."""
+    config = PRESETS["tiny"]
+    placed = placed_tensors(config, Scheme("int8"), 64, limit)
+    names = {tensor.name.split(".")[-2] for tensor in placed if len(tensor.parts) > 1}
+    assert names == fused
+    parts = [part.name for tensor in placed for part in tensor.parts]
+    assert sorted(parts) == sorted(tensor.name for tensor in stored_tensors(config, Scheme("int8")))
 
 
 def test_a_missing_file_of_its_own_is_named(shards: Path) -> None:
     (shards / "chip-03-of-04.safetensors").unlink()
     half = Shards(shards)
-    tensor = next(iter(half.tensors.values()))
+    tensor = placed_tensors(half.config, half.manifest.scheme, 4, None)[0]
     with pytest.raises(InputError, match=r"chip-03-of-04\.safetensors"):
         OneHostOfTwo().load(half, tensor)

@@ -58,7 +58,7 @@ def test_same_split_in_plan_and_run(graphs: dict) -> None:
 
 def test_weights_come_as_the_shards_hold_them(graphs: dict) -> None:
     """The CPU's tiles and whatever comes with them are not in the graph for TPU."""
-    shapes = {(128, 64), (64, 64), (64, 128), (96, 64), (64, 96)}
+    shapes = {(256, 64), (64, 128), (192, 64), (64, 96)}  # qkv, o, gate and up, down
     for text, _ in [*graphs["plan"], *graphs["run"]]:
         entry = text[text.index("ENTRY") :]
         found = set(re.findall(r"= s8\[([\d,]+)\]\S* parameter", entry))

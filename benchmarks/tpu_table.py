@@ -1,0 +1,220 @@
+"""The post's figures 1 and 5 again, by the TPU's own compiler: published, predicted, roofline, ratio. No TPU is needed.
+
+    python benchmarks/tpu_table.py [--only published,forms,int8,modern] [--batch-sizes 1,2,4,8] [--layers N]
+                                    [--json FILE]
+
+Every decode step is that of llama-run, traced and compiled at full depth (llama-plan --compile), which takes from 10 s
+for 7B to a minute for 175B; all tables together about three quarters of an hour. With --json, results are kept as they
+come, and a run with the same file goes on where another stopped.
+
+published   bfloat16 at batch size 1 where the post gives a time; the prediction for each is by a model fitted on the
+            other eight, as runtime/latency.py does it
+forms       batch size 1 as one row, which goes to the vector unit, and as two, beside a batch of 2
+int8        int8 against bfloat16 by batch size
+modern      one slice each of v5e, v5p and v6e
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from converters.config import PRESETS
+from quantize.scheme import Scheme
+from quantize.targets import find_slice
+from runtime.latency import PUBLISHED, Point, fit_hop_ms, foretold_ms
+from runtime.plan import Workload
+
+SLOTS = 256  # the post's max_seq_len
+FORMS = (("7B", "bf16", "v4-8"), ("65B", "bf16", "v4-32"), ("175B", "int8", "v4-16"))
+SLICES = ("7B:v4-8", "7B:v4-16", "33B:v4-16", "33B:v4-32", "65B:v4-16", "65B:v4-32", "175B:v4-32", "175B:v4-64")
+ONLY_INT8 = (("175B", "v4-16"),)
+MODERN = (("7B", "v5e-8"), ("65B", "v5e-8"), ("65B", "v5p-16"), ("65B", "v6e-8"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decode step to compile. ``rows`` is the least number of rows of its matrix products."""
+
+    model: str
+    scheme: str
+    target: str
+    batch_size: int
+    rows: int = 2
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} {self.scheme} {self.target} {self.batch_size} {self.rows}"
+
+
+class Compiled:
+    """Results by case, compiled when they are asked for first and kept in a file where one is given."""
+
+    def __init__(self, layers: int | None, path: Path | None) -> None:
+        self._layers, self._path = layers, path
+        self._found: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            self._found = json.loads(path.read_text())
+
+    def __call__(self, case: Case) -> dict[str, Any]:
+        if case.key not in self._found:
+            print(f"compiling {case.key}", file=sys.stderr, flush=True)
+            self._found[case.key] = self._compile(case)
+            if self._path is not None:
+                self._path.write_text(json.dumps(self._found, indent=1) + "\n")
+        return self._found[case.key]
+
+    def _compile(self, case: Case) -> dict[str, Any]:
+        from runtime.compiled_plan import compile_plan
+
+        config = PRESETS[case.model].with_dtype("bfloat16")
+        config = config if self._layers is None else config.cut(min(self._layers, config.num_layers))
+        workload = Workload(config, Scheme(case.scheme), case.batch_size, SLOTS)
+        slice_ = find_slice(case.target)
+        content = compile_plan(workload, slice_, least_rows=case.rows).to_json()
+        return content | {"roofline_ms": workload.on(slice_.chips).roofline_ms(slice_)}
+
+
+def published(compiled: Compiled) -> Iterator[list[str]]:
+    """Figure 1, and how well each of its times is foretold by the others."""
+    yield ["model", "slice", "published, ms", "predicted, ms", "ratio", "estimate, ms", "roofline, ms", "collectives"]
+    points = [_fresh(point, compiled(Case(point.model, "bf16", point.target, 1))) for point in PUBLISHED]
+    errors = []
+    for point in points:
+        predicted = foretold_ms(point, points)
+        ratio = predicted / point.published_ms
+        errors.append(abs(ratio - 1))
+        roofline = compiled(Case(point.model, "bf16", point.target, 1))["roofline_ms"]
+        times = (point.published_ms, predicted, ratio, point.estimated_ms, roofline)
+        yield [point.model, point.target, *(f"{time:.2f}" for time in times), str(point.collectives)]
+    yield []
+    yield [
+        f"An exchange takes {1000 * fit_hop_ms(points):.2f} us by the fit on all. Left out in turn: "
+        f"{sum(errors) / len(errors):.1%} off in the mean, {max(errors):.1%} at worst."
+    ]
+    for point, kept in zip(points, PUBLISHED, strict=True):
+        if abs(point.estimated_ms / kept.estimated_ms - 1) > 0.002 or point.collectives != kept.collectives:
+            yield [f"runtime/latency.py is out of date: {point}"]
+
+
+def _fresh(point: Point, result: dict[str, Any]) -> Point:
+    count = sum(collective["count"] for collective in result["collectives"].values())
+    return replace(point, estimated_ms=result["estimated_ms"], collectives=count)
+
+
+def forms(compiled: Compiled) -> Iterator[list[str]]:
+    """What the second row is for."""
+    yield ["model", "slice", "batch 1, one row, ms", "batch 1, two rows, ms", "batch 2, ms", "two rows to batch 2"]
+    for model, scheme, target in FORMS:
+        one, two, pair = (
+            compiled(Case(model, scheme, target, batch, rows))["estimated_ms"]
+            for batch, rows in ((1, 1), (1, 2), (2, 2))
+        )
+        yield [f"{model} {scheme}", target, f"{one:.2f}", f"{two:.2f}", f"{pair:.2f}", f"{two / pair:.2f}"]
+
+
+def int8(compiled: Compiled, batch_sizes: list[int]) -> Iterator[list[str]]:
+    """Figure 5: estimates and predictions, and by how much int8 is faster in each."""
+    yield [
+        "model",
+        "slice",
+        "batch",
+        "bf16 estimate, ms",
+        "int8 estimate, ms",
+        "faster",
+        "bf16 predicted, ms",
+        "int8 predicted, ms",
+        "faster",
+        "roofline, bf16 / int8, ms",
+    ]
+    for model, target in (*(slice_.split(":") for slice_ in SLICES), *ONLY_INT8):
+        for batch in batch_sizes:
+            small = compiled(Case(model, "int8", target, batch))
+            if (model, target) in ONLY_INT8:
+                yield [
+                    model,
+                    target,
+                    str(batch),
+                    "does not fit",
+                    _ms(small),
+                    "",
+                    "",
+                    _predicted(small),
+                    "",
+                    _roofline(small),
+                ]
+                continue
+            large = compiled(Case(model, "bf16", target, batch))
+            yield [
+                *(model, target, str(batch), _ms(large), _ms(small)),
+                f"{large['estimated_ms'] / small['estimated_ms']:.2f}",
+                *(_predicted(large), _predicted(small)),
+                f"{large['prediction']['ms'] / small['prediction']['ms']:.2f}",
+                f"{_roofline(large)} / {_roofline(small)}",
+            ]
+
+
+def modern(compiled: Compiled) -> Iterator[list[str]]:
+    """int8 on other generations; the collectives' time is v4's."""
+    yield ["model", "slice", "batch", "fits", "estimate, ms", "predicted, ms", "roofline, ms", "temporaries, MB"]
+    for model, target in MODERN:
+        for batch in (1, 8):
+            found = compiled(Case(model, "int8", target, batch))
+            fits, temp = "yes" if found["fits"] else "no", f"{found['temp_bytes'] / 1e6:.0f}"
+            yield [model, target, str(batch), fits, _ms(found), _predicted(found), _roofline(found), temp]
+
+
+def _ms(result: dict[str, Any]) -> str:
+    return "clock unknown" if result["estimated_ms"] is None else f"{result['estimated_ms']:.2f}"
+
+
+def _predicted(result: dict[str, Any]) -> str:
+    return f"{result['prediction']['ms']:.2f}"
+
+
+def _roofline(result: dict[str, Any]) -> str:
+    return f"{result['roofline_ms']:.2f}"
+
+
+def _table(rows: Iterator[list[str]]) -> None:
+    """Rows as Markdown; one of a single cell is a line of text, an empty one a space."""
+    for number, row in enumerate(rows):
+        print(f"| {' | '.join(row)} |" if len(row) > 1 else "".join(row), flush=True)
+        if not number:
+            print("|" + "---|" * len(row))
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="published,forms,int8,modern")
+    parser.add_argument("--batch-sizes", default="1,2,4,8")
+    parser.add_argument("--layers", type=int, help="of each model, for a quick look; not what is published")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
+    compiled = Compiled(options.layers, options.json)
+    tables = {
+        "published": lambda: published(compiled),
+        "forms": lambda: forms(compiled),
+        "int8": lambda: int8(compiled, batch_sizes),
+        "modern": lambda: modern(compiled),
+    }
+    unknown = [name for name in options.only.split(",") if name not in tables]
+    if unknown:
+        parser.error(f"unknown table {unknown[0]!r}; give some of {', '.join(tables)}")
+    for name in options.only.split(","):
+        _table(tables[name]())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("libtpu", "jax", "torch", "torch_xla"))
+    print(f"{versions}; peak RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()

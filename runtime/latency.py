@@ -1,0 +1,90 @@
+"""What a decode step will take: the compiled graph's estimate, and its collectives, held against published times.
+
+The compiler prices computation and no collective. So a prediction is
+
+    max(estimate, roofline) + hop * collectives * log2(chips)
+
+where ``collectives`` are counted in the compiled graph, log2(chips) is the number of exchanges in which chips hear of
+all the others, pair by pair, and ``hop``, the only thing fitted, is what one exchange takes. It is fitted on all the
+published times there are, by least squares of the relative errors, and how well such a model foretells a time it has
+not seen is told by leaving out each in turn. Always a prediction: no TPU was at hand to measure with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean
+
+
+@dataclass(frozen=True)
+class Point:
+    """A published time of a decode step in bfloat16 at batch size 1, and what the compiler makes of ours there.
+
+    Times in ms a token: of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", in its
+    text (7B; 65B on v4-32) or read off the bars of its figures 1 and 5. ``estimated_ms`` and ``collectives`` are those
+    of llama-plan --compile with libtpu 0.0.21, as benchmarks/tpu_table.py prints them.
+    """
+
+    model: str
+    target: str
+    chips: int
+    published_ms: float
+    estimated_ms: float
+    collectives: int
+
+    @property
+    def exchanges(self) -> float:
+        return exchanges(self.collectives, self.chips)
+
+
+PUBLISHED = (
+    Point("7B", "v4-8", 4, 4.7, 3.222, 67),
+    Point("7B", "v4-16", 8, 3.8, 1.802, 67),
+    Point("33B", "v4-8", 4, 20.8, 17.160, 123),
+    Point("33B", "v4-16", 8, 10.9, 7.767, 123),
+    Point("65B", "v4-16", 8, 21.2, 16.194, 163),
+    Point("65B", "v4-32", 16, 14.5, 7.891, 163),
+    Point("65B", "v4-64", 32, 12.7, 4.424, 163),
+    Point("175B", "v4-32", 16, 33.3, 23.072, 195),
+    Point("175B", "v4-64", 32, 18.5, 10.507, 195),
+)
+FITTED_GENERATION = "v4"
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """``hop_s``: seconds of one exchange. The errors are relative, of points left out of the fit, each in turn."""
+
+    hop_s: float
+    mean_error: float
+    worst_error: float
+
+    def collectives_s(self, collectives: int, chips: int) -> float:
+        return self.hop_s * exchanges(collectives, chips)
+
+
+def exchanges(collectives: int, chips: int) -> float:
+    """Exchanges between chips, one after the other, that so many collectives take."""
+    return collectives * math.log2(chips)
+
+
+def fit_hop_ms(points: Sequence[Point]) -> float:
+    """The time of an exchange, in ms, with the least squares of relative errors: one unknown, so in closed form."""
+    numerator = sum((p.published_ms - p.estimated_ms) * p.exchanges / p.published_ms**2 for p in points)
+    return max(0.0, numerator / sum((p.exchanges / p.published_ms) ** 2 for p in points))
+
+
+def foretold_ms(point: Point, points: Sequence[Point] = PUBLISHED) -> float:
+    """The time of ``point`` by a model fitted on the others of ``points``."""
+    hop = fit_hop_ms([other for other in points if other != point])
+    return point.estimated_ms + hop * point.exchanges
+
+
+@lru_cache(maxsize=1)
+def latency_model() -> LatencyModel:
+    """Fitted on every published point, with its leave-one-out errors."""
+    errors = [abs(foretold_ms(point) / point.published_ms - 1) for point in PUBLISHED]
+    return LatencyModel(fit_hop_ms(PUBLISHED) / 1000, fmean(errors), max(errors))
