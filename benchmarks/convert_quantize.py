@@ -256,7 +256,7 @@ def write_gguf(work: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(layers)
     writer.add_head_count(config.num_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     names = {hf: gguf for gguf, hf in MODEL_NAMES.items()} | {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import random_init
+from converters.companions import COMPANIONS
 from converters.config import read_json
 from converters.errors import InputError
 from converters.files import (
@@ -19,7 +20,7 @@ from converters.files import (
     write_whole,
 )
 from converters.form import Form, block_tasks
-from converters.hf import COMPANIONS, INDEX, open_hf, weight_map
+from converters.hf import INDEX, open_hf, weight_map
 from converters.journal import Journal
 from converters.meta import is_meta, open_meta
 from converters.output import Finished, check_finished

@@ -15,7 +15,7 @@ from converters.config import DTYPES
     "--config",
     "config_name",
     metavar="NAME|FILE",
-    help="Random weights of a preset (tiny, 7B ... 175B, llama-2-7b ... llama-3-405b) or a config.json.",
+    help="Random weights of a preset (tiny, 7B ..., llama-2-7b ..., opt-125m ...) or a config.json.",
 )
 @click.option(
     "--source",
@@ -60,11 +60,11 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Write a LLaMA model's weights as a checkpoint in Hugging Face's layout.
+    """Write the weights of a LLaMA or OPT model as a checkpoint in Hugging Face's layout.
 
     \b
     llama-convert --config 175B            random weights, OPT-175B's dimensions
-    llama-convert --source my-llama/       a Hugging Face directory
+    llama-convert --source my-llama/       a Hugging Face directory, of OPT too
     llama-convert --source llama-2-70b/    a directory of Meta's: consolidated.00.pth ..., params.json
     llama-convert --source model.gguf      a GGUF file
     llama-convert --source out/            shards of llama-quantize, the way back

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from converters.layout import LM_HEAD
+from converters.config import ModelConfig
+from converters.layout import LM_HEAD, PROJECT_IN, PROJECT_OUT
 
 if TYPE_CHECKING:
     import torch
@@ -18,14 +19,20 @@ _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 
 
-def quantization_config(quantized_lm_head: bool) -> dict[str, Any]:
-    """The ``quantization_config`` of a config.json for weights of this layout."""
+def quantization_config(config: ModelConfig, quantized_lm_head: bool) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json for weights of this layout, but for the linears outside the blocks.
+
+    Of those only the output head may be quantized.
+    """
+    ignored = [] if quantized_lm_head else [LM_HEAD.name]
+    if config.word_embed_proj_dim is not None:
+        ignored += [config.architecture.prefix + row.name for row in (PROJECT_IN, PROJECT_OUT)]
     return {
         "quant_method": _METHOD,
         "format": _FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "format": _FORMAT, "weights": _WEIGHTS}},
-        "ignore": [] if quantized_lm_head else [LM_HEAD.name.removesuffix(".weight")],
+        "ignore": [name.removesuffix(".weight") for name in ignored],
     }
 
 

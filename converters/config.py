@@ -1,4 +1,4 @@
-"""The dimensions of a LLaMA model: presets, and Hugging Face's config.json in both directions."""
+"""The dimensions of a model: presets, and Hugging Face's config.json in both directions."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from converters.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
 from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
-from converters.rope import Llama3Scaling, RopeScaling, rope_from_hf, scaling_to_hf
+from converters.llama import REQUIRED as LLAMA_REQUIRED
+from converters.llama import llama_from_hf, llama_to_hf, optional
+from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
+from converters.opt import REQUIRED as OPT_REQUIRED
+from converters.rope import Llama3Scaling, RopeScaling
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
 _MAX_NUMBER = 10**15
+# What each family's config.json must have, and how it is read and written where the families differ.
+_FROM_HF = {LLAMA.model_type: (LLAMA_REQUIRED, llama_from_hf), OPT.model_type: (OPT_REQUIRED, opt_from_hf)}
+_TO_HF = {LLAMA.model_type: llama_to_hf, OPT.model_type: opt_to_hf}
 _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA decoder's dimensions, under the names that Hugging Face's config.json uses.
+    """A decoder's architecture and dimensions, under names that Hugging Face's config.json uses.
 
-    ``eos_token_ids`` lists every id that ends a generation; it may be empty.
+    ``eos_token_ids`` lists every id that ends a generation; it may be empty. ``word_embed_proj_dim`` is the width of
+    the embedding and of the output head where it is another than the layers'; linears lead from one to the other. The
+    RoPE fields mean nothing where positions are learned.
     """
 
     name: str
@@ -34,7 +44,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int = 32000
-    rms_norm_eps: float = 1e-5
+    norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
@@ -42,12 +52,18 @@ class ModelConfig:
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     dtype: str = "bfloat16"
+    architecture: Architecture = LLAMA
+    word_embed_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         # The name is shown and written to files; it may come from a file or a path that holds anything.
         plain = "".join(character for character in self.name if character.isprintable())[:_MAX_NAME].strip()
-        object.__setattr__(self, "name", plain or "llama")
+        object.__setattr__(self, "name", plain or self.architecture.model_type)
+        if self.word_embed_proj_dim == self.hidden_size:
+            object.__setattr__(self, "word_embed_proj_dim", None)
         sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+        if self.word_embed_proj_dim is not None:
+            sizes += ("word_embed_proj_dim",)
         for field in (*sizes, "num_layers", "max_position_embeddings"):
             value = getattr(self, field)
             limit = _MAX_COUNT.get(field, _MAX_DIMENSION)
@@ -57,9 +73,9 @@ class ModelConfig:
             raise InputError(
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.architecture.positions is Positions.ROTARY:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of dimensions.")
-        for field, least in (("rms_norm_eps", 1e-30), ("rope_theta", 1)):
+        for field, least in (("norm_eps", 1e-30), ("rope_theta", 1)):
             value = getattr(self, field)
             if type(value) not in (int, float) or not least <= value <= _MAX_NUMBER:  # neither is true of NaN
                 raise InputError(f"{field} is {shown(value)}; it must be a number from {least} to {_MAX_NUMBER}.")
@@ -79,28 +95,36 @@ class ModelConfig:
     def with_dtype(self, dtype: str) -> ModelConfig:
         return replace(self, dtype=dtype)
 
+    @property
+    def word_size(self) -> int:
+        """The width of the embedding and of the output head."""
+        return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
+
+    def holds_context(self, tokens: int) -> bool:
+        """Whether ``tokens`` have positions: learned ones end, RoPE's don't."""
+        return self.architecture.positions is not Positions.LEARNED or tokens <= self.max_position_embeddings
+
+    def check_context(self, tokens: int) -> None:
+        """Raise InputError where a context of so many ``tokens`` has no positions."""
+        if not self.holds_context(tokens):
+            raise InputError(
+                f"{self.name} has learned {self.max_position_embeddings} positions, and --max-seq-len is {tokens}. "
+                f"Lower --max-seq-len to {self.max_position_embeddings} or less."
+            )
+
     def to_hf(self) -> dict[str, Any]:
-        """config.json as transformers' LlamaConfig reads it."""
+        """config.json as the configuration classes of transformers read it."""
         eos = list(self.eos_token_ids)
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **_TO_HF[self.architecture.model_type](self),
+            "model_type": self.architecture.model_type,
             "_name_or_path": self.name,
-            "hidden_act": "silu",
             "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            **({} if self.rope_scaling is None else {"rope_scaling": scaling_to_hf(self.rope_scaling)}),
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
             "torch_dtype": self.dtype,
@@ -116,47 +140,42 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
     if not isinstance(fields, dict):
         raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
     fields = check_features(fields)
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    absent = [field for field in required if field not in fields]
+    family = OPT if fields.get("model_type") == OPT.model_type else LLAMA
+    needed, read = _FROM_HF[family.model_type]
+    absent = [field for field in needed if field not in fields]
     if absent:
-        raise InputError(f"config.json lacks {', '.join(absent)}; it is no LLaMA configuration.")
-
-    def optional(field: str, default: Any) -> Any:
-        value = fields.get(field)
-        return default if value is None else value
-
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    head_dim = fields.get("head_dim")
-    if head_dim is None:
-        if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
-            raise InputError(
-                f"hidden_size {shown(hidden)} is no multiple of num_attention_heads {shown(heads)}, "
-                "and there is no head_dim."
-            )
-        head_dim = hidden // heads
-    rope_theta, rope_scaling = rope_from_hf(fields)
+        raise InputError(f"config.json lacks {', '.join(absent)}; it is no {family.title} configuration.")
     return ModelConfig(
         name=_name(fields) or name,
-        hidden_size=hidden,
-        intermediate_size=fields["intermediate_size"],
+        hidden_size=fields["hidden_size"],
         num_layers=fields["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=optional("num_key_value_heads", heads),
-        head_dim=head_dim,
+        num_heads=fields["num_attention_heads"],
+        head_dim=_head_dim(fields),
         vocab_size=fields["vocab_size"],
-        rms_norm_eps=optional("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        max_position_embeddings=optional("max_position_embeddings", MAX_POSITIONS),
-        tie_word_embeddings=optional("tie_word_embeddings", False),
+        max_position_embeddings=optional(fields, "max_position_embeddings", MAX_POSITIONS),
+        tie_word_embeddings=optional(fields, "tie_word_embeddings", False),
         bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
         eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
         dtype=_dtype(fields),
+        **read(fields),
     )
 
 
+def _head_dim(fields: dict[str, Any]) -> Any:
+    """LLaMA's may be any; where config.json is silent, the heads share the hidden size."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if fields.get("head_dim") is not None:
+        return fields["head_dim"]
+    if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
+        raise InputError(
+            f"hidden_size {shown(hidden)} is no multiple of num_attention_heads {shown(heads)}, "
+            "and there is no head_dim."
+        )
+    return hidden // heads
+
+
 def read_config(path: Path, quantized: bool = False) -> ModelConfig:
-    """The configuration in a config.json. Raises InputError where it can't be read or isn't a LLaMA's.
+    """The configuration in a config.json. Raises InputError where it can't be read or is of no known model.
 
     With ``quantized`` it may say that its model is quantized, as ours beside shards do.
     """
@@ -214,15 +233,15 @@ def _preset(name: str, hidden_size: int, heads: int, layers: int, **fields: Any)
         "intermediate_size": _ffn_size(hidden_size),
         "num_kv_heads": heads,
         "head_dim": hidden_size // heads,
-        "rms_norm_eps": 1e-6,
+        "norm_eps": 1e-6,
     }
     return ModelConfig(name=name, hidden_size=hidden_size, num_heads=heads, num_layers=layers, **sizes | fields)
 
 
-_LLAMA_2 = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-_CODE_LLAMA = {"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "rope_theta": 1e6}
+_LLAMA_2 = {"norm_eps": 1e-5, "max_position_embeddings": 4096}
+_CODE_LLAMA = {"norm_eps": 1e-5, "max_position_embeddings": 16384, "rope_theta": 1e6}
 _LLAMA_3 = {
-    "rms_norm_eps": 1e-5,
+    "norm_eps": 1e-5,
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
     "vocab_size": 128256,
@@ -236,9 +255,23 @@ _LLAMA_3_1 = _LLAMA_3 | {
     "eos_token_ids": (128001, 128008, 128009),  # and <|eom_id|>
 }
 
+
+def _opt(name: str, hidden_size: int, heads: int, layers: int, **fields: Any) -> ModelConfig:
+    """OPT of these dimensions (Zhang et al. 2022, table 1), its feed-forward size always 4 * dim."""
+    sizes = {
+        "intermediate_size": 4 * hidden_size,
+        "vocab_size": 50272,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "norm_eps": LAYER_NORM_EPS,
+        "architecture": OPT,
+    }
+    return _preset(name, hidden_size, heads, layers, **sizes | fields)
+
+
 # Table 1 of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", with 13B and a small
 # one for demos and tests. 175B is OPT-175B's dimensions on the LLaMA architecture. Below them the models of Touvron
-# et al. 2023 (LLaMA 2), Roziere et al. 2023 (Code Llama) and Grattafiori et al. 2024 (LLaMA 3, and 3.1 405B).
+# et al. 2023 (LLaMA 2), Roziere et al. 2023 (Code Llama), Grattafiori et al. 2024 (LLaMA 3, and 3.1 405B) and OPT.
 PRESETS: dict[str, ModelConfig] = {
     preset.name: preset
     for preset in (
@@ -255,6 +288,15 @@ PRESETS: dict[str, ModelConfig] = {
         _preset("llama-3-8b", 4096, 32, 32, intermediate_size=14336, **_LLAMA_3),
         _preset("llama-3-70b", 8192, 64, 80, intermediate_size=28672, **_LLAMA_3),
         _preset("llama-3-405b", 16384, 128, 126, intermediate_size=53248, **_LLAMA_3_1),
+        _opt("opt-125m", 768, 12, 12),
+        _opt("opt-350m", 1024, 16, 24, word_embed_proj_dim=512, architecture=OPT_POST_NORM),
+        _opt("opt-1.3b", 2048, 32, 24),
+        _opt("opt-2.7b", 2560, 32, 32),
+        _opt("opt-6.7b", 4096, 32, 32),
+        _opt("opt-13b", 5120, 40, 40),
+        _opt("opt-30b", 7168, 56, 48),
+        _opt("opt-66b", 9216, 72, 64),
+        _opt("opt-175b", 12288, 96, 96),
     )
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from converters.architecture import OPT
 from converters.errors import InputError, shown
+from converters.opt import DEFAULTS as OPT_DEFAULTS
 
 # The model types that are this decoder's, with what transformers assumes for them where config.json is silent and
 # LLaMA's own default is another. Mistral is LLaMA with a sliding window, which later versions leave off.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    OPT.model_type: OPT_DEFAULTS,
 }
 MAX_POSITIONS = 2048  # LLaMA's, where config.json is silent
 _FEATURES = {
@@ -31,14 +34,16 @@ def check_features(fields: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"config.json asks for {feature} ({field}), which the decoder does not implement.")
     kind = fields.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        known = " and ".join(repr(name) for name in MODEL_TYPES)
+        known = ", ".join(repr(name) for name in MODEL_TYPES)
         feature = " (mixture of experts)" if kind == "mixtral" else ""
         raise InputError(f"config.json is of model type {shown(kind)}{feature}; this tool converts {known}.")
     fields = MODEL_TYPES[kind] | fields
+    _check_unquantized(fields)
+    if kind == OPT.model_type:
+        return fields | {"head_dim": None}  # its heads share the hidden size, whatever else is said
     _check_window(fields)
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"config.json asks for the activation {shown(fields['hidden_act'])}; LLaMA's is 'silu'.")
-    _check_unquantized(fields)
     return fields
 
 

@@ -188,7 +188,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
         num_kv_heads=metadata.whole("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab_size=vocab_size,
-        rms_norm_eps=_decimal(metadata.number("llama.attention.layer_norm_rms_epsilon")),
+        norm_eps=_decimal(metadata.number("llama.attention.layer_norm_rms_epsilon")),
         rope_theta=_decimal(metadata.number("llama.rope.freq_base", 10000.0)),
         max_position_embeddings=metadata.whole("llama.context_length"),
         tie_word_embeddings="output.weight" not in tensors,

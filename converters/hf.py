@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from converters.architecture import Architecture
+from converters.companions import read_companions, with_tokenizer
 from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, quantization_config
 from converters.config import DTYPES, ModelConfig, read_config, read_json
 from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
@@ -17,43 +19,46 @@ from converters.tensor_files import TensorFile, open_tensor_file
 if TYPE_CHECKING:
     import torch
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 INDEX = "model.safetensors.index.json"
 # Where weights may be, the first that exists counts: a directory often holds both forms.
 _CANDIDATES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 # Buffers that older versions of transformers saved: functions of the configuration, not weights.
-_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.decoder\.version")
+_BASE = "model."  # before the names of a whole model's tensors; left out where the model was saved without its head
+
+
+class _Held(NamedTuple):
+    """Where a tensor is: its file, and its name there."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 class HFSource:
     """The weights of a Hugging Face directory under the TensorSource protocol."""
 
-    def __init__(self, directory: Path, config: ModelConfig, holder: dict[str, TensorFile]) -> None:
+    def __init__(self, directory: Path, config: ModelConfig, holder: dict[str, _Held]) -> None:
         self.config = config
         self.directory = directory
         self._holder = holder
+        self._companions = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._holder[name].rows(name, start, stop)
+        held = self._holder[name]
+        return held.file.rows(held.name, start, stop)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), self.companions())
+        return fingerprint(self.config, self.files(), read_companions(self.directory))
 
     def files(self) -> list[Path]:
-        return sorted({file.path for file in self._holder.values()})
+        return sorted({held.path for held in self._holder.values()})
 
     def companions(self) -> dict[str, bytes]:
-        return read_companions(self.directory)
+        return dict(self._companions)
 
 
 class CompressedSource(HFSource):
@@ -78,17 +83,11 @@ class CompressedSource(HFSource):
         return super().rows(name, start, stop)
 
     def quantization_fields(self) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(LM_HEAD.name + SCALE_SUFFIX in self._holder)}
-
-
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files and the like in a directory: file name -> content."""
-    present = (directory / name for name in COMPANIONS)
-    return {path.name: path.read_bytes() for path in present if path.is_file()}
+        return {"quantization_config": quantization_config(self.config, LM_HEAD.name + SCALE_SUFFIX in self._holder)}
 
 
 def open_hf(directory: Path) -> HFSource:
-    """Open a Hugging Face LLaMA directory and hold its tensors against the parameter table.
+    """Open a Hugging Face directory and hold its tensors against the parameter table.
 
     Raises InputError for an unreadable or untrustworthy file, for a tensor of another shape or of no floating type,
     and its four subclasses for names that don't fit.
@@ -106,26 +105,36 @@ def open_hf(directory: Path) -> HFSource:
     return (CompressedSource if int8 else HFSource)(directory, config, holder)
 
 
-def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, TensorFile]:
+def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, _Held]:
     """Which file holds each tensor, computed buffers and a tied output head left out.
 
     The name of a weight may be followed by ``suffix``.
     """
-    holder: dict[str, TensorFile] = {}
+    architecture = config.architecture
+    holder: dict[str, _Held] = {}
     for file in files:
-        for name in file.names():
+        for stored in file.names():
+            name = _whole_name(stored, suffix, architecture)
             weight = name.removesuffix(suffix)
             if _COMPUTED.fullmatch(name) or (config.tie_word_embeddings and weight == LM_HEAD.name):
                 continue
-            if not is_known(weight):
-                raise UnmappedTensor(f"{file.path} holds the tensor {name}, which is not part of a LLaMA model.")
+            if not is_known(weight, architecture):
+                title = architecture.title
+                raise UnmappedTensor(f"{file.path} holds the tensor {name}, which is not part of a model of {title}.")
             if name in holder:
                 raise DuplicateTensor(f"The tensor {name} is held twice: by {holder[name].path} and by {file.path}.")
-            holder[name] = file
+            holder[name] = _Held(file, stored)
     return holder
 
 
-def _check_tensors(config: ModelConfig, holder: dict[str, TensorFile], scales: set[str]) -> str:
+def _whole_name(stored: str, suffix: str, architecture: Architecture) -> str:
+    """A tensor's name in a whole model: some, like OPT-66B's, were saved without the output head, or its prefix."""
+    based = _BASE + stored
+    known = is_known(based.removesuffix(suffix), architecture) or _COMPUTED.fullmatch(based)
+    return based if known else stored
+
+
+def _check_tensors(config: ModelConfig, holder: dict[str, _Held], scales: set[str]) -> str:
     """Hold shapes and dtypes against the table; what has one of the ``scales`` is int8.
 
     Returns the dtype of the weights that are not quantized (the widest of a mixed set).
@@ -144,16 +153,16 @@ def _check_tensors(config: ModelConfig, holder: dict[str, TensorFile], scales: s
     return found.pop() if len(found) == 1 else "float32"
 
 
-def _check_tensor(file: TensorFile, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
+def _check_tensor(held: _Held, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
     """Hold one tensor's shape and dtype against what is expected. Returns the dtype."""
-    shape, dtype = file.shape(name), file.dtype(name)
+    shape, dtype = held.file.shape(held.name), held.file.dtype(held.name)
     if shape != expected:
         raise InputError(
-            f"{file.path}: the tensor {name} is of shape {list(shape)}, but config.json calls for {list(expected)}."
+            f"{held.path}: the tensor {name} is of shape {list(shape)}, but config.json calls for {list(expected)}."
         )
     if dtype not in dtypes:
         raise InputError(
-            f"{file.path}: the tensor {name} is of type {dtype}; this tool reads {', '.join(dtypes)} there. "
+            f"{held.path}: the tensor {name} is of type {dtype}; this tool reads {', '.join(dtypes)} there. "
             "Convert the unquantized original."
         )
     return dtype

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from converters.companions import read_companions, with_tokenizer
 from converters.config import DTYPES, ModelConfig
 from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import fingerprint
-from converters.hf import read_companions
 from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import EMBEDDING, Parameter, check_names, parameters
 from converters.meta_params import FILE_NAME as PARAMS
@@ -67,6 +67,7 @@ class MetaSource:
     ) -> None:
         self.config = config
         self._directory, self._parts, self._stored = directory, parts, stored
+        self._companions = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, merged from the parts and in rotate-half order."""
@@ -81,13 +82,13 @@ class MetaSource:
         return heads[torch.from_numpy(interleaved_rows(start, stop, head_dim) - first)]
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), self.companions())
+        return fingerprint(self.config, self.files(), read_companions(self._directory))
 
     def files(self) -> list[Path]:
         return [part.path for part in self._parts]
 
     def companions(self) -> dict[str, bytes]:
-        return read_companions(self._directory)
+        return dict(self._companions)
 
 
 def is_meta(directory: Path) -> bool:

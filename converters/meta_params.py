@@ -83,7 +83,7 @@ class Params:
             num_kv_heads=self.n_kv_heads or self.n_heads,
             head_dim=self.dim // self.n_heads,
             vocab_size=vocab_size,
-            rms_norm_eps=self.norm_eps,
+            norm_eps=self.norm_eps,
             rope_theta=self.rope_theta,
             rope_scaling=scaling,
             max_position_embeddings=131072 if scaling else unscaled,

@@ -53,7 +53,7 @@ def spinner(label: str) -> Iterator[None]:
 
 def _layer(tensor: str) -> str:
     """`` layer 17`` of model.layers.17.mlp.up_proj.weight; nothing for a tensor outside the layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", tensor)
+    match = re.match(r"model\.(?:decoder\.)?layers\.(\d+)\.", tensor)
     return f" layer {match[1]}" if match else ""
 
 

@@ -2,7 +2,7 @@
 
 Value i of a tensor is the quantile of a normal distribution that belongs to 16 random bits: lane i % 4 (from the low
 end) of the 64-bit word i // 4 of numpy's Philox stream (Salmon et al. 2011, a counter-based generator), keyed by the
-first 16 bytes of sha256("<seed>:<tensor name>") and starting at counter 0. Norm weights are 1.
+first 16 bytes of sha256("<seed>:<tensor name>") and starting at counter 0. Norm weights are 1, their biases 0.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class RandomSource:
         parameter = self._parameters[name]
         shape = (stop - start, *parameter.shape[1:])
         dtype = getattr(torch, self.config.dtype)
-        if parameter.row.is_norm:
-            return torch.ones(shape, dtype=dtype)
+        if parameter.row.fill is not None:
+            return torch.full(shape, parameter.row.fill, dtype=dtype)
         values = _draw(self.seed, name, start * parameter.width, stop * parameter.width, _quantiles(self.config.dtype))
         return torch.from_numpy(values).view(dtype).view(shape)
 

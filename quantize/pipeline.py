@@ -93,7 +93,7 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
             write_whole(out / name, content)
         fields = config.to_hf()
         if scheme.name == "int8":
-            fields["quantization_config"] = quantization_config(scheme.quantize_lm_head)
+            fields["quantization_config"] = quantization_config(config, scheme.quantize_lm_head)
         write_json(out / "config.json", fields)
         tensors = describe_tensors(config, scheme, chips)
         Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)

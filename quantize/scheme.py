@@ -70,7 +70,7 @@ def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParamet
             stored.append(StoredParameter(StoredTensor(parameter, plain), None))
             continue
         prefix = parameter.name.removesuffix(parameter.row.name)
-        scale = make_parameter(parameter.row.scale(), config, prefix)
+        scale = make_parameter(parameter.row.scale(), config, prefix, parameter.in_block)
         stored.append(StoredParameter(StoredTensor(parameter, "int8"), StoredTensor(scale, "float32")))
     return stored
 

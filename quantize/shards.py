@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.companions import read_companions
 from converters.config import ModelConfig, read_config
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
-from converters.hf import read_companions
 from converters.output import check_finished
 from converters.progress import Advance
 from converters.tensor_files import SafetensorsFile

@@ -56,7 +56,7 @@ class Int8ShardsSource(ShardsSource):
         return self._shards.rows(name, start, stop)
 
     def quantization_fields(self) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(self._shards.manifest.scheme.quantize_lm_head)}
+        return {"quantization_config": quantization_config(self.config, self._shards.manifest.scheme.quantize_lm_head)}
 
 
 def open_shards(directory: Path) -> TensorSource | Int8Source:

@@ -1,4 +1,4 @@
-"""What llama-bench compares the decoder with: the LLaMA of transformers, as it comes, with the same weights.
+"""What llama-bench compares the decoder with: the model of transformers, as it comes, with the same weights.
 
 ``transformers-lazy`` moves it to one XLA device: LazyTensor traces every step anew, the cache grows, and so every
 length that was not seen before is compiled. ``transformers-eager`` runs it on the host's CPU.
@@ -71,26 +71,28 @@ def command(
 
 
 def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
-    """transformers' LlamaForCausalLM with the weights that the shards in ``directory`` stand for, on the host.
+    """transformers' model with the weights that the shards in ``directory`` stand for, on the host.
 
     Raises InputError where transformers is not installed.
     """
     import torch
 
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     except ImportError as error:
         raise InputError(f"transformers can't be imported ({error}). Install it: {INSTALL}") from None
     from quantize.shards import Shards
 
     shards = Shards(directory)
-    config = LlamaConfig.from_dict(shards.config.cut(layers).to_hf())
+    fields = shards.config.cut(layers).to_hf()
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):  # no time is lost on values that are replaced
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(_weights(shards, layers, dtype), assign=True)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights: they are still meta
+    if config.model_type == "llama":
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights: they are still meta
     return model.eval()
 
 
@@ -105,7 +107,7 @@ def _weights(shards: Shards, layers: int | None, dtype: torch.dtype) -> dict[str
         for parameter in parameters(config)
     }
     if config.tie_word_embeddings:
-        tensors[LM_HEAD.name] = tensors[EMBEDDING.name]
+        tensors[LM_HEAD.name] = tensors[config.architecture.prefix + EMBEDDING.name]
     return tensors
 
 

@@ -50,6 +50,7 @@ def arguments(request: Request, shards: Shards) -> dict[str, Any]:
             "--shards, or leave figure 5 out with --figures."
         )
     sizes = request.sizes
+    shards.config.check_context(max(sizes.max_seq_lens))
     return {
         "model": shards.manifest.model,
         "shards_digest": _digest(request.shards),

@@ -53,7 +53,7 @@ class PlacedTensor:
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """One chip's part of it, from those of its parts.
 
-        A scale, [out, 1] in the shards, becomes [out], and a norm's weight float32, as they are used: on TPU a step
+        A scale, [out, 1] in the shards, becomes [out], and what a norm has float32, as they are used: on TPU a step
         would begin by making them so, one operation for each.
         """
         joined = (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(self.dtype)
@@ -73,33 +73,34 @@ def placed_tensors(config: ModelConfig, scheme: Scheme, chips: int, fuse_bytes: 
 
     Weights are put together where that makes no more than ``fuse_bytes`` on each chip; None sets no limit.
     """
-    left = {stored.weight.name: stored for stored in stored_parameters(config, scheme)}
+    stored = {each.weight.name: each for each in stored_parameters(config, scheme)}
+    gone: set[str] = set()  # into another
     placed = []
-    for name in list(left):
-        if name not in left:
-            continue  # it has gone into another
-        whole, names = _fusion(name)
-        tensors = _put_together(whole, [left[part] for part in names])
-        if fuse_bytes is not None and tensors[0].nbytes(config, chips) > fuse_bytes:
-            tensors, names = _put_together(name, [left[name]]), [name]
-        placed += tensors
-        for part in names:
-            del left[part]
+    for name in stored:
+        if name in gone:
+            continue
+        linear, _, kind = name.rpartition(".")
+        whole, linears = _fusion(linear)
+        weights = PlacedTensor(whole, tuple(stored[f"{part}.weight"].weight for part in linears))
+        if fuse_bytes is not None and weights.nbytes(config, chips) > fuse_bytes:
+            whole, linears = linear, [linear]  # with its bias
+        names = [f"{part}.{kind}" for part in linears]
+        placed += _put_together(f"{whole}.{kind}", [stored[part] for part in names])
+        gone.update(names)
     return placed
 
 
-def _fusion(name: str) -> tuple[str, list[str]]:
-    """The name of what begins with this parameter, and of all that goes into it; itself where it stays alone."""
-    stem = name.removesuffix(".weight")
+def _fusion(linear: str) -> tuple[str, list[str]]:
+    """The name of what begins with this linear, and of all that go into it; itself where it stays alone."""
     for whole, parts in FUSED.items():
-        if stem.endswith("." + parts[0]):
-            prefix = stem.removesuffix(parts[0])
-            return f"{prefix}{whole}.weight", [f"{prefix}{part}.weight" for part in parts]
-    return name, [name]
+        if linear.endswith("." + parts[0]):
+            prefix = linear.removesuffix(parts[0])
+            return prefix + whole, [prefix + part for part in parts]
+    return linear, [linear]
 
 
 def _put_together(name: str, parameters: Sequence[StoredParameter]) -> list[PlacedTensor]:
-    """The weights as one, and their scales where they are quantized."""
+    """The weights (or biases) as one, and their scales where they are quantized."""
     tensors = [PlacedTensor(name, tuple(each.weight for each in parameters))]
     scales = tuple(each.scale for each in parameters if each.scale is not None)
     return [*tensors, PlacedTensor(name + SCALE_SUFFIX, scales)] if scales else tensors

@@ -25,7 +25,7 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
     "--config",
     "config_name",
     metavar="NAME|FILE",
-    help="A preset (tiny, 7B ... 175B, llama-3-8b ...) or a LLaMA config.json.",
+    help="A preset (tiny, 7B ... 175B, llama-3-8b ..., opt-175b) or a config.json.",
 )
 @click.option(
     "--shards",
@@ -93,7 +93,10 @@ def command(
 
 
 def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_len: int) -> tuple[str, Any]:
-    """Text and JSON of every preset, in one scheme or in both: ``{"bf16": [plan, ...], "int8": [plan, ...]}``."""
+    """Text and JSON of every preset, in one scheme or in both: ``{"bf16": [plan, ...], "int8": [plan, ...]}``.
+
+    Those whose learned positions end before ``max_seq_len`` are left out.
+    """
     from converters.config import PRESETS
     from quantize.scheme import Scheme
     from runtime.plan import Plan, Workload
@@ -103,6 +106,7 @@ def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_
     plans = [
         Plan(Workload(config, Scheme(name), batch_size, max_seq_len), target)
         for config in PRESETS.values()
+        if config.holds_context(max_seq_len)
         for name in schemes
     ]
     content = {name: [plan.to_json() for plan in plans if plan.workload.scheme.name == name] for name in schemes}
@@ -127,6 +131,7 @@ def _model(
         config, chosen, chips = _read_config(config_name), Scheme(scheme or "bf16"), None
     else:
         config, chosen, chips = _read_shards(shards, scheme, target)
+    config.check_context(max_seq_len)
     workload = Workload(config, chosen, batch_size, max_seq_len)
     if target is None and chips is None:
         workload.require_slice()

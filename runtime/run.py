@@ -52,6 +52,7 @@ def run(request: Request) -> Run | None:
     """
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)
+    config.check_context(request.max_seq_len)
     codec = find_codec(request.shards)
     prompts = _prompts(request, config, codec)
     check_prompts(config, prompts, request.max_seq_len)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from converters.config import ModelConfig
 from converters.files import CODES, ITEM_BYTES
-from converters.layout import BLOCK, EMBEDDING, parameters
+from converters.layout import EMBEDDING, parameters
 from quantize.partition import plan_heads
 from quantize.scheme import Scheme, StoredParameter, stored_parameters
 
@@ -23,7 +23,7 @@ POST_HBM_BYTES = 32 * 10**9
 def parameter_count(config: ModelConfig) -> int:
     """The model's parameters, without padding; a tied output head is counted once, with the embedding."""
     first_layer = parameters(config.cut(1))
-    return sum(p.elements * (config.num_layers if p.row in BLOCK else 1) for p in first_layer)
+    return sum(p.elements * (config.num_layers if p.in_block else 1) for p in first_layer)
 
 
 def parameter_bytes_per_chip(config: ModelConfig, scheme: Scheme, chips: int) -> int:
@@ -63,13 +63,15 @@ def decode_bytes_per_chip(
     """Bytes that each chip must read from its HBM for one decode step.
 
     Every weight with its scale, and the whole cache, in bfloat16 by default: attention of fixed shape reads all its
-    slots. Of the embedding only one row per token is read, unless it is the output head as well. Counted for a chip
-    that holds the rows of the whole batch, which is the slowest.
+    slots. Of the embedding, unless it is the output head as well, and of learned positions only one row per token is
+    read. Counted for a chip that holds the rows of the whole batch, which is the slowest.
     """
     weights = 0
     for stored, count in _kinds(config, scheme):
-        if stored.weight.parameter.row is EMBEDDING and not config.tie_word_embeddings:
-            weights += batch_size * config.hidden_size * ITEM_BYTES[CODES[stored.weight.dtype]]
+        parameter = stored.weight.parameter
+        head_too = parameter.row is EMBEDDING and config.tie_word_embeddings
+        if parameter.row.looked_up and not head_too:
+            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.weight.dtype]]
         else:
             weights += count * _stored_bytes(config, stored, chips)
     return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)
@@ -98,7 +100,7 @@ def post_cache_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> 
 def _kinds(config: ModelConfig, scheme: Scheme) -> Iterator[tuple[StoredParameter, int]]:
     """Every stored parameter of the first layer and around the layers, with how many like it the model has."""
     for stored in stored_parameters(config.cut(1), scheme):
-        yield stored, config.num_layers if stored.weight.parameter.row in BLOCK else 1
+        yield stored, config.num_layers if stored.weight.parameter.in_block else 1
 
 
 def _stored_bytes(config: ModelConfig, stored: StoredParameter, chips: int) -> int:

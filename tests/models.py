@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from converters.config import ModelConfig
 from converters.layout import parameters
@@ -61,8 +61,65 @@ def make_model(
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             _randomize(name, parameter.data)
-        for parameter in model.parameters():  # model.to would round the frequencies of RoPE as well
-            parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    _save(model, directory, dtype, form, max_shard_size)
+    return model
+
+
+def make_opt(
+    directory: Path,
+    *,
+    heads: int = 4,
+    hidden: int = 48,
+    layers: int = 2,
+    ffn: int = 44,
+    vocab: int = 211,
+    width: int | None = None,
+    positions: int = 128,
+    tied: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype | str = torch.float32,
+    form: str = "safetensors",
+    max_shard_size: str | None = None,
+    **fields: Any,
+) -> OPTForCausalLM:
+    """Save a random OPT model as ``make_model`` does; no bias is zero. ``width`` is the embedding's.
+
+    ``fields`` are further ones of OPTConfig. Generation never ends.
+    """
+    config = OPTConfig(
+        hidden_size=hidden,
+        ffn_dim=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        word_embed_proj_dim=width or hidden,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+        **fields,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = OPTForCausalLM(config)
+        last = "model.decoder." + ("" if config.do_layer_norm_before else f"layers.{layers - 1}.")
+        for name, parameter in model.named_parameters():
+            if name == f"{last}final_layer_norm.weight":
+                parameter.data.uniform_(-1.5, 1.5)  # as above
+            elif name.endswith(".bias"):
+                parameter.data.normal_(std=0.3)
+            elif "embed_positions" in name:
+                parameter.data.normal_()
+            else:
+                _randomize(name, parameter.data)
+    _save(model, directory, dtype, form, max_shard_size)
+    return model
+
+
+def _save(
+    model: PreTrainedModel, directory: Path, dtype: torch.dtype | str, form: str, max_shard_size: str | None
+) -> None:
+    for parameter in model.parameters():  # model.to would round the frequencies of RoPE as well
+        parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     model.eval()
     model.config.dtype = model.dtype
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +128,6 @@ def make_model(
     else:
         model.config.save_pretrained(directory)
         _save_bin(model.state_dict(), directory, indexed=max_shard_size is not None)
-    return model
 
 
 def _randomize(name: str, weight: torch.Tensor) -> None:

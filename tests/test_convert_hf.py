@@ -142,7 +142,7 @@ def test_fields_of_older_configurations(tmp_path: Path) -> None:
     path.write_text(json.dumps(fields))
     config = open_source(tmp_path / "hf").config
     assert (config.rope_theta, config.head_dim, config.bos_token_id, config.eos_token_ids) == (12345.0, 4, 1, (2,))
-    assert config.rms_norm_eps == 1e-6  # transformers' own default for LLaMA
+    assert config.norm_eps == 1e-6  # transformers' own default for LLaMA
 
 
 def test_companions_go_along(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_source_changed_in_between_is_noticed(tmp_path: Path) -> None:
 
     arguments = {
         "source_fingerprint": source.fingerprint(), "layers": 4, "dtype": "bfloat16", "storage": "auto",
-        "max_shard_bytes": 5 * 10**9,
+        "max_shard_bytes": 5 * 10**9, "keep_int8": False,
     }  # fmt: skip
     begun = {"arguments": arguments, "source_files": stamp_files(source.files())}
     write_json(tmp_path / "out" / ".in-progress.json", begun)

@@ -25,7 +25,7 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "qwen2"}, "'qwen2'; this tool converts 'llama' and 'mistral'"),
+        ({"model_type": "qwen2"}, "'qwen2'; this tool converts 'llama', 'mistral', 'opt'"),
         ({"model_type": 7}, "7"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'; implemented: 'default', 'linear', 'llama3'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
@@ -77,10 +77,10 @@ LLAMA3 = {
         ({"hidden_size": True}, "True"),
         ({"vocab_size": 10**300}, "vocab_size"),
         ({"num_hidden_layers": 10**6}, "num_layers"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rms_norm_eps": 0}, "norm_eps"),
+        ({"rms_norm_eps": 10**400}, "norm_eps"),
         ({"rope_theta": 10**40}, "rope_theta"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),

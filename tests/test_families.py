@@ -1,14 +1,15 @@
-"""The LLaMA families, small, from transformers' files to logits on 1, 2 and 3 chips; no size divides by the chips."""
+"""The LLaMA families and OPT, small, from transformers' files to logits on chips that divide none of their sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from invoke import invoke
-from models import edit_json, make_model
+from models import edit_json, make_model, make_opt
 from parity import count_greedy, decode, logits_after, reference, relative
 from transformers import PreTrainedModel
 
@@ -28,12 +29,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
 }
-# Sizes for make_model, and what is scaled.
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama-1": (ODD | {"eps": 1e-6}, {}),
-    "llama-2-70b": (GROUPED, {}),
-    "llama-3": (GROUPED | {"theta": 500000.0, "eos": [7, 9]}, LLAMA3),
-    "linear": (ODD | {"kv_heads": 1, "seed": 3}, {"rope_type": "linear", "factor": 8.0}),
+POST_NORM = {"do_layer_norm_before": False, "width": 37}  # OPT-350M is the only one of either
+# What makes the model, of which sizes, and how RoPE is scaled (None where there is none).
+FAMILIES: dict[str, tuple[Callable[..., PreTrainedModel], dict[str, Any], dict[str, Any] | None]] = {
+    "llama-1": (make_model, ODD | {"eps": 1e-6}, {}),
+    "llama-2-70b": (make_model, GROUPED, {}),
+    "llama-3": (make_model, GROUPED | {"theta": 500000.0, "eos": [7, 9]}, LLAMA3),
+    "linear": (make_model, ODD | {"kv_heads": 1, "seed": 3}, {"rope_type": "linear", "factor": 8.0}),
+    "opt-350m": (make_opt, ODD | POST_NORM, None),
+    "opt-6.7b": (make_opt, ODD | {"seed": 1}, None),
+    "opt-untied": (make_opt, ODD | {"seed": 2, "tied": False, "width": 83, "_remove_final_layer_norm": True}, None),
+    "opt-bare": (make_opt, ODD | {"seed": 3, "enable_bias": False, "layer_norm_elementwise_affine": False}, None),
 }
 
 
@@ -48,19 +54,21 @@ class Family(NamedTuple):
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     made = {}
-    for name, (sizes, rope) in FAMILIES.items():
+    for name, (make, sizes, rope) in FAMILIES.items():
         root = tmp_path_factory.mktemp(name)
-        make_model(root / "hf", **sizes)
+        make(root / "hf", **sizes)
 
-        def scale(fields: dict[str, Any], rope: dict[str, Any] = rope) -> None:
+        def scale(fields: dict[str, Any], rope: dict[str, Any] | None = rope) -> None:
             fields["rope_parameters"].update(rope)
             fields["max_position_embeddings"] = 8 * ORIGINAL
 
-        edit_json(root / "hf" / "config.json", scale)
+        if rope is not None:
+            edit_json(root / "hf" / "config.json", scale)
         invoke(convert, "--source", root / "hf", "--out", root / "checkpoint", "--dtype", "float32")
         invoke(quantize, root / "checkpoint", "--int8", "--out", root / "one")
         model = reference(root / "hf", root / "one")  # of the source: whatever conversion did to RoPE would show
-        assert model.config.rope_parameters["rope_type"] == rope.get("rope_type", "default")
+        if rope is not None:
+            assert model.config.rope_parameters["rope_type"] == rope.get("rope_type", "default")
         generator = torch.Generator().manual_seed(len(made))
         prompts = [torch.randint(3, sizes["vocab"], (length,), generator=generator).tolist() for length in LENGTHS]
         made[name] = Family(root / "checkpoint", model, prompts)

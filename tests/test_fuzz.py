@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -20,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from invoke import error_line, invoke, run_command
 from meta_format import write_meta
-from models import SMALL, make_model, random_tensors, renew, snapshot, write_hf
+from models import SMALL, make_model, make_opt, random_tensors, renew, snapshot, write_hf
 from mutate import Mutation, damage_bytes, damage_header, damage_json
+from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiece
 
 from converters.cli import command as convert
 from converters.gguf import BLOCK_NAMES, MODEL_NAMES
@@ -58,6 +61,7 @@ class Target(NamedTuple):
     recorded: bool = False  # the manifest is made to agree with the damage, so that it is not found by that alone
 
 
+SMALL_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 TARGETS = (
     Target("hf", "model.safetensors", damage_header, (CONVERT,)),
     Target("hf", "model.safetensors", damage_bytes, (CONVERT,)),
@@ -70,6 +74,11 @@ TARGETS = (
     Target("gguf-parts", "m-00002-of-00003.gguf", damage_bytes, (CONVERT,)),
     Target("meta", "params.json", damage_json, (CONVERT,)),
     Target("meta", "consolidated.01.pth", damage_bytes, (CONVERT,)),
+    Target("opt", "config.json", damage_json, (CONVERT,)),
+    *(Target("opt", name, damage_json, (CONVERT,)) for name in SMALL_FILES),
+    Target("opt", "vocab.json", damage_json, (CONVERT,)),
+    Target("opt", "merges.txt", damage_bytes, (CONVERT,)),
+    *(Target(name, "tokenizer.model", damage_bytes, (CONVERT,)) for name in ("bpe", "unigram", "tiktoken")),
     Target("checkpoint", "config.json", damage_json, (QUANTIZE,)),
     Target("checkpoint", INDEX, damage_json, (QUANTIZE,)),
     Target("seed", "config.json", damage_json, (QUANTIZE,)),
@@ -97,6 +106,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         write_gguf(root / name / "m.gguf", per_part)
     write_meta(root / "meta", make_model(root / "same", hidden=16, ffn=44, vocab=50))
+    make_opt(root / "opt", hidden=16, ffn=24, vocab=300)
+    write_gpt2(root / "opt")
+    larger = replace(SMALL, vocab_size=600)
+    for name, content in tokenizer_models().items():
+        (write_hf(root / name, random_tensors(larger), larger) / "tokenizer.model").write_bytes(content)
     invoke(convert, *CONVERT.arguments(root / "indexed", root / "checkpoint"))
     invoke(convert, "--config", root / "hf", "--storage", "seed", "--out", root / "seed")
     write_tokenizer(root / "hf" / "tokenizer.json")
@@ -112,7 +126,7 @@ def write_gguf(path: Path, per_part: int = 0) -> None:
     writer.add_context_length(SMALL.max_position_embeddings)
     writer.add_head_count(SMALL.num_heads)
     writer.add_head_count_kv(SMALL.num_kv_heads)
-    writer.add_layer_norm_rms_eps(SMALL.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(SMALL.norm_eps)
     tensors = {name: tensor.float().numpy() for name, tensor in random_tensors().items()}
     for name, hf_name in MODEL_NAMES.items():
         writer.add_tensor(name, tensors[hf_name])
@@ -123,6 +137,28 @@ def write_gguf(path: Path, per_part: int = 0) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gpt2(directory: Path) -> None:
+    """vocab.json, merges.txt and what may stand beside them."""
+    tokens, merges = train_byte_level(r"\S+|\s+", 280)
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (directory / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in merges), "utf-8")
+    added = {"280": {"content": "</s>", "special": True}, "281": {"content": "<pad>"}}
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "added_tokens_decoder": added}
+    contents = (config, {"<mask>": 282, "</s>": 280}, {"bos_token": "</s>", "unk_token": {"content": "</s>"}})
+    for name, content in zip(SMALL_FILES, contents, strict=True):
+        (directory / name).write_text(json.dumps(content))
+
+
+def tokenizer_models() -> dict[str, bytes]:
+    """tokenizer.model of every kind, small."""
+    normalized = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    return {
+        "bpe": train_sentencepiece(400),
+        "unigram": train_sentencepiece(400, model_type="unigram", **normalized),
+        "tiktoken": tiktoken_file(train_byte_level(r"\S+|\s+", 280)[0]),
+    }
 
 
 def write_tokenizer(path: Path) -> None:

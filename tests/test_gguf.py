@@ -86,7 +86,7 @@ def test_smollm2_is_bit_equal_to_transformers(smollm2_gguf: Path) -> None:
     shared = {key for key in theirs if key in ours and key != "rms_norm_eps"}
     assert len(shared) >= 11
     assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
-    assert source.config.rms_norm_eps == 1e-5
+    assert source.config.norm_eps == 1e-5
 
 
 # --- small files
@@ -218,7 +218,7 @@ def test_config_comes_from_the_metadata(small: Path) -> None:
     assert config.name == "small test"
     assert (config.hidden_size, config.intermediate_size, config.num_layers) == (HIDDEN, FFN, LAYERS)
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 2, 32, VOCAB)
-    assert (config.rms_norm_eps, config.rope_theta, config.max_position_embeddings) == (1e-5, 20000.0, 128)
+    assert (config.norm_eps, config.rope_theta, config.max_position_embeddings) == (1e-5, 20000.0, 128)
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 5))
     assert (config.dtype, config.tie_word_embeddings) == ("float32", False)
     assert open_gguf(small).companions() == {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from invoke import invoke
-from models import make_model
+from models import make_model, make_opt
 from parity import decode
 
 from quantize.cli import command as quantize
@@ -19,9 +20,22 @@ INSTRUCTION = re.compile(r"^  (?:ROOT )?%\S+ = (\(?[a-z0-9]+\[[^=]*?) ([a-z-]+)\
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The optimized HLO of the decode step, as XLA itself writes it down."""
+    """The optimized HLO of the decode step of a LLaMA."""
     root = tmp_path_factory.mktemp("hlo")
     make_model(root / "hf", heads=8, kv_heads=4, hidden=64, head_dim=16, layers=LAYERS, ffn=96, vocab=224)
+    return optimized_step(root)
+
+
+@pytest.fixture(scope="module")
+def opt_step(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The optimized HLO of the decode step of an OPT."""
+    root = tmp_path_factory.mktemp("hlo-opt")
+    make_opt(root / "hf", heads=4, hidden=64, layers=LAYERS, ffn=96, vocab=224)
+    return optimized_step(root)
+
+
+def optimized_step(root: Path) -> str:
+    """What XLA makes of the decode step of ``root``/hf, as it writes it down itself."""
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
     job = {
         "shards": root / "out",
@@ -82,8 +96,13 @@ def test_no_weight_is_transposed_copied_or_converted_in_memory(step: str) -> Non
     assert not [(kind, sizes) for kind, sizes in made if sizes in matrices]
 
 
-def test_two_all_reduces_per_layer(step: str) -> None:
-    """After attention and after the MLP, and one for the embedding; the head gathers its chips' best tokens."""
+@pytest.mark.parametrize("model", ["step", "opt_step"])
+def test_two_all_reduces_per_layer(model: str, request: pytest.FixtureRequest) -> None:
+    """After attention and after the MLP, and one for the embedding; the head gathers its chips' best tokens.
+
+    OPT's biases, norms and positions cost none: each chip has what it adds.
+    """
+    step = request.getfixturevalue(model)
     kinds = Counter()
     for (_, kind), count in _entry(step).items():
         kinds[kind] += count

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from converters.architecture import LLAMA, OPT
 from converters.config import PRESETS, ModelConfig, from_hf
 from converters.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
 from converters.layout import check_names, is_known, parameters
-from quantize.partition import local_shape, plan_heads
-from quantize.scheme import Scheme, stored_tensors
+from quantize.partition import plan_heads
+from quantize.scheme import Scheme
 from runtime.decoder import Decoder
 from runtime.kv_cache import KVCache
+from runtime.placed import placed_tensors
 from runtime.sizing import cache_shape
 
 ODD = ModelConfig(
@@ -37,20 +39,34 @@ COUNTS = {
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3-405b": 405_853_388_800,
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
 }
-WIDE = [PRESETS[name] for name in (*PUBLISHED, "tiny", "175B", "llama-2-70b")]  # each is a model of half a second
+WIDE = [
+    PRESETS[name] for name in (*PUBLISHED, "tiny", "175B", "llama-2-70b", "opt-350m", "opt-175b")
+]  # each is a model of half a second
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
 def test_shapes_are_those_of_transformers(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+        fields = config.to_hf()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     assert {parameter.name: parameter.shape for parameter in parameters(config)} == theirs
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=lambda config: config.name)
+LLAMAS = [config for config in PRESETS.values() if not config.name.startswith("opt-")]
+OPTS = [config for config in PRESETS.values() if config.name.startswith("opt-")]
+
+
+@pytest.mark.parametrize("config", LLAMAS, ids=lambda config: config.name)
 def test_count_is_the_closed_formula(config: ModelConfig) -> None:
     d, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_layers
     kv = d * config.num_kv_heads // config.num_heads
@@ -61,8 +77,21 @@ def test_count_is_the_closed_formula(config: ModelConfig) -> None:
     assert closed == COUNTS.get(config.name, closed)
 
 
+@pytest.mark.parametrize("config", OPTS, ids=lambda config: config.name)
+def test_count_of_opt_is_the_closed_formula(config: ModelConfig) -> None:
+    """And the paper's number: the name. Of 2048 positions and two rows before them; a tied head."""
+    d, f, v, layers, w = config.hidden_size, config.intermediate_size, 50272, config.num_layers, config.word_size
+    linears = 4 * (d * d + d) + (d * f + f) + (f * d + d)
+    around = v * w + 2050 * d + (2 * d * w if w != d else 2 * d)  # 350M: projections, and no norm behind the blocks
+    closed = layers * (linears + 2 * 2 * d) + around
+    assert sum(parameter.elements for parameter in parameters(config)) == closed
+    assert closed == COUNTS.get(config.name, closed)
+    billions = float(config.name[4:-1]) / (1000 if config.name.endswith("m") else 1)
+    assert closed / 1e9 == pytest.approx(billions, rel=0.06)
+
+
 def test_every_published_model_is_there() -> None:
-    assert COUNTS.keys() | PUBLISHED.keys() | {"tiny", "175B"} == PRESETS.keys()
+    assert COUNTS.keys() | PUBLISHED.keys() | {"tiny", "175B", "opt-66b", "opt-175b"} == PRESETS.keys()
 
 
 @pytest.mark.parametrize(("name", "ffn"), [("7B", 11008), ("33B", 17920), ("65B", 22016), ("175B", 32768)])
@@ -72,15 +101,16 @@ def test_feed_forward_sizes(name: str, ffn: int) -> None:
 
 @pytest.mark.parametrize("chips", [1, 8, 16])
 @pytest.mark.parametrize("config", [*WIDE, ODD], ids=lambda config: config.name)
-def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int) -> None:
+@pytest.mark.parametrize("fuse_bytes", [None, 0])
+def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int, fuse_bytes: int | None) -> None:
     """At full width and depth, on the meta device: what the shards hold is what the decoder takes."""
     scheme = Scheme("int8")
     tensors = {}
-    for stored in stored_tensors(config, scheme):
-        shape = list(local_shape(config, stored.parameter, chips))
-        if stored.parameter.row.shard is not None:
-            shape[stored.parameter.row.shard] *= chips
-        tensors[stored.name] = torch.empty(shape, dtype=getattr(torch, stored.dtype), device="meta")
+    for placed in placed_tensors(config, scheme, chips, fuse_bytes):
+        shape = list(placed.local_shape(config, chips))
+        if placed.shard is not None:
+            shape[placed.shard] *= chips
+        tensors[placed.name] = torch.empty(shape, dtype=placed.dtype, device="meta")
     heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
     decoder = Decoder(config, heads, torch.bfloat16, tensors, lambda tensor: tensor.to("meta"))
     shape = cache_shape(config, chips, 2, 64)
@@ -93,8 +123,8 @@ def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: in
 
 def test_decoder_names_a_tensor_too_many_or_too_few() -> None:
     tensors = {
-        stored.name: torch.empty(stored.parameter.shape, dtype=getattr(torch, stored.dtype))
-        for stored in stored_tensors(ODD, Scheme("int8"))
+        placed.name: torch.empty(placed.local_shape(ODD, 1), dtype=placed.dtype)
+        for placed in placed_tensors(ODD, Scheme("int8"), 1, fuse_bytes=0)
     }
     heads = plan_heads(ODD.num_heads, ODD.num_kv_heads, 1)
     with pytest.raises(UnexpectedTensor, match="extra"):
@@ -113,9 +143,12 @@ def test_names_are_checked() -> None:
         check_names(ODD, [*names, "model.norm.weight"], "here")
     with pytest.raises(UnexpectedTensor, match=r"model\.layers\.2\.mlp"):
         check_names(ODD, [*names, "model.layers.2.mlp.up_proj.weight"], "here")
-    assert is_known("model.layers.99.self_attn.q_proj.weight")
-    assert not is_known("model.layers.0.self_attn.q_proj.bias")
-    assert not is_known("xmodel.norm.weight")
+    assert is_known("model.layers.99.self_attn.q_proj.weight", LLAMA)
+    assert not is_known("model.layers.0.self_attn.q_proj.bias", LLAMA)
+    assert not is_known("xmodel.norm.weight", LLAMA)
+    assert is_known("model.decoder.layers.99.self_attn.q_proj.bias", OPT)
+    assert is_known("model.decoder.project_in.weight", OPT)
+    assert not is_known("model.layers.0.self_attn.q_proj.weight", OPT)
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)

@@ -67,6 +67,20 @@ def test_weights_are_put_together_up_to_a_size(limit: int | None, fused: set[str
     assert sorted(parts) == sorted(tensor.name for tensor in stored_tensors(config, Scheme("int8")))
 
 
+@pytest.mark.parametrize(("limit", "fused"), [(None, 6), (0, 0)])
+def test_biases_go_with_their_weights(limit: int | None, fused: int) -> None:
+    """OPT's q, k and v: weight, scale and bias each, in two layers."""
+    config = PRESETS["opt-125m"].cut(2)
+    placed = placed_tensors(config, Scheme("int8"), 5, limit)
+    together = {tensor.name: tensor for tensor in placed if len(tensor.parts) == 3}
+    assert len(together) == fused
+    for name, tensor in together.items():
+        kind = name.rpartition("qkv_proj.")[2]
+        assert [part.name.rpartition("self_attn.")[2] for part in tensor.parts] == [f"{p}_proj.{kind}" for p in "qkv"]
+    parts = [part.name for tensor in placed for part in tensor.parts]
+    assert sorted(parts) == sorted(tensor.name for tensor in stored_tensors(config, Scheme("int8")))
+
+
 def test_a_missing_file_of_its_own_is_named(shards: Path) -> None:
     (shards / "chip-03-of-04.safetensors").unlink()
     half = Shards(shards)

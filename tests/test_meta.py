@@ -133,12 +133,13 @@ def test_parts_saved_as_views_of_larger_tensors(model: LlamaForCausalLM, tmp_pat
 def test_whole_chain(model: LlamaForCausalLM, tmp_path: Path) -> None:
     """Dry run, tokenizer.model, a second run, and quantizing the directory as it is."""
     write_meta(tmp_path / "meta", model, 4)
-    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"\x0a\x0e a tokenizer")
+    tokenizer = b"\x0a\x03\x0a\x01a\x12\x02\x18\x02"  # SentencePiece's: one piece, BPE
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(tokenizer)
     arguments = ("--source", tmp_path / "meta", "--out", tmp_path / "out")
     assert "model-00001-of-00001.safetensors" in invoke(convert, *arguments, "--dry-run").stdout
     assert not (tmp_path / "out").exists()
     assert "meta, 2 layers" in invoke(convert, *arguments).stdout
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\x0a\x0e a tokenizer"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer
     assert "already complete" in invoke(convert, *arguments).stdout
     for source in ("meta", "out"):
         invoke(quantize, tmp_path / source, "--int8", "--chips", 2, "--out", tmp_path / f"{source}-shards")
@@ -227,7 +228,7 @@ def test_rope_scaling_of_llama_3_1_and_3_2(dim: int, layers: int, factor: float)
         ({"n_kv_heads": 3}, ["params.json", "multiple of num_key_value_heads 3"]),
         ({"multiple_of": 0}, ["multiple_of is 0"]),
         ({"ffn_dim_multiplier": "1"}, ["ffn_dim_multiplier is '1'"]),
-        ({"norm_eps": -1}, ["params.json", "rms_norm_eps is -1"]),
+        ({"norm_eps": -1}, ["params.json", "norm_eps is -1"]),
         ({"rope_theta": []}, ["rope_theta is []"]),
         ({"use_scaled_rope": 1}, ["use_scaled_rope is 1"]),
         ({"vocab_size": 209}, ["params.json", "vocab_size is 209 and the embedding has 208 rows"]),

@@ -100,6 +100,39 @@ def test_json_of_a_target() -> None:
     assert found["roofline_ms"] == pytest.approx(1000 * read / 1.2e12, rel=1e-12)
 
 
+def test_json_of_llama_3_405b() -> None:
+    """The published number of parameters; sizes added up here. 8 KV heads on 16 chips are held twice each."""
+    found = planned("--config", "llama-3-405b", "--int8", "--target", "v4-32")
+    d, f, layers, v, kv = 16384, 53248, 126, 128256, 1024
+    matrices, outputs = layers * (2 * d * d + 2 * d * kv + 3 * d * f), layers * (2 * d + 2 * kv + 2 * f + d)
+    around = 2 * (2 * v * d + layers * 2 * d + d)
+    assert found["parameters"] == 405_853_388_800 == matrices + around // 2
+    assert found["parameter_bytes"] == matrices + 4 * outputs + around
+    assert found["cache_bytes"] == layers * 2 * 256 * kv * 2
+    assert (found["chips"], found["fits"], found["min_chips"]) == (16, True, 13)
+    assert found["per_chip"]["cache_bytes"] == found["cache_bytes"] // 8
+    assert planned("--config", "llama-3-405b")["parameter_bytes"] == 2 * 405_853_388_800
+
+
+def test_json_of_opt_175b() -> None:
+    """True OPT: biases, 2048 positions and two rows before them, a tied head of 50,272 tokens."""
+    found = planned("--config", "opt-175b", "--int8", "--target", "v4-16")
+    d, f, layers, v = 12288, 49152, 96, 50272
+    matrices, outputs = layers * (4 * d * d + 2 * d * f), layers * (5 * d + f)
+    vectors = outputs + layers * 4 * d + 2 * d  # biases and norms
+    assert found["parameters"] == 174_604_468_224 == matrices + vectors + (v + 2050) * d
+    assert found["parameter_bytes"] == matrices + 4 * outputs + 2 * (vectors + (v + 2050) * d)
+    assert found["cache_bytes"] == layers * 2 * 256 * d * 2
+    assert (found["chips"], found["fits"], found["min_chips"]) == (8, True, 6)
+    whole = layers * 2 * d  # outputs of out_proj and fc2, whose scales and biases every chip holds
+    split = matrices + 6 * (outputs - whole) + 2 * v * d
+    per_chip = split // 8 + 6 * whole + 2 * (layers * 4 * d + 2 * d + 2050 * d)
+    assert found["per_chip"]["parameter_bytes"] == per_chip
+    read = per_chip - 2 * 2049 * d + found["cache_bytes"] // 8  # one position; all of the embedding, for the head
+    assert found["roofline_ms"] == pytest.approx(1000 * read / 1.2e12, rel=1e-12)
+    assert planned("--config", "opt-175b")["parameter_bytes"] == 2 * 174_604_468_224
+
+
 def test_bfloat16_is_the_default_and_does_not_fit() -> None:
     found = planned("--config", "175b", "--target", "v4-16")
     assert found == planned("--config", "175B", "--bf16", "--target", "v4-16")
@@ -225,7 +258,7 @@ def test_table_of_presets() -> None:
     assert row[-1] == "none"
     on_target = invoke(plan, "--target", "v4-16").stdout
     fits = {tuple(line.split()[:2]): line.split()[-3] for line in on_target.splitlines()[2:]}
-    too_large = [("175B", "bf16"), ("llama-3-405b", "bf16"), ("llama-3-405b", "int8")]
+    too_large = [("175B", "bf16"), ("llama-3-405b", "bf16"), ("llama-3-405b", "int8"), ("opt-175b", "bf16")]
     assert [key for key, word in fits.items() if word == "no"] == too_large
 
 
@@ -281,8 +314,8 @@ def test_errors(root: Path, arguments: tuple[str, ...], says: str, monkeypatch: 
 
 def test_a_config_that_is_no_llama(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
-    edit_json(tmp_path / "hf" / "config.json", lambda fields: fields.update(model_type="opt"))
-    assert "'opt'" in invoke_error(plan, "--config", tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "config.json", lambda fields: fields.update(model_type="gptj"))
+    assert "'gptj'" in invoke_error(plan, "--config", tmp_path / "hf")
 
 
 def test_answers_load_no_torch(root: Path) -> None:

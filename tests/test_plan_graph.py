@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 from invoke import invoke
-from models import make_model
+from models import make_model, make_opt
 
 from quantize.cli import command as quantize
 
 CHIPS = 4
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    root = tmp_path_factory.mktemp("graphs")
-    make_model(root / "hf", heads=8, kv_heads=4, hidden=64, head_dim=16, layers=2, ffn=96, vocab=224)
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "llama":
+        make_model(root / "hf", heads=8, kv_heads=4, hidden=64, head_dim=16, layers=2, ffn=96, vocab=224)
+    else:
+        make_opt(root / "hf", heads=6, hidden=48, layers=2, ffn=90, vocab=211, width=40, do_layer_norm_before=False)
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
     child = Path(__file__).with_name("child_graph.py")
     subprocess.run([sys.executable, child, root / "out", root / "result.json"], check=True, timeout=300)

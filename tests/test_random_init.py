@@ -207,7 +207,13 @@ def test_dry_run_says_the_same_and_writes_nothing(tmp_path: Path, free) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("llama-2-70b", 68_976_648_192), ("llama-3-70b", 70_553_706_496), ("llama-3-405b", 405_853_388_800)],
+    [
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3-405b", 405_853_388_800),
+        ("opt-66b", 65_719_701_504),
+        ("opt-175b", 174_604_468_224),
+    ],
 )
 def test_large_presets_as_seeds(name: str, count: int, tmp_path: Path) -> None:
     """At once, with the published number of parameters; a dry run says what the files would be."""

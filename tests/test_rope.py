@@ -191,5 +191,5 @@ def test_mistral_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     ours = from_hf(fields)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert (ours.rms_norm_eps, ours.head_dim) == (theirs.rms_norm_eps, theirs.head_dim)
+    assert (ours.norm_eps, ours.head_dim) == (theirs.rms_norm_eps, theirs.head_dim)
     assert theirs.sliding_window == 4096  # so silence asks for a window (test_errors_config.py)

@@ -53,8 +53,11 @@ def test_parameters_are_those_of_transformers(config: ModelConfig) -> None:
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
+OPTS = [name for name in PRESETS if name.startswith("opt-")]
+
+
 @pytest.mark.parametrize("chips", [1, 2, 4])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in OPTS])
 def test_bytes_per_chip_are_the_closed_formula(name: str, chips: int) -> None:
     """Where the chips divide heads, FFN and vocabulary: matrices split, norms and row-parallel scales whole."""
     config = PRESETS[name]
@@ -69,6 +72,25 @@ def test_bytes_per_chip_are_the_closed_formula(name: str, chips: int) -> None:
     assert parameter_bytes_per_chip(config, Scheme("int8", quantize_lm_head=True), chips) == (
         int8 + 3 * v * d // chips + 4 * v // chips + 2 * d
     )
+
+
+@pytest.mark.parametrize("chips", [1, 2, 4])
+@pytest.mark.parametrize("name", OPTS)
+def test_bytes_per_chip_of_opt_are_the_closed_formula(name: str, chips: int) -> None:
+    """Biases of q, k, v and fc1 are split; those of out_proj and fc2, norms, positions and projections are whole."""
+    config = PRESETS[name]
+    d, f, layers, v, w = config.hidden_size, config.intermediate_size, config.num_layers, 50272, config.word_size
+    matrices, split, whole = 4 * d * d + 2 * d * f, 3 * d + f, 2 * d  # whole: row-parallel biases, or their scales
+    norms = 4 * d
+    around = 2 * v * w // chips + 2 * (2050 * d + (2 * d * w if w != d else 2 * d))
+    biases = 2 * (split // chips + whole)
+    bf16 = layers * (2 * matrices // chips + biases + 2 * norms) + around
+    assert parameter_bytes_per_chip(config, Scheme("bf16"), chips) == bf16
+    int8 = layers * (matrices // chips + biases + 2 * norms + 4 * (split // chips + whole)) + around
+    assert parameter_bytes_per_chip(config, Scheme("int8"), chips) == int8
+    # A decode step reads 3 rows' positions, not 2050; and the embedding, which is the head as well, whole.
+    cache = cache_bytes_per_chip(config, chips, 3, 256, 2)
+    assert decode_bytes_per_chip(config, Scheme("int8"), chips, 3, 256) == int8 - 2 * 2047 * d + cache
 
 
 @pytest.mark.parametrize("flag", ["--int8", "--bf16"])

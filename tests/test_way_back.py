@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke, refuse
-from models import edit_json, make_model, snapshot, write_hf
+from models import edit_json, make_model, make_opt, snapshot, write_hf
 from parity import decode, logits_after, relative
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +24,9 @@ from quantize.cli import command as quantize
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": {"heads": 6, "kv_heads": 2, "head_dim": 16, "ffn": 172, "vocab": 515},
     "tied": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131, "tied": True},
+    "opt": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131},
+    "opt-projected": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131, "width": 28, "do_layer_norm_before": False},
+    "opt-untied": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131, "tied": False},
 }
 
 
@@ -54,7 +57,8 @@ def dequantized_by_hand(tensors: dict[str, torch.Tensor], dtype: torch.dtype) ->
 
 def shards_of(root: Path, model: str, chips: int, *options: object, dtype: str = "bfloat16") -> Path:
     """int8 shards of a random model in ``root``/out, and for one chip, which splits nothing, in ``root``/one."""
-    make_model(root / "hf", **MODELS[model])
+    make = make_opt if model.startswith("opt") else make_model
+    make(root / "hf", **MODELS[model])
     invoke(convert, "--source", root / "hf", "--out", root / "checkpoint", "--dtype", dtype)
     for number, out in ((chips, "out"), (1, "one")):
         invoke(quantize, root / "checkpoint", "--int8", "--chips", number, *options, "--out", root / out)
@@ -74,8 +78,8 @@ def test_dequantized(model: str, chips: int, dtype: str, tmp_path: Path) -> None
     assert snapshot(out) == before
     written, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("restored", "hf"))
     assert "quantization_config" not in written
-    for field in ("hidden_size", "num_key_value_heads", "tie_word_embeddings", "vocab_size"):
-        assert written[field] == original[field]
+    for field in ("hidden_size", "num_key_value_heads", "ffn_dim", "tie_word_embeddings", "vocab_size"):
+        assert written.get(field) == original.get(field)
     model_again = AutoModelForCausalLM.from_pretrained(tmp_path / "restored", dtype="auto")
     assert_same_bits({name: model_again.state_dict()[name] for name in expected}, expected)
 
@@ -93,7 +97,17 @@ def test_bfloat16_shards_give_the_checkpoint_back(chips: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("chips", [1, 3, 8])
-@pytest.mark.parametrize(("model", "options"), [("grouped", []), ("grouped", ["--quantize-lm-head"]), ("tied", [])])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("grouped", []),
+        ("grouped", ["--quantize-lm-head"]),
+        ("tied", []),
+        ("opt", []),
+        ("opt-projected", []),
+        ("opt-untied", ["--quantize-lm-head"]),
+    ],
+)
 def test_int8_is_kept(model: str, options: list[str], chips: int, tmp_path: Path) -> None:
     """Values and scales as one chip holds them, under the names and in the terms of compressed-tensors."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -105,19 +119,30 @@ def test_int8_is_kept(model: str, options: list[str], chips: int, tmp_path: Path
     written = json.loads((tmp_path / "restored" / "config.json").read_text())["quantization_config"]
     described = QuantizationConfig.model_validate(written)
     assert described.format == "int-quantized"
-    assert described.ignore == ([] if options else ["lm_head"])
+    projections = ["model.decoder.project_in", "model.decoder.project_out"] if model == "opt-projected" else []
+    assert described.ignore == ([] if options else ["lm_head"]) + projections
     (group,) = described.config_groups.values()
     assert (group.targets, group.format, group.input_activations) == (["Linear"], "int-quantized", None)
     weights = group.weights
     assert (weights.num_bits, weights.type, weights.strategy, weights.symmetric) == (8, "int", "channel", True)
 
 
-@pytest.mark.parametrize(("model", "options"), [("grouped", ["--quantize-lm-head"]), ("grouped", []), ("tied", [])])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("grouped", ["--quantize-lm-head"]),
+        ("grouped", []),
+        ("tied", []),
+        ("opt", []),
+        ("opt-projected", []),
+        ("opt-untied", ["--quantize-lm-head"]),
+    ],
+)
 def test_transformers_runs_the_int8_export_as_llama_run_does(model: str, options: list[str], tmp_path: Path) -> None:
     out = shards_of(tmp_path, model, 3, *options, dtype="float32")
     invoke(convert, "--source", out, "--out", tmp_path / "restored", "--keep-int8", "--dtype", "float32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "restored", dtype=torch.float32).eval()
-    linear = theirs.model.layers[1].mlp.down_proj
+    linear = theirs.model.decoder.layers[1].fc2 if model.startswith("opt") else theirs.model.layers[1].mlp.down_proj
     assert (linear.weight.dtype, linear.weight_scale.shape) == (torch.int8, (linear.weight.shape[0], 1))
     prompts = [[1, 5, 9, 3], list(range(20, 70))]
     sizes = {"batches": [[prompt] for prompt in prompts], "new_tokens": 1, "max_seq_len": 64, "buckets": [32]}

@@ -1,0 +1,47 @@
+"""How text is cut before byte-level BPE, under the names that GGUF has for it; patterns as in llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Text cut by each pattern in turn, within the pieces that the last one left."""
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False  # a piece that is a token as it stands skips the merges
+    add_bos: bool = False  # where the file doesn't say
+    nfc: bool = False
+
+
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = Cut((_WORDS,))
+LLAMA3 = Cut((_CL100K % "{1,3}",), whole_words=True, add_bos=True)
+_SINGLE_DIGITS = Cut((r"\p{N}", _WORDS))
+
+# tokenizer.ggml.pre -> the cutting that it names. A name that is not here is refused: with another cutting the token
+# ids are wrong here and there, and nothing shows it.
+PRE_TOKENIZERS = {
+    "default": Cut((r"[\p{P}$+<=>^~|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": GPT2,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,
+    "codeshell": _SINGLE_DIGITS,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "falcon3": LLAMA3,
+    "qwen2": Cut((_CL100K % "",), nfc=True),
+    "tekken": Cut((_TEKKEN,), whole_words=True, add_bos=True),
+}

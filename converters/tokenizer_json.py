@@ -1,0 +1,178 @@
+"""A tokenizer.json, which llama-run and Hugging Face's libraries read, from a vocabulary, whatever file that is in.
+
+Two kinds go with LLaMA and OPT models: byte-level BPE, and SentencePiece with scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converters.cuts import Cut
+from converters.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# What a token is, in the numbers of SentencePiece's format and of GGUF's.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPACE = "\u2581"  # SentencePiece writes a space as this
+_LONGEST_PIECE = 256  # SentencePiece's own limit is 16 by default; the search for merges is quadratic in it
+_CONFIG_NAMES = (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token"))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Every token's text and type by id, and the ids of special tokens: bos, eos, eot, eom, unknown, padding."""
+
+    where: str  # the file, for errors
+    tokens: Sequence[str]
+    types: Sequence[int]
+    ids: dict[str, int]
+
+    def __post_init__(self) -> None:
+        first: dict[str, int] = {}
+        for i, token in enumerate(self.tokens):
+            if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
+                raise InputError(f"{self.where} gives token {i} a text that is none (half a pair); fetch it again.")
+            if first.setdefault(token, i) != i:
+                raise InputError(f"{self.where} gives tokens {first[token]} and {i} the same text; fetch it again.")
+
+    def check_size(self, vocab_size: int) -> None:
+        """Raise InputError where there is no token, or one without a row of the embedding."""
+        if not 1 <= len(self.tokens) <= vocab_size:
+            raise InputError(
+                f"{self.where} has {len(self.tokens)} tokens but {vocab_size} rows of embeddings; fetch it again."
+            )
+
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json has to say of it."""
+        # The generic class: transformers then takes tokenizer.json as it is and rebuilds nothing by model type.
+        fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        return fields | {field: self.tokens[self.ids[name]] for name, field in _CONFIG_NAMES if name in self.ids}
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What SentencePiece does to a text before it looks for pieces."""
+
+    prefix: bool = True  # a space before it
+    trims: bool = False  # spaces around it dropped, runs of them inside made one
+    charsmap: bytes = b""  # a compiled table of replacements (Unicode's compatibility forms, say)
+
+
+def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], cut: Cut) -> Tokenizer:
+    """Byte-level BPE: ``merges`` best first, tokens in the letters that stand for bytes (GPT-2's)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut.whole_words))
+    if cut.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def read_merges(lines: Iterable[str], vocab: dict[str, int], where: str) -> list[tuple[str, str]]:
+    """Merges from lines of two tokens each. Raises InputError for one of tokens that the vocabulary lacks."""
+    merges = []
+    for rank, line in enumerate(lines):
+        left, _, right = line.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise InputError(f"{where} joins tokens that its vocabulary lacks (merge {rank}); fetch it again.")
+        merges.append((left, right))
+    return merges
+
+
+def sentencepiece(
+    vocabulary: Vocabulary, scores: Sequence[float], normalization: Normalization, unigram: bool = False
+) -> Tokenizer:
+    """SentencePiece: BPE that joins the neighbours of the best score, or with ``unigram`` the likeliest cutting."""
+    from tokenizers import Tokenizer, models
+
+    tokens, types, ids = vocabulary.tokens, vocabulary.types, vocabulary.ids
+    if unigram:
+        pairs = list(zip(tokens, scores, strict=True))
+        tokenizer = Tokenizer(models.Unigram(pairs, ids.get("unknown"), byte_fallback=BYTE in types))
+    else:
+        normal = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
+        model = models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=all_merges(normal, scores, vocabulary.where),
+            unk_token=tokens[ids["unknown"]] if "unknown" in ids else None,
+            fuse_unk=True,
+            byte_fallback=BYTE in types,
+        )
+        tokenizer = Tokenizer(model)
+    try:
+        _normalize(tokenizer, normalization)
+    except Exception as error:  # plain Exception is what the library raises for a charsmap that is none
+        raise InputError(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
+    return tokenizer
+
+
+def _normalize(tokenizer: Tokenizer, wanted: Normalization) -> None:
+    from tokenizers import Regex, decoders, normalizers
+
+    # As normalizer and not as pre-tokenizer: a text that starts with a space gets another one, as in SentencePiece.
+    steps: list[Any] = [normalizers.Precompiled(wanted.charsmap)] if wanted.charsmap else []
+    if wanted.trims:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if wanted.prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if wanted.prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+
+
+def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> list[tuple[str, str]]:
+    """The merges, best first, that a vocabulary with scores (by id) stands for.
+
+    SentencePiece joins whichever neighbours give the piece of the highest score, so every way to cut a piece into two
+    pieces is a merge of that piece's rank; control, byte and user-defined tokens never come of joining. Raises
+    InputError for a piece that is longer than any tokenizer's.
+    """
+    if any(len(piece) > _LONGEST_PIECE for piece in normal):
+        raise InputError(f"{where} has a token of more than {_LONGEST_PIECE} characters; fetch it again.")
+
+    def cuts(piece: str) -> Iterator[tuple[str, str]]:
+        for middle in range(1, len(piece)):
+            if piece[:middle] in normal and piece[middle:] in normal:
+                yield piece[:middle], piece[middle:]
+
+    best_first = sorted(normal, key=lambda piece: -scores[normal[piece]])
+    return [cut for piece in best_first for cut in cuts(piece)]
+
+
+def add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Have control and user-defined tokens matched whole in the text, before anything else is done to it."""
+    from tokenizers import AddedToken
+
+    tokens, types, ids = vocabulary.tokens, vocabulary.types, vocabulary.ids
+    special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
+    special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
+    whole = [i for i, token in enumerate(tokens) if token and (i in special or types[i] == USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in whole])
+
+
+def add_template(tokenizer: Tokenizer, vocabulary: Vocabulary, bos: bool, eos: bool) -> None:
+    """Have BOS put before a text and EOS after it, where that is asked for."""
+    from tokenizers import processors
+
+    tokens, ids, wanted = vocabulary.tokens, vocabulary.ids, {"bos": bos, "eos": eos}
+    for name in [name for name, on in wanted.items() if on and name not in ids]:
+        raise InputError(f"{vocabulary.where} asks for a {name} token around texts but names none; fetch it again.")
+    if not any(wanted.values()):
+        return
+    before, after = ([tokens[ids[name]]] if wanted[name] else [] for name in ("bos", "eos"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B:1", *after],
+        special_tokens=[(tokens[ids[name]], ids[name]) for name in wanted if wanted[name]],
+    )
