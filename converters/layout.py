@@ -62,7 +62,7 @@ class Row:
     @property
     def is_linear(self) -> bool:
         """Whether it is the weight of a matrix product, and not of a norm, a table to look up in, or a scale."""
-        return len(self.axes) == 2 and Axis.ONE not in self.axes and self is not EMBEDDING
+        return len(self.axes) == 2 and Axis.ONE not in self.axes and not self.looked_up
 
     def scale(self) -> Row:
         """The row of the per-output-channel scale [out, 1] that goes with this linear's int8 weight [out, in]."""

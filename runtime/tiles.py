@@ -9,8 +9,10 @@ routine's, which wants the weight transposed and converted: at every step, in me
   of the speed, and the compiler unrolls a loop over 512 inputs whole, which runs half as fast again as a longer one;
 - a few rows are as many products, one after the other while the tile is in the cache;
 - every product is multiplied by its scale before the sum; a weight without a scale has ones for it;
-- the vector is divided by one, which the compiler can't know: a cheap computation that ends in the vector would be put
-  into the loop and done anew for every output, a division is thought too dear for that.
+- the vector is divided by ones, which the compiler can't know to be ones: a cheap computation that ends in the vector
+  would be put into the loop and done anew for every output, a division is thought too dear for that. It is a vector of
+  ones, for by a single one the division would be done in whatever shape the input had before it became a row, and the
+  loop would find its way about that shape for every input.
 
 More rows than a few are one matrix product on a tile converted once. The weight stands left there: at the right, XLA
 would have it transposed.
@@ -41,6 +43,11 @@ class Tiles:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def inputs(self) -> int:
+        """Of each chip, where chips hold them apart."""
+        return sum(part.shape[-1] for part in self.parts)
+
 
 def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A weight [out, in] as views [out, width] of about ``TILE`` inputs, all of one width but for the last."""
@@ -53,27 +60,28 @@ def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 class TiledLinear(nn.Module):
     """y = x W^T for a weight in tiles and x [..., in], without a bias; computed in float32, given in x's dtype."""
 
-    def __init__(self, weight: Tiles | torch.Tensor, scale: torch.Tensor | None, one: torch.Tensor) -> None:
-        """``scale`` is float32 [out]; ``one`` is float32 [1], a one on the device.
+    def __init__(self, weight: Tiles | torch.Tensor, scale: torch.Tensor | None, ones: torch.Tensor) -> None:
+        """``scale`` is float32 [out]; ``ones`` is float32 [in], ones on the device (``in`` of one chip, of several).
 
         A weight [out, in] that isn't in tiles, as an embedding that is the output head too, is read as it is.
         """
         super().__init__()
         parts = weight.parts if isinstance(weight, Tiles) else [weight]
         self.tiles = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
-        self.register_buffer("scale", one if scale is None else scale)
-        self.register_buffer("one", one)
+        self.register_buffer("scale", scale)
+        self.register_buffer("ones", ones)
         self._vector_rows = VECTOR_ROWS if sum(part.numel() for part in parts) >= _SMALL else VECTOR_ROWS_OF_SMALL
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float() / self.one  # [R, in]
+        rows = x.reshape(-1, x.shape[-1]).float()  # [R, in]
         tiles = self._tiles()
         split = tiles[0].dim() == 3
         if split:
             rows = rows.unflatten(-1, (tiles[0].shape[0], -1))  # [R, chips, in / chips]
+        rows = rows / self.ones
         inputs = rows.split([tile.shape[-1] for tile in tiles], dim=-1)
         multiply = _vector_products if len(rows) <= self._vector_rows else _matrix_product
-        y = multiply(tiles, inputs, self.scale)  # [R, out] or [R, chips, out]
+        y = multiply(tiles, inputs, self.ones[:1] if self.scale is None else self.scale)  # [R, out] or [R, chips, out]
         if split:
             y = y.sum(1)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)

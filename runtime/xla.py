@@ -73,7 +73,7 @@ class XLABackend:
         self.least_rows = TPU_LEAST_ROWS if kind == "TPU" else 1
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
-        self._one = self.replicate(torch.ones(1)) if self.tiled else None
+        self._ones: dict[int, torch.Tensor] = {}  # by length
 
     @property
     def local_chips(self) -> list[int]:
@@ -145,7 +145,10 @@ class XLABackend:
         return Tiles([self._place([part[None] for part in tile], 0) for tile in tiles])
 
     def _tiled_linear(self, weight: torch.Tensor | Tiles, scale: torch.Tensor | None) -> TiledLinear:
-        return TiledLinear(weight, scale, self._one)
+        width = weight.inputs if isinstance(weight, Tiles) else weight.shape[1]
+        if width not in self._ones:
+            self._ones[width] = self.replicate(torch.ones(width))
+        return TiledLinear(weight, scale, self._ones[width])
 
     def _place(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
         """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copies)."""
