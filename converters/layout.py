@@ -59,6 +59,11 @@ class Row:
         """Whether it belongs to a normalization: these are what random weights give a value that changes nothing."""
         return self.fill is not None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a matrix product, and not of a norm, a table to look up in, or a scale."""
+        return len(self.axes) == 2 and Axis.ONE not in self.axes and not self.looked_up
+
     def scale(self) -> Row:
         """The row of the per-output-channel scale [out, 1] that goes with this linear's int8 weight [out, in]."""
         return Row(self.name + "_scale", (self.axes[0], Axis.ONE), shard=0 if self.shard == 0 else None)

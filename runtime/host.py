@@ -13,8 +13,10 @@ from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
+from runtime.cpu_process import prepare_cpu_process
 from runtime.kv_cache import KVCache
-from runtime.linear import Linear
+from runtime.linear import Linear, MakeLinear
+from runtime.packed_linear import PackedLinear
 from runtime.placed import PlacedTensor
 
 
@@ -24,7 +26,6 @@ class HostBackend:
     chips = 1
     leader = True
     cache_type = KVCache
-    make_linear = Linear
     least_rows = 1
     fuse_bytes = None
     steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
@@ -35,7 +36,11 @@ class HostBackend:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
         self._mode = mode
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            prepare_cpu_process()
         self.platform = f"{self._device.type}/{mode}"
+        # On CUDA Inductor fuses the conversion into the product by itself.
+        self.make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
 
     def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
         parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]

@@ -32,6 +32,11 @@ class PlacedTensor:
         return self.parts[0].parameter.row.shard
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a matrix product."""
+        return self.parts[0].parameter.row.is_linear
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self._is_norm else getattr(torch, self.parts[0].dtype)
 

@@ -22,9 +22,11 @@ from converters.errors import InputError
 from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
+from runtime.cpu_process import prepare_cpu_process
 from runtime.kv_cache import FunctionalKVCache
 from runtime.linear import Linear, MakeLinear
 from runtime.placed import PlacedTensor
+from runtime.tiles import TiledLinear, Tiles, cut
 
 TPU_LEAST_ROWS = 2  # what the matrix unit is given; one row goes to the vector unit
 TPU_FUSE_BYTES = 24_000_000  # a larger weight is not fetched to the chip's own memory ahead of its use
@@ -38,6 +40,7 @@ class XLABackend:
 
     cache_type = FunctionalKVCache
     steps_ahead = 4
+    tiled = False  # whether linears have XLA:CPU's form; TPUs take weights as they are
 
     def __init__(self, chips: int, compile_cache: Path | None = None) -> None:
         """Bring up XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
@@ -53,6 +56,7 @@ class XLABackend:
         kind = os.environ["PJRT_DEVICE"]
         if kind == "CPU":
             os.environ["CPU_NUM_DEVICES"] = str(chips)
+            prepare_cpu_process()
         import torch_xla.runtime as xr
 
         xr.use_spmd()
@@ -64,10 +68,12 @@ class XLABackend:
             )
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
-        self.make_linear: MakeLinear = Linear
+        self.tiled = kind == "CPU"
+        self.make_linear: MakeLinear = self._tiled_linear if self.tiled else Linear
         self.least_rows = TPU_LEAST_ROWS if kind == "TPU" else 1
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
+        self._ones: dict[int, torch.Tensor] = {}  # by length
 
     @property
     def local_chips(self) -> list[int]:
@@ -79,6 +85,8 @@ class XLABackend:
     def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
         """Each local chip's part, read from its file; no host ever puts the whole tensor together."""
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in self.local_chips]
+        if self.tiled and tensor.is_linear:
+            return self._place_tiles(parts, tensor.shard)
         return self._place(parts, tensor.shard)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
@@ -128,6 +136,19 @@ class XLABackend:
     def peak_bytes(self) -> int | None:
         """None: torch_xla 2.9 has no memory account of the one device that SPMD shows."""
         return None
+
+    def _place_tiles(self, parts: Sequence[torch.Tensor], axis: int | None) -> Tiles:
+        """The local chips' parts of a weight [out, in], each cut into tiles on its own."""
+        tiles = zip(*(cut(part) for part in parts), strict=True)
+        if axis != 1 or self.chips == 1:
+            return Tiles([self._place(tile, axis) for tile in tiles])
+        return Tiles([self._place([part[None] for part in tile], 0) for tile in tiles])
+
+    def _tiled_linear(self, weight: torch.Tensor | Tiles, scale: torch.Tensor | None) -> TiledLinear:
+        width = weight.inputs if isinstance(weight, Tiles) else weight.shape[1]
+        if width not in self._ones:
+            self._ones[width] = self.replicate(torch.ones(width))
+        return TiledLinear(weight, scale, self._ones[width])
 
     def _place(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
         """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copies)."""

@@ -15,6 +15,7 @@ from quantize.shards import Shards
 from runtime.backend import Backend
 from runtime.generate import Generator
 from runtime.host import HostBackend
+from runtime.kv_cache import Layers
 from runtime.load import load_decoder, make_cache
 from runtime.sampling import Sampling
 
@@ -44,6 +45,7 @@ def _decode(job: dict, backend: Backend) -> dict:
     cache_dtype = getattr(torch, job.get("kv_cache_dtype", job["dtype"]))
     cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], cache_dtype)
     samplings = [Sampling(**fields) for fields in job.get("samplings", [{}])]
+    places = _places(cache.layers)
     generator = Generator(shards.config, decoder, cache, backend, job["buckets"], sampled="samplings" in job)
     if job.get("warm_up", True):
         generator.warm_up()
@@ -55,10 +57,16 @@ def _decode(job: dict, backend: Backend) -> dict:
     return {
         "parameter_bytes": parameter_bytes,
         "recompilations": recompilations,
+        "caches_moved": sum(before != after for before, after in zip(places, _places(generator._layers), strict=True)),
         "token_ids": [generation.token_ids for generation in generations],
         "executions": [generation.prefill_executions for generation in generations],
         "logits": [generator.logits(prompts).float().tolist() for prompts in batches],
     }
+
+
+def _places(layers: Layers) -> list[int]:
+    """Where a cache's tensors lie in memory; on XLA they have no such place."""
+    return [tensor.data_ptr() for layer in layers for tensor in layer if tensor.device.type != "xla"]
 
 
 if __name__ == "__main__":

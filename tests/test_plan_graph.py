@@ -27,7 +27,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
     child = Path(__file__).with_name("child_graph.py")
     subprocess.run([sys.executable, child, root / "out", root / "result.json"], check=True, timeout=300)
-    return json.loads((root / "result.json").read_text())
+    return json.loads((root / "result.json").read_text()) | {"model": request.param}
 
 
 def _without_shardings(text: str) -> str:
@@ -57,3 +57,17 @@ def test_same_split_in_plan_and_run(graphs: dict) -> None:
         assert [found[place] for place in range(len(axes))] == axes
         assert 0 in axes
         assert 1 in axes
+
+
+# qkv, o, gate and up (of OPT one alone), down; OPT's 6 heads of 8 take 8 places, its 90 inner sizes 92.
+WEIGHTS = {
+    "llama": {"256,64", "64,128", "192,64", "64,96"},
+    "opt": {"192,48", "48,64", "92,48", "48,92"},
+}
+
+
+def test_weights_come_as_the_shards_hold_them(graphs: dict) -> None:
+    """The CPU's tiles, of which those split by inputs would lie chip by chip, are not in the graph for TPU."""
+    for text, _ in [*graphs["plan"], *graphs["run"]]:
+        entry = text[text.index("ENTRY") :]
+        assert set(re.findall(r"= s8\[([\d,]+)\]\S* parameter", entry)) == WEIGHTS[graphs["model"]]

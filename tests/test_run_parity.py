@@ -83,9 +83,23 @@ def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chips", [1, 4])
-def test_bfloat16_is_near(cases: dict[str, Case], chips: int, tmp_path: Path) -> None:
-    results = decode(_jobs(cases, chips, tmp_path, dtype="bfloat16", new_tokens=2), tmp_path)
+def test_inductor_equals_transformers(cases: dict[str, Case], tmp_path: Path) -> None:
+    """Logits within 1e-4, greedy tokens equal, nothing compiled after warm-up, the caches where they were."""
+    results = decode(_jobs(cases, 1, tmp_path, backend="inductor"), tmp_path)
+    compared = 0
+    for case, result in zip(cases.values(), results, strict=True):
+        assert result["recompilations"] == 0
+        assert result["caches_moved"] == 0
+        for prompt, logits, ids in zip(case.prompts, result["logits"], result["token_ids"], strict=True):
+            assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 1e-4
+            compared += count_greedy(case.model, prompt, ids[0])
+    assert compared >= 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "chips"), [("xla", 1), ("xla", 4), ("inductor", 1)])
+def test_bfloat16_is_near(cases: dict[str, Case], backend: str, chips: int, tmp_path: Path) -> None:
+    results = decode(_jobs(cases, chips, tmp_path, backend=backend, dtype="bfloat16", new_tokens=2), tmp_path)
     for case, result in zip(cases.values(), results, strict=True):
         for prompt, logits in zip(case.prompts, result["logits"], strict=True):
             assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 2e-2
@@ -95,6 +109,7 @@ def test_bfloat16_is_near(cases: dict[str, Case], chips: int, tmp_path: Path) ->
     ("backend", "chips", "rows"),
     [
         ("eager", 1, 3),
+        pytest.param("inductor", 1, 3, marks=pytest.mark.slow),
         ("xla", 4, 2),
         *(pytest.param("xla", chips, rows, marks=pytest.mark.slow) for chips in (1, 4) for rows in (2, 4, 8)),
     ],
