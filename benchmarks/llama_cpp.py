@@ -44,7 +44,7 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
         (writer.add_block_count, config.num_layers),
         (writer.add_head_count, config.num_heads),
         (writer.add_head_count_kv, config.num_kv_heads),
-        (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
+        (writer.add_layer_norm_rms_eps, config.norm_eps),
         (writer.add_rope_freq_base, config.rope_theta),
         (writer.add_rope_dimension_count, config.head_dim),
         (writer.add_vocab_size, config.vocab_size),
