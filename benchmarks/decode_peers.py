@@ -77,7 +77,7 @@ def transformers_peer(
         static = StaticCache(config=model.config, max_cache_len=options.max_seq_len)
         caches = [static]
         forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
-        step_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        step_bytes = sum(held_bytes(t) for t in (*model.parameters(), *model.buffers()))
         if not model.config.tie_word_embeddings:
             step_bytes -= model.model.embed_tokens.weight.nbytes
 
@@ -93,6 +93,14 @@ def transformers_peer(
         return timed(drawn_prompts(options), options.new_tokens, fill, call, step_bytes)
 
     return run
+
+
+def held_bytes(tensor: torch.Tensor) -> int:
+    """Bytes in memory: a quantized tensor of torchao's gives those of the dtype that it stands for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(held_bytes(getattr(tensor, name)) for name in names)
 
 
 def timed(
@@ -180,6 +188,9 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
             backend.tiled, backend.make_linear = False, Linear
         shards = (Shards if dtype == "int8" else Converted)(options.shards)
         decoder, parameter_bytes = load_decoder(shards, shards.config, torch.float32, backend, lambda *done: None)
+        found = {t.dtype for t in (*decoder.layers.parameters(), *decoder.layers.buffers()) if t.dim() > 1}
+        if found != {getattr(torch, dtype)}:
+            raise RuntimeError(f"the weights are {found} and should be {dtype}")
         cache = make_cache(shards.config, backend, options.batch_size, options.max_seq_len, torch.float32)
         bucket = options.prompt_len - 1
         generator = Generator(shards.config, decoder, cache, backend, [bucket])

@@ -56,7 +56,9 @@ class PlacedTensor:
         A scale, [out, 1] in the shards, becomes [out], and what a norm has float32, as they are used: on TPU a step
         would begin by making them so, one operation for each.
         """
-        joined = (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(self.dtype)
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+        if self._is_norm:
+            return joined.float()
         return joined.flatten() if self._is_scale else joined
 
     @property
