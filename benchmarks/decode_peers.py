@@ -168,8 +168,8 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
     def run(options: argparse.Namespace) -> dict[str, Any]:
         import runtime.xla
         from quantize.dequantize import dequantized_rows
+        from runtime.form import Form
         from runtime.generate import Generator
-        from runtime.linear import Linear
         from runtime.load import load_decoder, make_cache
 
         class Converted(Shards):
@@ -185,7 +185,7 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
             runtime.xla.prepare_cpu_process = lambda: None
         backend = runtime.xla.XLABackend(1)
         if unprepared:
-            backend.tiled, backend.make_linear = False, Linear
+            backend.tiled, backend.form = False, Form()
         shards = (Shards if dtype == "int8" else Converted)(options.shards)
         decoder, parameter_bytes = load_decoder(shards, shards.config, torch.float32, backend, lambda *done: None)
         found = {t.dtype for t in (*decoder.layers.parameters(), *decoder.layers.buffers()) if t.dim() > 1}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from quantize.shards import Shards
+from runtime.form import Form
 from runtime.kv_cache import KVCache
-from runtime.linear import MakeLinear
 from runtime.placed import PlacedTensor
 
 
@@ -29,8 +29,7 @@ class Backend(Protocol):
     leader: bool  # whether this process speaks for all of a multi-host slice
     steps_ahead: int  # decode steps to launch before the tokens of one are read; 0 where launching waits for the end
     cache_type: type[KVCache]  # how a graph updates the cache
-    make_linear: MakeLinear  # the form of a linear that is fast there
-    least_rows: int  # that a matrix product should have there
+    form: Form  # what of the computation is fast there in another form
     fuse_bytes: int | None  # of a weight that is put together from several; None where no size is too large
 
     def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:

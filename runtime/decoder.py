@@ -20,8 +20,9 @@ from converters.errors import MissingTensor, UnexpectedTensor
 from converters.layout import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
+from runtime.form import Form, weigh
 from runtime.kv_cache import KVCache
-from runtime.linear import Linear, MakeLinear
+from runtime.linear import MakeLinear
 from runtime.placed import FUSED
 
 
@@ -126,9 +127,9 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache, query heads laid out under their KV heads."""
 
-    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig, least_rows: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig, form: Form) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.least_rows = heads, config.head_dim, least_rows
+        self.heads, self.head_dim, self.form = heads, config.head_dim, form
         made_of = config.architecture
         self.qkv_proj = weights.projections(prefix, "qkv_proj", (heads.group, 1, 1), heads.chips, made_of.biases)
         self.o_proj = weights.linear(prefix + made_of.attention_out, made_of.biases)
@@ -154,18 +155,19 @@ class Attention(nn.Module):
             cos, sin = turn
             q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
             k = _rotate(k, cos[:, :, None], sin[:, :, None])
-        asked = q.shape[3]
-        if asked * length < self.least_rows:
-            q = torch.cat([q] * -(-self.least_rows // (asked * length)), dim=3)
+        asked, least_rows = q.shape[3], self.form.least_rows
+        if asked * length < least_rows:
+            q = torch.cat([q] * -(-least_rows // (asked * length)), dim=3)
         keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
         # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
         scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
+        value_scale = None
         if scales:  # of an int8 cache; applied to scores and weights, S of each, not to S * D cached values
             key_scale, value_scale = (scale.squeeze(-1)[:, :, None, None] for scale in scales)  # [B, H, 1, 1, S]
             scores = scores * key_scale
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        weights = scores.softmax(-1) * value_scale if scales else scores.softmax(-1)
-        y = torch.einsum("bhgts,bhsd->bthgd", weights, values.float())[:, :, :, :asked].to(x.dtype)
+        weigh_values = weigh if length == 1 else self.form.weigh_many
+        y = weigh_values(scores, values.float(), value_scale)[:, :, :, :asked].to(x.dtype)
         y = y.view(batch, length, heads.kv_slots, copies, heads.group, size).permute(3, 0, 1, 2, 4, 5)
         return self.o_proj(y.reshape(copies * batch, length, -1))
 
@@ -211,14 +213,14 @@ class Block(nn.Module):
         config: ModelConfig,
         heads: HeadPlan,
         dtype: torch.dtype,
-        least_rows: int,
+        form: Form,
     ) -> None:
         super().__init__()
         made_of = config.architecture
         self.norm_first, self.dtype = made_of.norm_first, dtype
         normed = dtype if self.norm_first else torch.float32  # behind the sums, norms give the next layer's input
         self.attention_norm = weights.norm(prefix + made_of.attention_norm, config, normed)
-        self.attention = Attention(weights, prefix + "self_attn.", heads, config, least_rows)
+        self.attention = Attention(weights, prefix + "self_attn.", heads, config, form)
         self.feed_forward_norm = weights.norm(prefix + made_of.feed_forward_norm, config, normed)
         self.feed_forward = _feed_forward(weights, prefix, made_of, heads.chips)
 
@@ -253,17 +255,12 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         tensors: Mapping[str, torch.Tensor],
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-        make_linear: MakeLinear = Linear,
-        least_rows: int = 1,
+        form: Form | None = None,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``tensors`` are; ``make_linear`` is that device's form.
-
-        Matrix products are given ``least_rows`` rows at least, by copies: a TPU gives a single row to its vector unit,
-        which takes up to five times as long as the matrix unit for two.
-        """
+        """``place`` brings a host tensor to the device where ``tensors`` are; ``form`` is what that device wants."""
         super().__init__()
-        self.least_rows = least_rows
-        weights = Weights(tensors, make_linear)
+        self.form = form = form or Form()
+        weights = Weights(tensors, form.make_linear)
         made_of, prefix = config.architecture, config.architecture.prefix
         self.vocab_size, self.dtype = config.vocab_size, dtype
         self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or of a width of its own
@@ -271,14 +268,14 @@ class Decoder(nn.Module):
         self.register_buffer("positions", weights.take(prefix + POSITIONS.name) if learned else None)
         self.position_offset = made_of.position_offset
         prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
-        self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, least_rows) for name in prefixes)
+        self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, form) for name in prefixes)
         self.norm = weights.norm(prefix + made_of.final_norm, config, dtype) if made_of.final_norm else None
         self.project_in, self.project_out = (
             None if config.word_embed_proj_dim is None else weights.linear(prefix + row.name.removesuffix(".weight"))
             for row in (PROJECT_IN, PROJECT_OUT)
         )
         head = LM_HEAD.name.removesuffix(".weight")
-        self.lm_head = make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(head)
+        self.lm_head = form.make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(head)
         weights.check_all_taken()
         frequencies = None
         if made_of.positions is Positions.ROTARY:
@@ -307,7 +304,7 @@ class Decoder(nn.Module):
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]
-        x = self._embed(tokens, slots, offsets, copies=-(-self.least_rows // tokens.numel()))
+        x = self._embed(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
         for layer, block in enumerate(self.layers):
             x = block(x, turn, mask, slots, cache, layer)
         return x
@@ -329,7 +326,7 @@ class Decoder(nn.Module):
         positions = (slots[None] - offsets[:, None]).float()  # [B, T]
         angles = positions[:, :, None] * self.frequencies  # [B, T, D / 2]
         angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        return self.form.keep(angles.cos()), self.form.keep(angles.sin())
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

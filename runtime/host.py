@@ -14,8 +14,8 @@ from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
 from runtime.cpu_process import prepare_cpu_process
+from runtime.form import Form
 from runtime.kv_cache import KVCache
-from runtime.linear import Linear, MakeLinear
 from runtime.packed_linear import PackedLinear
 from runtime.placed import PlacedTensor
 
@@ -26,7 +26,6 @@ class HostBackend:
     chips = 1
     leader = True
     cache_type = KVCache
-    least_rows = 1
     fuse_bytes = None
     steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
 
@@ -40,7 +39,7 @@ class HostBackend:
             prepare_cpu_process()
         self.platform = f"{self._device.type}/{mode}"
         # On CUDA Inductor fuses the conversion into the product by itself.
-        self.make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
+        self.form = Form(PackedLinear) if self.platform == "cpu/inductor" else Form()
 
     def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
         parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]

@@ -44,7 +44,7 @@ def make_decoder(
 ) -> Decoder:
     """The decoder over tensors that are on the device already, by the names of ``placed_tensors``."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
-    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.make_linear, backend.least_rows).eval()
+    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.form).eval()
 
 
 def make_cache(

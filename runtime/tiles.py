@@ -14,8 +14,8 @@ routine's, which wants the weight transposed and converted: at every step, in me
   ones, for by a single one the division would be done in whatever shape the input had before it became a row, and the
   loop would find its way about that shape for every input.
 
-More rows than a few are one matrix product on a tile converted once. The weight stands left there: at the right, XLA
-would have it transposed.
+More rows than a few are a matrix product on each tile converted once, or on the whole of a small weight; the whole of
+a large one takes four times as long. The weight stands left there: at the right, XLA would have it transposed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 
 TILE = 512  # inputs, about
 VECTOR_ROWS, VECTOR_ROWS_OF_SMALL = 8, 4  # at most; from there on the matrix product is faster
-_SMALL = 1 << 22  # elements of a weight for which starting a loop on all cores takes as long as the loop
+_SMALL = 1 << 22  # elements of a weight; below, starting a loop on all cores takes as long as the loop
 _VECTOR_INPUTS = 4095  # of float32: what XLA:CPU still takes into the loop
 _LANES = 16  # a tile begins where a vector register of float32 does
 
@@ -70,7 +70,8 @@ class TiledLinear(nn.Module):
         self.tiles = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
         self.register_buffer("scale", scale)
         self.register_buffer("ones", ones)
-        self._vector_rows = VECTOR_ROWS if sum(part.numel() for part in parts) >= _SMALL else VECTOR_ROWS_OF_SMALL
+        self._is_small = sum(part.numel() for part in parts) < _SMALL
+        self._vector_rows = VECTOR_ROWS_OF_SMALL if self._is_small else VECTOR_ROWS
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # [R, in]
@@ -79,8 +80,11 @@ class TiledLinear(nn.Module):
         if split:
             rows = rows.unflatten(-1, (tiles[0].shape[0], -1))  # [R, chips, in / chips]
         rows = rows / self.ones
+        few = len(rows) <= self._vector_rows
+        if not few and self._is_small:
+            tiles = [torch.cat([tile.float() for tile in tiles], dim=-1)]
         inputs = rows.split([tile.shape[-1] for tile in tiles], dim=-1)
-        multiply = _vector_products if len(rows) <= self._vector_rows else _matrix_product
+        multiply = _vector_products if few else _matrix_product
         y = multiply(tiles, inputs, self.ones[:1] if self.scale is None else self.scale)  # [R, out] or [R, chips, out]
         if split:
             y = y.sum(1)

@@ -23,8 +23,8 @@ from quantize.shards import Shards
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.cpu_process import prepare_cpu_process
+from runtime.form import Form, weigh_many
 from runtime.kv_cache import FunctionalKVCache
-from runtime.linear import Linear, MakeLinear
 from runtime.placed import PlacedTensor
 from runtime.tiles import TiledLinear, Tiles, cut
 
@@ -69,8 +69,9 @@ class XLABackend:
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
-        self.make_linear: MakeLinear = self._tiled_linear if self.tiled else Linear
-        self.least_rows = TPU_LEAST_ROWS if kind == "TPU" else 1
+        self.form = (
+            Form(self._tiled_linear, 1, weigh_many, self._keep) if self.tiled else Form(least_rows=TPU_LEAST_ROWS)
+        )
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
         self._ones: dict[int, torch.Tensor] = {}  # by length
@@ -146,9 +147,16 @@ class XLABackend:
 
     def _tiled_linear(self, weight: torch.Tensor | Tiles, scale: torch.Tensor | None) -> TiledLinear:
         width = weight.inputs if isinstance(weight, Tiles) else weight.shape[1]
-        if width not in self._ones:
-            self._ones[width] = self.replicate(torch.ones(width))
-        return TiledLinear(weight, scale, self._ones[width])
+        return TiledLinear(weight, scale, self._ones_of(width))
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """XLA:CPU thinks a division too dear to do anew in every kernel that uses it; sines it doesn't."""
+        return tensor / self._ones_of(tensor.shape[-1])
+
+    def _ones_of(self, length: int) -> torch.Tensor:
+        if length not in self._ones:
+            self._ones[length] = self.replicate(torch.ones(length))
+        return self._ones[length]
 
     def _place(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
         """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copies)."""
@@ -282,14 +290,13 @@ class Tracer:
     It holds what ``Backend`` asks for to build a decoder, and needs no device but torch_xla's single virtual one.
     """
 
-    make_linear = Linear
     fuse_bytes: int | None = TPU_FUSE_BYTES
     cache_type = XLABackend.cache_type
 
     def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS) -> None:
         os.environ["PJRT_DEVICE"] = "CPU"  # even beside a TPU, which others may be using
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self.chips, self.least_rows = chips, least_rows
+        self.chips, self.form = chips, Form(least_rows=least_rows)
         self._axes: dict[int, int | None] = {}
 
     def load(self, config: ModelConfig, tensor: PlacedTensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from quantize.scheme import Scheme
 from quantize.shards import Shards
 from runtime import xla
 from runtime.compiled_plan import trace_graph
+from runtime.form import Form
 from runtime.generate import Generator
-from runtime.linear import Linear
 from runtime.load import load_decoder, make_cache
 from runtime.plan import Workload
 
@@ -36,8 +36,8 @@ def main(shards_path: str, result_path: str) -> None:
             traced.append((_text(self.hlo()), self.aliases))
 
     backend = xla.XLABackend(shards.chips)
-    backend.tiled, backend.make_linear = False, Linear
-    backend.least_rows, backend.fuse_bytes = xla.TPU_LEAST_ROWS, xla.TPU_FUSE_BYTES
+    backend.tiled = False
+    backend.form, backend.fuse_bytes = Form(least_rows=xla.TPU_LEAST_ROWS), xla.TPU_FUSE_BYTES
     with torch.no_grad():
         decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
         cache = make_cache(shards.config, backend, ROWS, SLOTS, torch.bfloat16)

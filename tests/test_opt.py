@@ -22,6 +22,7 @@ from quantize.cli import command as quantize
 from quantize.shards import Shards
 from runtime.baseline import load_model
 from runtime.cli import command as run
+from runtime.form import Form
 from runtime.generate import Generator
 from runtime.host import HostBackend
 from runtime.load import load_decoder, make_cache
@@ -198,7 +199,7 @@ def test_in_the_form_for_tpus(variety: str, fuse_bytes: int | None, tmp_path: Pa
     invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "checkpoint", "--dtype", "float32")
     invoke(quantize, tmp_path / "checkpoint", "--int8", "--out", tmp_path / "out")
     shards, backend = Shards(tmp_path / "out"), HostBackend("eager")
-    backend.least_rows, backend.fuse_bytes = 2, fuse_bytes
+    backend.form, backend.fuse_bytes = Form(least_rows=2), fuse_bytes
     with torch.no_grad():
         decoder, _ = load_decoder(shards, shards.config, torch.float32, backend, lambda *done: None)
         cache = make_cache(shards.config, backend, 1, 40, torch.float32)
