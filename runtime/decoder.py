@@ -20,7 +20,8 @@ from converters.errors import MissingTensor, UnexpectedTensor
 from converters.layout import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
-from runtime.form import Form, weigh
+from runtime.attend import attend
+from runtime.form import Form
 from runtime.kv_cache import KVCache
 from runtime.linear import MakeLinear
 from runtime.placed import FUSED
@@ -158,16 +159,9 @@ class Attention(nn.Module):
         asked, least_rows = q.shape[3], self.form.least_rows
         if asked * length < least_rows:
             q = torch.cat([q] * -(-least_rows // (asked * length)), dim=3)
-        keys, values, *scales = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
-        # Scores and weights in float32: in bfloat16 their rounding would be the largest error of the whole layer.
-        scores = torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float()) * self.head_dim**-0.5
-        value_scale = None
-        if scales:  # of an int8 cache; applied to scores and weights, S of each, not to S * D cached values
-            key_scale, value_scale = (scale.squeeze(-1)[:, :, None, None] for scale in scales)  # [B, H, 1, 1, S]
-            scores = scores * key_scale
-        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        weigh_values = weigh if length == 1 else self.form.weigh_many
-        y = weigh_values(scores, values.float(), value_scale)[:, :, :, :asked].to(x.dtype)
+        cached = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D] each
+        attend_cached = attend if length == 1 else self.form.attend_many
+        y = attend_cached(q, cached, mask)[:, :, :, :asked].to(x.dtype)
         y = y.view(batch, length, heads.kv_slots, copies, heads.group, size).permute(3, 0, 1, 2, 4, 5)
         return self.o_proj(y.reshape(copies * batch, length, -1))
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from quantize.shards import Shards
+from runtime.attend import attend_fused
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.capture import capture
 from runtime.cpu_process import prepare_cpu_process
 from runtime.form import Form
 from runtime.kv_cache import KVCache
+from runtime.linear import Linear, MakeLinear
 from runtime.packed_linear import PackedLinear
 from runtime.placed import PlacedTensor
 
@@ -39,7 +41,8 @@ class HostBackend:
             prepare_cpu_process()
         self.platform = f"{self._device.type}/{mode}"
         # On CUDA Inductor fuses the conversion into the product by itself.
-        self.form = Form(PackedLinear) if self.platform == "cpu/inductor" else Form()
+        make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
+        self.form = Form(make_linear, attend_many=attend_fused) if self._device.type == "cpu" else Form()
 
     def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
         parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]

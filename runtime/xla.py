@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from converters.config import ModelConfig
 from converters.errors import InputError
 from quantize.shards import Shards
+from runtime.attend import attend_by_products
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.cpu_process import prepare_cpu_process
-from runtime.form import Form, weigh_many
+from runtime.form import Form
 from runtime.kv_cache import FunctionalKVCache
 from runtime.placed import PlacedTensor
 from runtime.tiles import TiledLinear, Tiles, cut
@@ -70,7 +71,9 @@ class XLABackend:
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         self.form = (
-            Form(self._tiled_linear, 1, weigh_many, self._keep) if self.tiled else Form(least_rows=TPU_LEAST_ROWS)
+            Form(self._tiled_linear, 1, attend_by_products, self._keep)
+            if self.tiled
+            else Form(least_rows=TPU_LEAST_ROWS)
         )
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
