@@ -70,11 +70,10 @@ class XLABackend:
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
-        self.form = (
-            Form(self._tiled_linear, 1, attend_by_products, self._keep)
-            if self.tiled
-            else Form(least_rows=TPU_LEAST_ROWS)
-        )
+        if self.tiled:
+            self.form = Form(self._tiled_linear, attend_many=attend_by_products, keep=self._keep)
+        else:
+            self.form = Form(least_rows=TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
         self._ones: dict[int, torch.Tensor] = {}  # by length
