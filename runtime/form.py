@@ -20,8 +20,8 @@ class Form:
     """The parts that a device may have its own form of; by default, those that the TPU's compiler does well on."""
 
     make_linear: MakeLinear = Linear
-    # Rows that a matrix product is given at least, by copies: a TPU's vector unit takes a single one, up to five times as
-    # slowly as its matrix unit takes two.
+    # Rows that a matrix product is given at least, by copies: a TPU gives a single one to its vector unit, which takes
+    # up to five times as long as the matrix unit for two.
     least_rows: int = 1
     attend_many: Attend = attend  # where there is more than one token to a row
     keep: Callable[[torch.Tensor], torch.Tensor] = as_it_is  # around what all layers use and none should do anew
