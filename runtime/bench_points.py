@@ -42,7 +42,7 @@ class Point:
     def buckets(self) -> tuple[int, ...]:
         """Of the post's buckets, those that the prompt takes: no other needs to be compiled."""
         usable = usable_buckets(POST_BUCKETS, self.max_seq_len)
-        taken = {section.bucket for section in sections(self.prompt_len - 1, usable, self.max_seq_len)}
+        taken = {section.bucket for section in sections(self.prompt_len - 1, usable)}
         return tuple(sorted(taken)) or usable[:1]
 
     def __str__(self) -> str:

@@ -33,17 +33,20 @@ def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
     return tuple(bucket for bucket in buckets if bucket <= max_seq_len) or (max_seq_len,)
 
 
-def sections(length: int, buckets: Sequence[int], max_seq_len: int) -> list[Section]:
-    """Cut ``length`` prompt tokens into sections of the largest bucket and a rest rounded up to the nearest one.
+def sections(length: int, buckets: Sequence[int]) -> list[Section]:
+    """Cut ``length`` prompt tokens into what is left over, rounded up to the nearest bucket, and full largest buckets.
 
-    So there are length / largest sections, rounded up. One whose padding would run past the end of the cache begins
-    earlier, and fills some slots once more with the same.
+    So there are length / largest sections, rounded up. What stands on the padding of the first is written over by the
+    second, and all later ones are of a single shape.
     """
-    result = []
-    start = 0
-    while start < length:
-        bucket = next((bucket for bucket in buckets if bucket >= length - start), buckets[-1])
-        start = min(start, max_seq_len - bucket)
-        result.append(Section(start, min(length - start, bucket), bucket))
-        start += bucket
-    return result
+    if not length:
+        return []
+    largest = buckets[-1]
+    first = (length - 1) % largest + 1
+    bucket = next(bucket for bucket in buckets if bucket >= first)
+    return [Section(0, first, bucket), *(Section(start, largest, largest) for start in range(first, length, largest))]
+
+
+def has_later_sections(buckets: Sequence[int], max_seq_len: int) -> bool:
+    """Whether a prompt of this cache may take more than one section; its last token is left to the decode step."""
+    return buckets[-1] < max_seq_len - 1

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from quantize.targets import Slice
+from runtime.buckets import has_later_sections
 from runtime.estimate import Estimate, estimate
-from runtime.graphs import CACHE_ARGUMENT, Graph, fill_graph, greedy_graph
+from runtime.graphs import CACHE_ARGUMENT, MakeGraph, fill_graph, greedy_graph, later_fill_graph
 from runtime.hlo import Module, parse_module
 from runtime.latency import FITTED_GENERATION, latency_model
 from runtime.load import make_cache, make_decoder
@@ -98,11 +99,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """The decode step, and prompt buckets by their length."""
+    """The decode step, prompt buckets by their length, and the later sections of prompts longer than the largest."""
 
     target: Slice
     step: CompiledGraph
     buckets: dict[int, CompiledGraph]
+    later_section: (
+        CompiledGraph | None
+    )  # of the largest bucket; None where no bucket is asked for, or no prompt so long
 
     @property
     def prediction(self) -> Prediction | None:
@@ -118,6 +122,8 @@ class CompiledPlan:
         content["prediction"] = self.prediction and self.prediction.to_json()
         if self.buckets:
             content["buckets"] = {str(size): each.to_json(hbm_bytes) for size, each in self.buckets.items()}
+        if self.later_section:
+            content["later_section"] = self.later_section.to_json(hbm_bytes)
         return content
 
 
@@ -129,17 +135,22 @@ def compile_plan(
     Raises InputError where the compiler isn't installed.
     """
     compiler = TPUCompiler(target)
-    step = trace_graph(workload, target.chips, 1, least_rows)
-    compiled = _compile(compiler, step, workload, target)
-    filled = {size: _compile(compiler, trace_graph(workload, target.chips, size), workload, target) for size in buckets}
-    return CompiledPlan(target, compiled, filled)
+
+    def compiled(make: MakeGraph, tokens: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
+        return _compile(compiler, trace_graph(workload, target.chips, make, tokens, least_rows), workload, target)
+
+    step = compiled(greedy_graph, 1, least_rows)
+    filled = {size: compiled(fill_graph, size) for size in buckets}
+    is_long = bool(buckets) and has_later_sections(buckets, workload.max_seq_len)
+    return CompiledPlan(target, step, filled, compiled(later_fill_graph, buckets[-1]) if is_long else None)
 
 
-def trace_graph(workload: Workload, chips: int, tokens: int, least_rows: int = TPU_LEAST_ROWS) -> TracedGraph:
-    """The decode step, or with more than one of ``tokens`` the bucket of that length; bfloat16 throughout."""
+def trace_graph(
+    workload: Workload, chips: int, make: MakeGraph, tokens: int, least_rows: int = TPU_LEAST_ROWS
+) -> TracedGraph:
+    """A graph of ``graphs.py`` for a number of ``tokens`` in each row; bfloat16 throughout."""
     config, rows = workload.config, workload.batch_size
     tracer = Tracer(chips, least_rows)
-    make: Graph = greedy_graph if tokens == 1 else fill_graph
     with torch.no_grad():
         placed = placed_tensors(config, workload.scheme, chips, tracer.fuse_bytes)
         tensors = {tensor.name: tracer.load(config, tensor) for tensor in placed}

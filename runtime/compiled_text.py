@@ -18,8 +18,11 @@ def compiled_lines(compiled: CompiledPlan) -> list[str]:
     lines += [f"    {line}" for line in _times(compiled.step, prediction, target)]
     if prediction is not None:
         lines.append(f"    {_prediction(prediction, target)}")
-    for size, graph in compiled.buckets.items():
-        lines += _graph(f"bucket of {plural(size, 'token')}", graph, target)
+    filled = {f"bucket of {plural(size, 'token')}": graph for size, graph in compiled.buckets.items()}
+    if compiled.later_section:
+        filled[f"later sections of longer prompts, {plural(max(compiled.buckets), 'token')}"] = compiled.later_section
+    for title, graph in filled.items():
+        lines += _graph(title, graph, target)
         lines += [f"    {line}" for line in _times(graph, None, target)]
     return lines
 

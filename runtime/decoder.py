@@ -20,7 +20,6 @@ from converters.errors import MissingTensor, UnexpectedTensor
 from converters.layout import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.rope import inverse_frequencies
 from quantize.partition import HeadPlan
-from runtime.attend import attend
 from runtime.form import Form
 from runtime.kv_cache import KVCache
 from runtime.linear import MakeLinear
@@ -139,7 +138,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,  # [C * B, T, E], C copies of every row
         turn: tuple[torch.Tensor, torch.Tensor] | None,  # cos and sin, [B, T, D], of rotary positions
-        mask: torch.Tensor,  # [B, T, S], true where a token may look
+        mask: torch.Tensor,  # [B, T, S], true where a token may look: at the cache's first S slots, and no others
         slots: torch.Tensor,  # [T]
         cache: KVCache,
         layer: int,
@@ -160,8 +159,9 @@ class Attention(nn.Module):
         if asked * length < least_rows:
             q = torch.cat([q] * -(-least_rows // (asked * length)), dim=3)
         cached = cache.update(layer, slots, k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D] each
-        attend_cached = attend if length == 1 else self.form.attend_many
-        y = attend_cached(q, cached, mask)[:, :, :, :asked].to(x.dtype)
+        cached = [tensor[:, :, : mask.shape[-1]] for tensor in cached]
+        attend = self.form.attend_one if length == 1 else self.form.attend_many
+        y = attend(q, cached, mask)[:, :, :, :asked].to(x.dtype)
         y = y.view(batch, length, heads.kv_slots, copies, heads.group, size).permute(3, 0, 1, 2, 4, 5)
         return self.o_proj(y.reshape(copies * batch, length, -1))
 
@@ -281,20 +281,28 @@ class Decoder(nn.Module):
 
         ``offsets`` [B] is the slot at which each row begins.
         """
-        x = self._layers(tokens, slots, offsets, cache)[:, -1]  # [C * B, E]
+        x = self._layers(tokens, slots, offsets, cache, cache.slots)[:, -1]  # [C * B, E]
         x = x.to(self.dtype) if self.norm is None else self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
         return self.lm_head(x)[: cache.batch_size, : self.vocab_size]  # the head is padded to all chips
 
-    def fill(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32."""
-        return self._layers(tokens, slots, offsets, cache)[: cache.batch_size]
+    def fill(
+        self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, first: bool = False
+    ) -> torch.Tensor:
+        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32.
 
-    def _layers(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        With ``first`` the slots are the cache's first T, and no others are looked at.
+        """
+        seen = tokens.shape[1] if first else cache.slots
+        return self._layers(tokens, slots, offsets, cache, seen)[: cache.batch_size]
+
+    def _layers(
+        self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, seen: int
+    ) -> torch.Tensor:
         """The last layer's output [C * B, T, E], with C copies of every row where ``least_rows`` asks for them."""
         turn = None if self.frequencies is None else self._turn(slots, offsets)
-        places = torch.arange(cache.slots, device=tokens.device)  # [S]
+        places = torch.arange(seen, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
         begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
         mask = begun & (places <= slots[:, None])  # [B, T, S]

@@ -23,5 +23,6 @@ class Form:
     # Rows that a matrix product is given at least, by copies: a TPU gives a single one to its vector unit, which takes
     # up to five times as long as the matrix unit for two.
     least_rows: int = 1
+    attend_one: Attend = attend  # where there is one token to a row
     attend_many: Attend = attend  # where there is more than one token to a row
     keep: Callable[[torch.Tensor], torch.Tensor] = as_it_is  # around what all layers use and none should do anew

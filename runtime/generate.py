@@ -19,9 +19,16 @@ from torch import Tensor
 from converters.config import ModelConfig
 from converters.errors import InputError
 from runtime.backend import Backend
-from runtime.buckets import Section, sections, usable_buckets
+from runtime.buckets import Section, has_later_sections, sections, usable_buckets
 from runtime.decoder import Decoder
-from runtime.graphs import CACHE_ARGUMENT, fill_graph, greedy_graph, logits_graph, sampled_graph
+from runtime.graphs import (
+    CACHE_ARGUMENT,
+    fill_graph,
+    greedy_graph,
+    later_fill_graph,
+    logits_graph,
+    sampled_graph,
+)
 from runtime.kv_cache import KVCache
 from runtime.sampling import Controls, Sampling
 
@@ -76,20 +83,22 @@ class Generator:
         self._buckets = usable_buckets(buckets, self.max_seq_len)
         self._layers = cache.layers
         self._sampled = sampled
-        self._fill, self._step, self._logits = (
+        self._fill, self._fill_later, self._step, self._logits = (
             backend.compile(make(decoder, backend.cache_type), donates=CACHE_ARGUMENT)
-            for make in (fill_graph, sampled_graph if sampled else greedy_graph, logits_graph)
+            for make in (fill_graph, later_fill_graph, sampled_graph if sampled else greedy_graph, logits_graph)
         )
 
     def plan(self, length: int) -> list[Section]:
         """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
-        return sections(length - 1, self._buckets, self.max_seq_len)
+        return sections(length - 1, self._buckets)
 
     def warm_up(self) -> None:
         """Compile every bucket and the decode step, by running each once; nothing is compiled after that."""
         offsets = torch.zeros(self.batch_size, dtype=torch.long)
         for bucket in self._buckets:
             self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
+        if has_later_sections(self._buckets, self.max_seq_len):
+            self._run_fill(torch.full((self.batch_size, self._buckets[-1]), _PAD), 1, offsets)
         tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
         slots = self._backend.replicate(torch.tensor([0]))
         offsets, controls = self._backend.replicate(offsets), self._controls(Sampling())
@@ -181,7 +190,7 @@ class Generator:
     def _run_fill(self, tokens: Tensor, start: int, offsets: Tensor) -> None:
         slots = torch.arange(start, start + tokens.shape[1])
         inputs = [self._backend.replicate(tensor) for tensor in (tokens, slots, offsets)]
-        self._layers = self._fill(*inputs, self._layers)
+        self._layers = (self._fill_later if start else self._fill)(*inputs, self._layers)
 
     def _run_step(
         self, tokens: Tensor, slots: Tensor, offsets: Tensor, controls: Controls | None

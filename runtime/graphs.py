@@ -16,11 +16,23 @@ from runtime.kv_cache import KVCache, Layers
 from runtime.sampling import Controls, sample
 
 Graph = Callable[..., Any]
+MakeGraph = Callable[[Decoder, type[KVCache]], Graph]
 CACHE_ARGUMENT = 3  # its place among the arguments of each
 
 
 def fill_graph(decoder: Decoder, cache_type: type[KVCache]) -> Graph:
-    """A bucket: tokens into the cache."""
+    """A bucket: a prompt's first tokens into the cache's first slots. They look at nothing but each other."""
+
+    def fill(tokens: Tensor, slots: Tensor, offsets: Tensor, layers: Layers) -> Layers:
+        cache = cache_type(layers)
+        decoder.fill(tokens, slots, offsets, cache, first=True)
+        return cache.layers
+
+    return fill
+
+
+def later_fill_graph(decoder: Decoder, cache_type: type[KVCache]) -> Graph:
+    """A later section of a long prompt, from any slot on; it looks at the whole cache."""
 
     def fill(tokens: Tensor, slots: Tensor, offsets: Tensor, layers: Layers) -> Layers:
         cache = cache_type(layers)

@@ -26,6 +26,11 @@ class KVCache:
         """Each layer is keys and values, or int8 keys, int8 values, the keys' scales and the values' scales."""
         self.layers: Layers = [list(layer) for layer in layers]
 
+    @staticmethod
+    def stored_as(dtype: torch.dtype) -> torch.dtype:
+        """The dtype of tensors that hold keys and values of ``dtype``."""
+        return dtype
+
     @property
     def batch_size(self) -> int:
         return self.layers[0][0].shape[0]
@@ -35,25 +40,28 @@ class KVCache:
         return self.layers[0][0].shape[SLOT_AXIS]
 
     def update(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, H, T, D] at ``slots`` [T]; returns the layer's whole tensors."""
+        """Write ``keys`` and ``values`` [B, H, T, D] at ``slots`` [T], consecutive ones; returns the whole layer."""
         whole = self.layers[layer]
         parts = [keys, values]
         if whole[0].dtype == torch.int8:
             quantized = [quantize_tokens(keys), quantize_tokens(values)]
             parts = [*(part for part, _ in quantized), *(scale for _, scale in quantized)]
         written = zip(whole, parts, strict=True)
-        self.layers[layer] = [self._write(old, slots, part.to(old.dtype)) for old, part in written]
-        return self.layers[layer]
+        self.layers[layer] = [self._write(old, slots, part) for old, part in written]
+        return [self._read(tensor) for tensor in self.layers[layer]]
 
     def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        return whole.index_copy_(SLOT_AXIS, slots, part)
+        return whole.index_copy_(SLOT_AXIS, slots, part.to(whole.dtype))
+
+    def _read(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole
 
 
 class FunctionalKVCache(KVCache):
     """A cache whose updates are new tensors, to be returned from a graph: XLA writes them over donated inputs."""
 
     def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        return whole.index_copy(SLOT_AXIS, slots, part)
+        return whole.index_copy(SLOT_AXIS, slots, part.to(whole.dtype))
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,4 +55,5 @@ def make_cache(
     tensors = [(shape, dtype)] * 2
     if dtype == torch.int8:
         tensors += [((*shape[:-1], 1), torch.float32)] * 2
-    return KVCache([[backend.zeros(*tensor, HEAD_AXIS) for tensor in tensors] for _ in range(config.num_layers)])
+    held = [(sizes, backend.cache_type.stored_as(each)) for sizes, each in tensors]
+    return KVCache([[backend.zeros(*tensor, HEAD_AXIS) for tensor in held] for _ in range(config.num_layers)])

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ from torch.utils import _pytree as pytree
 from converters.config import ModelConfig
 from converters.errors import InputError
 from quantize.shards import Shards
-from runtime.attend import attend_by_products
+from runtime.attend import attend_by_products, attend_by_vectors
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.cpu_process import prepare_cpu_process
 from runtime.form import Form
-from runtime.kv_cache import FunctionalKVCache
+from runtime.kv_cache import SLOT_AXIS, FunctionalKVCache
 from runtime.placed import PlacedTensor
 from runtime.tiles import TiledLinear, Tiles, cut
 
@@ -71,7 +72,9 @@ class XLABackend:
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         if self.tiled:
-            self.form = Form(self._tiled_linear, attend_many=attend_by_products, keep=self._keep)
+            self.cache_type = _StretchKVCache
+            by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
+            self.form = Form(self._tiled_linear, attend_one=by_vectors, attend_many=attend_by_products, keep=self._keep)
         else:
             self.form = Form(least_rows=TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
@@ -172,6 +175,56 @@ class XLABackend:
         mesh = xs.Mesh(np.arange(self.chips), (self.chips,), ("tp",))
         sharding = mesh.get_op_sharding(tuple("tp" if d == axis else None for d in range(len(shape))))
         return _XLAC._global_tensor_from_cpu_shards([part.contiguous() for part in parts], sharding, shape)
+
+
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+_OF_BITS = {bits: dtype for dtype, bits in _BITS.items()}
+
+
+class _StretchKVCache(FunctionalKVCache):
+    """XLA:CPU's cache, of which a stretch of slots is written where it lies.
+
+    index_copy is a scatter, which XLA:CPU makes into a choice between old and new for every slot, on a copy of the
+    cache. A dynamic-update-slice it leaves as it is, if of integers: one of bfloat16 it does in float32, on the whole
+    cache, and one of float32 it does anew for each reader, on a copy. So floats are held as the integers of their bits.
+    """
+
+    @staticmethod
+    def stored_as(dtype: torch.dtype) -> torch.dtype:
+        return _BITS.get(dtype, dtype)
+
+    def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        return _operation(_write_stretch)(whole, part.to(_OF_BITS.get(whole.dtype, whole.dtype)), slots)
+
+    def _read(self, whole: torch.Tensor) -> torch.Tensor:
+        return _operation(_as_float)(whole) if whole.dtype in _OF_BITS else whole
+
+
+@cache
+def _operation(lowering: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """An operation on tensors by its lowering, a function of torch_xla's ``xla_builder.Op``."""
+    import torch_xla.core.xla_op_registry as xor
+
+    return xor.register(lowering.__name__, lowering)
+
+
+def _write_stretch(whole: Any, part: Any, slots: Any) -> Any:
+    """``part`` [B, H, T, D] in place of what ``whole`` [B, H, S, D] holds from the first of ``slots`` [T] on."""
+    import torch_xla.core.xla_builder as xb
+
+    held = whole.shape().dtype
+    if part.shape().dtype != held:
+        part = part.bitcast(held)
+    zero = xb.Op.scalar(whole.builder(), 0, dtype=xb.Type.S64)
+    start = [zero] * len(whole.shape().sizes)
+    start[SLOT_AXIS] = slots.slice_in_dim(0, 1, 0).reshape([])
+    return whole.dynamic_update_slice(part, start)
+
+
+def _as_float(bits: Any) -> Any:
+    import torch_xla.core.xla_builder as xb
+
+    return bits.bitcast({xb.Type.S16: xb.Type.BF16, xb.Type.S32: xb.Type.F32}[bits.shape().dtype])
 
 
 class _Compiled:

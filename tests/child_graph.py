@@ -20,6 +20,8 @@ from runtime import xla
 from runtime.compiled_plan import trace_graph
 from runtime.form import Form
 from runtime.generate import Generator
+from runtime.graphs import fill_graph, greedy_graph, later_fill_graph
+from runtime.kv_cache import FunctionalKVCache
 from runtime.load import load_decoder, make_cache
 from runtime.plan import Workload
 
@@ -36,7 +38,7 @@ def main(shards_path: str, result_path: str) -> None:
             traced.append((_text(self.hlo()), self.aliases))
 
     backend = xla.XLABackend(shards.chips)
-    backend.tiled = False
+    backend.tiled, backend.cache_type = False, FunctionalKVCache
     backend.form, backend.fuse_bytes = Form(least_rows=xla.TPU_LEAST_ROWS), xla.TPU_FUSE_BYTES
     with torch.no_grad():
         decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
@@ -45,7 +47,8 @@ def main(shards_path: str, result_path: str) -> None:
         Generator(shards.config, decoder, cache, backend, [BUCKET]).warm_up()
         xla._Trace = plain
     workload = Workload(shards.config, Scheme(shards.manifest.scheme.name), ROWS, SLOTS)
-    planned = [trace_graph(workload, shards.chips, tokens) for tokens in (BUCKET, 1)]
+    wanted = [(fill_graph, BUCKET), (later_fill_graph, BUCKET), (greedy_graph, 1)]
+    planned = [trace_graph(workload, shards.chips, make, tokens) for make, tokens in wanted]
     content = {
         "run": [(text, sorted(aliases.items())) for text, aliases in traced],
         "plan": [(_text(graph.hlo), sorted(graph.aliases.items())) for graph in planned],

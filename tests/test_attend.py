@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from runtime.attend import Attend, attend, attend_by_products, attend_fused
+from runtime import attend as forms
+from runtime.attend import Attend, attend, attend_by_products, attend_by_vectors, attend_fused
 from runtime.kv_cache import quantize_tokens
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4
 FORMS = [attend, attend_by_products, attend_fused]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_against_a_loop(form: Attend, cache_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cache_dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [TOKENS, SLOTS])
+def test_against_a_loop(form: Attend, cache_dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later section, and a first one, which looks at itself alone and may go by blocks."""
+    monkeypatch.setattr(forms, "_BLOCK", 4)
+    _hold_against_a_loop(form, cache_dtype, tokens)
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES)
+@pytest.mark.parametrize("chips", [1, 3])
+@pytest.mark.parametrize("most", [1, 12])
+def test_one_token_against_a_loop(
+    cache_dtype: torch.dtype, chips: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chip by chip, and where there would be too many vectors, or several tokens."""
+    monkeypatch.setattr(forms, "MOST_VECTORS", most)
+    form = partial(attend_by_vectors, chips=chips, keep=lambda tensor: tensor)
+    _hold_against_a_loop(form, cache_dtype, 1)
+    _hold_against_a_loop(form, cache_dtype, TOKENS)
+
+
+def _hold_against_a_loop(form: Attend, cache_dtype: torch.dtype, tokens: int) -> None:
     torch.manual_seed(3)
-    q = torch.randn(ROWS, TOKENS, HEADS, GROUP, SIZE) * 4
+    q = torch.randn(ROWS, tokens, HEADS, GROUP, SIZE) * 4
     keys, values = torch.randn(2, ROWS, HEADS, SLOTS, SIZE)
     cached = [keys.to(cache_dtype), values.to(cache_dtype)]
     keys, values = (tensor.double() for tensor in cached)
@@ -25,10 +49,10 @@ def test_against_a_loop(form: Attend, cache_dtype: torch.dtype) -> None:
         cached = [keys, values, key_scale, value_scale]
         keys, values = keys.double() * key_scale, values.double() * value_scale
     begin = torch.tensor([0, 3])  # of each row
-    places = torch.arange(SLOTS)
-    mask = (places >= begin[:, None])[:, None] & (places <= (SLOTS - TOKENS + torch.arange(TOKENS))[:, None])
-    expected = torch.zeros(ROWS, TOKENS, HEADS, GROUP, SIZE, dtype=torch.float64)
-    for row, token, head, member in torch.cartesian_prod(*map(torch.arange, (ROWS, TOKENS, HEADS, GROUP))).tolist():
+    places, own = torch.arange(SLOTS), SLOTS - tokens + torch.arange(tokens)
+    mask = ((places >= begin[:, None])[:, None] & (places <= own[:, None])) | (places == own[:, None])
+    expected = torch.zeros(ROWS, tokens, HEADS, GROUP, SIZE, dtype=torch.float64)
+    for row, token, head, member in torch.cartesian_prod(*map(torch.arange, (ROWS, tokens, HEADS, GROUP))).tolist():
         seen = mask[row, token].nonzero().flatten()
         odds = (keys[row, head, seen] @ q[row, token, head, member].double() / SIZE**0.5).exp()
         expected[row, token, head, member] = odds / odds.sum() @ values[row, head, seen]

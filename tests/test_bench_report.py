@@ -178,8 +178,8 @@ def test_only_the_buckets_that_a_prompt_takes(cache: int) -> None:
 
     for length in range(1, cache + 1):
         chosen = Point("xla", "int8", "bfloat16", 1, length, 1, cache).buckets()
-        every = sections(length - 1, usable_buckets((128, 256, 384, 512), cache), cache)
-        assert sections(length - 1, usable_buckets(chosen, cache), cache) == every
+        every = sections(length - 1, usable_buckets((128, 256, 384, 512), cache))
+        assert sections(length - 1, usable_buckets(chosen, cache)) == every
         assert set(chosen) == {section.bucket for section in every} or length == 1
         assert len(chosen) >= 1
 

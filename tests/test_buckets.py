@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from converters.errors import InputError
-from runtime.buckets import parse_buckets, sections, usable_buckets
+from runtime.buckets import has_later_sections, parse_buckets, sections, usable_buckets
 
 POST = (128, 256, 384, 512)
 
@@ -15,32 +15,36 @@ def test_sections_cover_a_prompt_with_as_few_executions_as_the_largest_bucket_al
     buckets: tuple[int, ...], slots: int
 ) -> None:
     for length in range(slots):  # the last token of a prompt that fills the cache goes to the decode step
-        found = sections(length, buckets, slots)
+        found = sections(length, buckets)
         assert len(found) == -(-length // buckets[-1])
         filled = 0
         for start, count, bucket in found:
             assert bucket in buckets
-            assert start <= filled  # no gap
+            assert start == filled  # no gap, and nothing twice
             assert start + bucket <= slots
             assert 0 < count <= bucket
             filled = start + count
         assert filled == length
+        assert all(count == bucket == buckets[-1] for _, count, bucket in found[1:])  # one shape
 
 
-def test_a_section_takes_the_nearest_bucket() -> None:
-    assert sections(100, POST, 2048) == [(0, 100, 128)]
-    assert sections(129, POST, 2048) == [(0, 129, 256)]
-    assert sections(1499, POST, 2048) == [(0, 512, 512), (512, 512, 512), (1024, 475, 512)]
+@pytest.mark.parametrize(("slots", "later"), [(33, False), (34, True), (100, True)])
+def test_later_sections_are_foreseen_where_a_prompt_may_take_them(slots: int, later: bool) -> None:
+    longest = slots - 1
+    assert has_later_sections((16, 32), slots) is later is (len(sections(longest, (16, 32))) > 1)
 
 
-def test_a_section_at_the_end_of_the_cache_begins_earlier() -> None:
-    assert sections(1990, POST, 2000)[-1] == (2000 - 512, 1990 - (2000 - 512), 512)
+def test_a_first_section_takes_the_nearest_bucket() -> None:
+    assert sections(100, POST) == [(0, 100, 128)]
+    assert sections(129, POST) == [(0, 129, 256)]
+    assert sections(512, POST) == [(0, 512, 512)]
+    assert sections(1124, POST) == [(0, 100, 128), (100, 512, 512), (612, 512, 512)]
 
 
 def test_executions_are_at_most_the_posts() -> None:
     """ "Any input prompt with up to 2,047 tokens requires up to 4 graph executions", a prompt of 1,500 tokens 4."""
-    assert max(len(sections(length - 1, POST, 2048)) for length in range(1, 2048)) == 4
-    assert len(sections(1499, POST, 2048)) == 3
+    assert max(len(sections(length - 1, POST)) for length in range(1, 2048)) == 4
+    assert len(sections(1499, POST)) == 3
 
 
 def test_buckets_are_cut_to_the_cache() -> None:

@@ -50,16 +50,17 @@ def test_two_all_reduces_per_layer_and_batch_1_as_fast_as_2() -> None:
 
 
 def test_the_command_reports_it(tmp_path: Path) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 1}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "intermediate_size": 1024, "vocab_size": 2048, "hidden_act": "silu"}
     config |= {"max_position_embeddings": 256, "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     wanted = ("--config", tmp_path / "config.json", "--int8", "--target", "v5e-4", "--compile", "--buckets", "32")
     compiled = json.loads(invoke(plan, *wanted, "--json", "-").stdout)["compiled"]
     assert compiled["fits"]
-    assert compiled["all_reduce"] + 2 * compiled["all_gather"] <= 2 + 5
+    assert compiled["all_reduce"] + 2 * compiled["all_gather"] <= 2 * 2 + 5
     assert compiled["estimated_ms"] > 0
     assert compiled["buckets"]["32"]["alias_bytes"] == compiled["alias_bytes"] > 0
+    assert compiled["later_section"]["estimated_ms"] > compiled["buckets"]["32"]["estimated_ms"]
     prediction = compiled["prediction"]
     assert prediction["ms"] == pytest.approx(compiled["estimated_ms"] + prediction["collectives_ms"])
     assert prediction["collectives_ms"] > 0
@@ -69,6 +70,7 @@ def test_the_command_reports_it(tmp_path: Path) -> None:
     assert "Prediction: " in text
     assert "not of this generation" in text
     assert "bucket of 32 tokens: fits" in text
+    assert "later sections of longer prompts, 32 tokens: fits" in text
 
 
 def test_what_the_prediction_is_fitted_on_is_what_the_compiler_says() -> None:

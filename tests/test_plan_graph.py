@@ -38,8 +38,8 @@ def _without_shardings(text: str) -> str:
 
 
 def test_same_text_in_plan_and_run(graphs: dict) -> None:
-    """A bucket, the step, and no third: the step's second call finds the first one's program."""
-    assert len(graphs["run"]) == len(graphs["plan"]) == 2
+    """A bucket, its later sections, the step, and no fourth: the step's second call finds the first one's program."""
+    assert len(graphs["run"]) == len(graphs["plan"]) == 3
     for (run, run_aliases), (plan, plan_aliases) in zip(graphs["run"], graphs["plan"], strict=True):
         assert _without_shardings(run) == _without_shardings(plan)
         assert run_aliases == plan_aliases
