@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 _BLOCK = 128  # tokens
-MOST_VECTORS = 96  # of a layer and a chip; each is a kernel to compile
+MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile
 
 Attend = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
 
