@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 _BLOCK = 128  # tokens
-MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile
+_MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile
 
 Attend = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
 
@@ -31,13 +31,13 @@ def attend_by_vectors(
     chips: int,
     keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """For one token to a row on XLA:CPU: a product of the keys and a vector for each query head.
+    """For one token to a row (T is 1) on XLA:CPU: a product of the keys and a vector for each query head.
 
     XLA:CPU converts the keys within that product's loop (tiles.py); for a matrix of vectors it writes them all anew in
     float32, transposed. Of each of the ``chips`` one head is taken at a time; ``keep`` is ``Form``'s.
     """
-    rows, length, heads, group, _ = q.shape
-    if length > 1 or rows * (heads // chips) * group > MOST_VECTORS:
+    rows, _, heads, group, _ = q.shape
+    if rows * (heads // chips) * group > _MOST_VECTORS:
         return attend(q, cached, mask)
     vectors = keep(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
     keys = cached[0].unflatten(1, (chips, -1))  # [B, C, H / C, S, D]

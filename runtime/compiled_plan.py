@@ -104,9 +104,7 @@ class CompiledPlan:
     target: Slice
     step: CompiledGraph
     buckets: dict[int, CompiledGraph]
-    later_section: (
-        CompiledGraph | None
-    )  # of the largest bucket; None where no bucket is asked for, or no prompt so long
+    later_section: CompiledGraph | None  # None where no bucket is asked for, or no prompt is longer than the largest
 
     @property
     def prediction(self) -> Prediction | None:
