@@ -47,6 +47,6 @@ def sections(length: int, buckets: Sequence[int]) -> list[Section]:
     return [Section(0, first, bucket), *(Section(start, largest, largest) for start in range(first, length, largest))]
 
 
-def has_later_sections(buckets: Sequence[int], max_seq_len: int) -> bool:
-    """Whether a prompt of this cache may take more than one section; its last token is left to the decode step."""
-    return buckets[-1] < max_seq_len - 1
+def has_later_sections(buckets: Sequence[int], longest_prompt: int) -> bool:
+    """Whether a prompt of so many tokens takes more than one section; its last token is left to the decode step."""
+    return buckets[-1] < longest_prompt - 1

@@ -92,12 +92,15 @@ class Generator:
         """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
         return sections(length - 1, self._buckets)
 
-    def warm_up(self) -> None:
-        """Compile every bucket and the decode step, by running each once; nothing is compiled after that."""
+    def warm_up(self, longest_prompt: int | None = None) -> None:
+        """Compile every bucket and the decode step, by running each once; nothing is compiled after that.
+
+        With ``longest_prompt`` given, that holds for prompts of no more tokens: they may need no later sections.
+        """
         offsets = torch.zeros(self.batch_size, dtype=torch.long)
         for bucket in self._buckets:
             self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
-        if has_later_sections(self._buckets, self.max_seq_len):
+        if has_later_sections(self._buckets, longest_prompt or self.max_seq_len):
             self._run_fill(torch.full((self.batch_size, self._buckets[-1]), _PAD), 1, offsets)
         tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
         slots = self._backend.replicate(torch.tensor([0]))

@@ -68,7 +68,7 @@ def run(request: Request) -> Run | None:
         generator = Generator(config, decoder, cache, backend, request.buckets, not request.sampling.greedy)
         del cache  # its first tensors are to go as soon as a graph has written over them
         with spinner("Compiling"):
-            generator.warm_up()
+            generator.warm_up(longest_prompt=prompt_tokens)
         compiled = time.perf_counter()
         cache_use = backend.cache_use() if request.compile_cache else None
         before = backend.compilations()

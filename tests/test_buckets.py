@@ -28,10 +28,10 @@ def test_sections_cover_a_prompt_with_as_few_executions_as_the_largest_bucket_al
         assert all(count == bucket == buckets[-1] for _, count, bucket in found[1:])  # one shape
 
 
-@pytest.mark.parametrize(("slots", "later"), [(33, False), (34, True), (100, True)])
-def test_later_sections_are_foreseen_where_a_prompt_may_take_them(slots: int, later: bool) -> None:
-    longest = slots - 1
-    assert has_later_sections((16, 32), slots) is later is (len(sections(longest, (16, 32))) > 1)
+@pytest.mark.parametrize(("prompt", "later"), [(1, False), (33, False), (34, True), (100, True)])
+def test_later_sections_are_foreseen_where_a_prompt_takes_them(prompt: int, later: bool) -> None:
+    filled = prompt - 1
+    assert has_later_sections((16, 32), prompt) is later is (len(sections(filled, (16, 32))) > 1)
 
 
 def test_a_first_section_takes_the_nearest_bucket() -> None:
