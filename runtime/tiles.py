@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 TILE = 512  # inputs, about
-VECTOR_ROWS, VECTOR_ROWS_OF_SMALL = 8, 4  # at most; from there on the matrix product is faster
-_SMALL = 1 << 22  # elements of a weight; below, starting a loop on all cores takes as long as the loop
+VECTOR_ROWS = 8  # at most; each is a kernel to compile
+_SMALL = 1 << 22  # elements of a weight that is put together for a matrix product
 _VECTOR_INPUTS = 4095  # of float32: what XLA:CPU still takes into the loop
 _LANES = 16  # a tile begins where a vector register of float32 does
 
@@ -71,7 +71,6 @@ class TiledLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("ones", ones)
         self._is_small = sum(part.numel() for part in parts) < _SMALL
-        self._vector_rows = VECTOR_ROWS_OF_SMALL if self._is_small else VECTOR_ROWS
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # [R, in]
@@ -80,7 +79,7 @@ class TiledLinear(nn.Module):
         if split:
             rows = rows.unflatten(-1, (tiles[0].shape[0], -1))  # [R, chips, in / chips]
         rows = rows / self.ones
-        few = len(rows) <= self._vector_rows
+        few = len(rows) <= VECTOR_ROWS
         if not few and self._is_small:
             tiles = [torch.cat([tile.float() for tile in tiles], dim=-1)]
         inputs = rows.split([tile.shape[-1] for tile in tiles], dim=-1)
