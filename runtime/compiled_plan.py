@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,15 +132,16 @@ def compile_plan(
 
     Raises InputError where the compiler isn't installed.
     """
-    compiler = TPUCompiler(target)
+    compiler, slots = TPUCompiler(target), workload.max_seq_len
 
-    def compiled(make: MakeGraph, tokens: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
-        return _compile(compiler, trace_graph(workload, target.chips, make, tokens, least_rows), workload, target)
+    def compiled(make: MakeGraph, tokens: int, seen: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
+        graph = trace_graph(workload, target.chips, make, tokens, least_rows)
+        return _compile(compiler, graph, replace(workload, max_seq_len=seen), target)
 
-    step = compiled(greedy_graph, 1, least_rows)
-    filled = {size: compiled(fill_graph, size) for size in buckets}
-    is_long = bool(buckets) and has_later_sections(buckets, workload.max_seq_len)
-    return CompiledPlan(target, step, filled, compiled(later_fill_graph, buckets[-1]) if is_long else None)
+    step = compiled(greedy_graph, 1, slots, least_rows)
+    filled = {size: compiled(fill_graph, size, size) for size in buckets}
+    is_long = bool(buckets) and has_later_sections(buckets, slots)
+    return CompiledPlan(target, step, filled, compiled(later_fill_graph, buckets[-1], slots) if is_long else None)
 
 
 def trace_graph(
@@ -160,6 +161,7 @@ def trace_graph(
 
 
 def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
+    """``workload.max_seq_len`` is how many of the cache's slots the graph looks at."""
     try:
         program = compiler.compile(graph)
     except OutOfMemory as error:

@@ -80,7 +80,7 @@ class Estimate:
 def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> Estimate:
     """Price a module's entry computation; without a published clock the bytes alone count.
 
-    ``caches`` are the numbers of the parameters that are KV cache, of ``slots`` slots.
+    ``caches`` are the numbers of the parameters that are KV cache, of which the step looks at ``slots`` slots.
     """
     seconds: Counter[Kind] = Counter()
     roofline: Counter[Kind] = Counter()
@@ -164,7 +164,7 @@ def _is_matrix(parameter: Instruction) -> bool:
 
 
 def _has_scores(instruction: Instruction, slots: int) -> bool:
-    """Whether a result ends in the cache's slots, as only attention's do; a parameter is none."""
+    """Whether a result ends in the slots that are looked at, as only attention's do; a parameter is none."""
     return instruction.parameter is None and any(
         len(array.dims) > 1 and array.dims[-1] == slots for array in instruction.results
     )
