@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-_BLOCK = 128  # tokens
+from runtime.tiles import times_vector
+
+_BLOCK = 128  # tokens of a first section whose scores are made at once
 _MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile
 
 Attend = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
@@ -43,9 +45,7 @@ def attend_by_vectors(
     keys = cached[0].unflatten(1, (chips, -1))  # [B, C, H / C, S, D]
     products = [
         [
-            torch.stack(
-                [_times_vector(keys[row, :, head], vectors[row, 0, :, head, member]) for member in range(group)]
-            )
+            torch.stack([times_vector(keys[row, :, head], vectors[row, 0, :, head, member]) for member in range(group)])
             for head in range(heads // chips)
         ]
         for row in range(rows)
@@ -88,11 +88,6 @@ def attend_fused(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Te
 def _products(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Of every query with every key, [B, H, G, T, S]."""
     return torch.einsum("bthgd,bhsd->bhgts", q.float(), keys.float())
-
-
-def _times_vector(keys: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """[C, S] of keys [C, S, D] and queries [C, D]."""
-    return (keys.float() @ q.unsqueeze(-1)).squeeze(-1)
 
 
 def _scores(products: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:

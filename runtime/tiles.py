@@ -100,12 +100,12 @@ def _vector_products(
 ) -> torch.Tensor:
     sums = []
     for row in range(len(inputs[0])):
-        products = [_times_vector(tile, part[row]) * scale for tile, part in zip(tiles, inputs, strict=True)]
+        products = [times_vector(tile, part[row]) * scale for tile, part in zip(tiles, inputs, strict=True)]
         sums.append(sum(products[1:], products[0]))
     return torch.stack(sums)
 
 
-def _times_vector(tile: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def times_vector(tile: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[..., out] of a tile [..., out, width] and x [..., width]."""
     return (tile.float() @ x.unsqueeze(-1)).squeeze(-1)
 

@@ -177,6 +177,7 @@ class XLABackend:
         return _XLAC._global_tensor_from_cpu_shards([part.contiguous() for part in parts], sharding, shape)
 
 
+# What floats are held as in XLA:CPU's cache, and back.
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _OF_BITS = {bits: dtype for dtype, bits in _BITS.items()}
 
@@ -222,6 +223,7 @@ def _write_stretch(whole: Any, part: Any, slots: Any) -> Any:
 
 
 def _as_float(bits: Any) -> Any:
+    """The bfloat16 or float32 of which these are the ``bits``, in their shape."""
     import torch_xla.core.xla_builder as xb
 
     return bits.bitcast({xb.Type.S16: xb.Type.BF16, xb.Type.S32: xb.Type.F32}[bits.shape().dtype])
