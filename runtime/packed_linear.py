@@ -2,13 +2,15 @@
 
 The weight stays [out, in], as in the files. int8 is read as int8 for a few rows:
 
-- bfloat16 rows go to PyTorch's weight-only kernel (``_weight_int8pack_mm``), with a scale of one: it would round the
-  scale to bfloat16, so that is applied after it, in float32;
-- float32 rows, for which that kernel has no vector instructions, and a single row on a floating weight, are written
-  as a product and a sum, which Inductor makes a loop of that converts as it reads; its library call for a
-  bfloat16 weight and one row takes twice as long.
+- one row, or several that stay in the processor's nearest cache, are products and sums, which Inductor makes one loop
+  of: it converts the weight as it reads, in the order in which it stands in memory. The rows have to be in memory in
+  float32 before it, or the loop would compute them anew for every output, and with lanes of bfloat16's width, in which
+  int8 is read through a copy;
+- more bfloat16 rows go to PyTorch's weight-only kernel (``_weight_int8pack_mm``), with a scale of one: it would round
+  the scale to bfloat16, so that is applied after it, in float32. It has no vector instructions for float32 rows.
 
-For many rows the weight is converted once and multiplied by the library's matrix product.
+For many rows the weight is converted once and multiplied by the library's matrix product. A single row on a floating
+weight takes the loop too: Inductor's library call for bfloat16 takes twice as long.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+LOOP_INPUTS = 8192  # of all rows together, in float32: 32 KB
+LOOP_ROWS = 8  # at most, where there is no kernel
 KERNEL_ROWS = 24  # at most; the weight-only kernel reads the weight once for every four rows
-LOOP_ROWS = 8  # at most; the loop reads it once for each
 _KERNEL_INPUTS = 16  # the kernel takes so many at a time and drops what is left
 
 
@@ -40,8 +43,21 @@ class PackedLinear(nn.Module):
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, out], before the scale."""
-        if self.ones is not None and rows.dtype == torch.bfloat16 and len(rows) <= KERNEL_ROWS:
+        has_kernel = self.ones is not None and rows.dtype == torch.bfloat16
+        if self._loops(rows, has_kernel):
+            weight = self.weight.float()
+            return torch.stack([(weight * row).sum(-1) for row in _in_memory(rows.float())])
+        if has_kernel and len(rows) <= KERNEL_ROWS:
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.ones)
-        if len(rows) == 1 or (self.weight.dtype == torch.int8 and len(rows) <= LOOP_ROWS):
-            return (self.weight.float() * rows.float()[:, None]).sum(-1)
         return nn.functional.linear(rows, self.weight.to(rows.dtype))
+
+    def _loops(self, rows: torch.Tensor, has_kernel: bool) -> bool:
+        if len(rows) == 1 or self.weight.dtype != torch.int8:
+            return len(rows) == 1
+        return rows.numel() <= LOOP_INPUTS or (len(rows) <= LOOP_ROWS and not has_kernel)
+
+
+def _in_memory(rows: torch.Tensor) -> torch.Tensor:
+    """The same, which Inductor then writes out: it would compute the rows anew within the loop, for every output."""
+    rows = rows.contiguous()
+    return rows.as_strided(rows.shape, rows.stride())

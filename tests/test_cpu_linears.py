@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from runtime.capture import capture
 from runtime.linear import Linear
@@ -105,11 +106,11 @@ def test_packed(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, LOOP_ROWS, 40])
+@pytest.mark.parametrize("rows", [1, 3, LOOP_ROWS, 40])
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
 def test_packed_under_inductor(rows: int, activations: torch.dtype) -> None:
     """A step of several shapes compiled whole, with the weights not copied."""
-    cases = [_case(out, inputs, dtype) for out, inputs in SHAPES[2:6] for dtype in (torch.int8, torch.bfloat16)]
+    cases = [_case(out, inputs, dtype) for out, inputs in SHAPES[2:8] for dtype in (torch.int8, torch.bfloat16)]
     linears = [PackedLinear(case.weight, case.scale) for case in cases]
     inputs = [_rows(rows, case.weight.shape[1], activations) for case in cases]
     step = capture(lambda xs: [linear(x) for linear, x in zip(linears, xs, strict=True)], "inductor")
@@ -117,6 +118,19 @@ def test_packed_under_inductor(rows: int, activations: torch.dtype) -> None:
         for found, x, case in zip(step(inputs), inputs, cases, strict=True):
             _check(found, x, case)
     assert all(linear.weight.data_ptr() == case.weight.data_ptr() for linear, case in zip(linears, cases, strict=True))
+
+
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+def test_rows_are_made_before_inductors_loop(activations: torch.dtype) -> None:
+    """Fused into the loop over a weight, what makes the rows would be done anew for every output."""
+    case = _case(48, 4096, torch.int8)
+    linear = PackedLinear(case.weight, case.scale)
+    x = _rows(1, 4096, activations)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(capture(lambda x: linear(x.erf()), "inductor"), x)
+    loops = code.split("#pragma omp")
+    kinds = [("Vectorized<int8_t>" in loop, ".erf()" in loop) for loop in loops]
+    assert sorted(kind for kind in kinds if any(kind)) == [(False, True), (True, False)]
 
 
 def test_forms_hold_no_second_weight() -> None:
