@@ -182,7 +182,7 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
                 return whole.to(getattr(torch, dtype))
 
         if unprepared:
-            runtime.xla.prepare_cpu_process = lambda: None
+            runtime.xla.prepare_cpu_process = lambda chips: None
         backend = runtime.xla.XLABackend(1)
         if unprepared:
             backend.tiled, backend.form = False, Form()

@@ -58,7 +58,7 @@ class XLABackend:
         kind = os.environ["PJRT_DEVICE"]
         if kind == "CPU":
             os.environ["CPU_NUM_DEVICES"] = str(chips)
-            prepare_cpu_process()
+            prepare_cpu_process(chips)
         import torch_xla.runtime as xr
 
         xr.use_spmd()
