@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-LOOP_INPUTS = 8192  # of all rows together, in float32: 32 KB
-LOOP_ROWS = 8  # at most, where there is no kernel
+LOOP_ROWS = 8  # at most; each is a sum more to compile
+LOOP_INPUTS = 8192  # at most of all rows together where there is a kernel: 32 KB in float32
 KERNEL_ROWS = 24  # at most; the weight-only kernel reads the weight once for every four rows
 _KERNEL_INPUTS = 16  # the kernel takes so many at a time and drops what is left
 
@@ -44,17 +44,13 @@ class PackedLinear(nn.Module):
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, out], before the scale."""
         has_kernel = self.ones is not None and rows.dtype == torch.bfloat16
-        if self._loops(rows, has_kernel):
+        are_few = len(rows) <= LOOP_ROWS and (rows.numel() <= LOOP_INPUTS or not has_kernel)
+        if len(rows) == 1 or (self.weight.dtype == torch.int8 and are_few):
             weight = self.weight.float()
             return torch.stack([(weight * row).sum(-1) for row in _in_memory(rows.float())])
         if has_kernel and len(rows) <= KERNEL_ROWS:
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.ones)
         return nn.functional.linear(rows, self.weight.to(rows.dtype))
-
-    def _loops(self, rows: torch.Tensor, has_kernel: bool) -> bool:
-        if len(rows) == 1 or self.weight.dtype != torch.int8:
-            return len(rows) == 1
-        return rows.numel() <= LOOP_INPUTS or (len(rows) <= LOOP_ROWS and not has_kernel)
 
 
 def _in_memory(rows: torch.Tensor) -> torch.Tensor:
