@@ -9,7 +9,7 @@
   since only the first of its arenas can hold large blocks.
 - A container may have fewer processors to itself than it sees. Threads beyond those wait for each other.
 - XLA cuts every loop into a part for each of its threads, of which it has at least one for each virtual chip. Where
-  there are as many chips as processors, all that brings is 16 parts of what 4 chips do at once.
+  there are no more processors than chips, all that brings is 16 parts of what 4 chips do at once.
 """
 
 from __future__ import annotations
