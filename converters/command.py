@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from converters.errors import InputError
+from converters.notes import forget_notes, print_notes
 
 DISTRIBUTION = "llama-tpu-toolchain"
 _USAGE_ERROR = 2
@@ -27,8 +28,10 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     _allow_many_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
+    forget_notes()
     try:
         status = command.main(args=args, standalone_mode=False)
+        print_notes()
         sys.stdout.flush()
     except click.ClickException as error:
         _fail(error.format_message())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from converters.notes import print_notes
 from converters.units import format_bytes, format_seconds
 
 FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # short work says nothing in a log
@@ -22,7 +23,11 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Advance]:
-    """Show how much of ``total_bytes`` is done, with rate and time left, by the function that is the value."""
+    """Show how much of ``total_bytes`` is done, with rate and time left, by the function that is the value.
+
+    Notes that are waiting come first.
+    """
+    print_notes()
     if not sys.stderr.isatty():
         yield _Lines(label, total_bytes).advance
         return
