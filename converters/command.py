@@ -28,7 +28,6 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     _allow_many_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
-    forget_notes()
     try:
         status = command.main(args=args, standalone_mode=False)
         print_notes()
@@ -51,6 +50,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         if not any(words in str(error) for words in _NO_MEMORY):
             raise
         _fail(_OUT_OF_MEMORY)
+    finally:
+        forget_notes()
     sys.exit(status if isinstance(status, int) else 0)
 
 
