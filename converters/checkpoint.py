@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converters import random_init
-from converters.companions import COMPANIONS
 from converters.config import read_json
 from converters.errors import InputError
-from converters.files import (
-    SafetensorsWriter,
-    TensorSpec,
-    safetensors_bytes,
-    tensors_before,
-    write_json,
-    write_whole,
-)
+from converters.files import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.form import Form, block_tasks
 from converters.hf import INDEX, open_hf, weight_map
 from converters.journal import Journal
 from converters.meta import is_meta, open_meta
-from converters.output import Finished, check_finished
+from converters.output import Finished, Output, check_finished
 from converters.parallel import in_order
 from converters.progress import Advance
+from converters.record import WRITTEN, read_file_record, read_record, verify_files
 from converters.registry import find_opener
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.source import TensorSource
 
-COMPANION_NAMES = frozenset(COMPANIONS)
-# What is kept in the index's metadata, or beside the seed: the arguments, and the digest of the self-check.
+# What is kept in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
 _CONVERSION = "conversion"
 _DIGEST = "names_and_shapes_sha256"
+_FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -96,31 +90,39 @@ def plan_files(form: Form, max_shard_bytes: int) -> list[ModelFile]:
     ]
 
 
+def file_names(source: TensorSource, files: list[ModelFile]) -> tuple[str, ...]:
+    """All files of a checkpoint of these ``files`` of weights, or of a seed where there are none."""
+    last = INDEX if files else random_init.FILE_NAME
+    return ("config.json", *source.companions(), *(file.name for file in files), last)
+
+
 def write_files(
-    source: TensorSource, form: Form, out: Path, files: list[ModelFile], arguments: dict[str, Any], advance: Advance
+    source: TensorSource, form: Form, output: Output, files: list[ModelFile], advance: Advance
 ) -> SelfCheck:
     """Write the checkpoint as files, the index last, going on where an interrupted run stopped.
 
     A file that has its name is whole and stays. ``form`` is how the source's tensors are held; ``advance`` is told
     bytes as they are done. Returns what the files were found to hold.
     """
-    _write_small_files(source, form.config.to_hf() | form.fields, out)
+    out = output.directory
+    _write_small_files(source, form.config.to_hf() | form.fields, output)
     with closing(Journal(out)) as journal:
         for file in files:
-            if (out / file.name).exists():
+            if output.is_whole(file.name):
                 advance(file.nbytes)
             else:
-                _write_file(form, out, file, journal, advance)
+                _write_file(form, output, file, journal, advance)
         journal.wait()
         check = check_files(out, [file.name for file in files])
-        write_json(out / INDEX, _index(files, arguments, check))
+        output.check_sources()
+        output.write_json(INDEX, _index(files, output, check))
     return check
 
 
-def _write_file(form: Form, out: Path, file: ModelFile, journal: Journal, advance: Advance) -> None:
+def _write_file(form: Form, output: Output, file: ModelFile, journal: Journal, advance: Advance) -> None:
     position, _ = journal.read([file.name])
     done = tensors_before(file.specs, position)
-    writer = SafetensorsWriter(out / file.name, file.specs, position if done else 0)
+    writer = SafetensorsWriter(output.directory / file.name, file.specs, position if done else 0)
     advance(writer.nbytes)
     try:
         for spec, stop, block in in_order(block_tasks(form, file.specs[done or 0 :])):
@@ -128,49 +130,76 @@ def _write_file(form: Form, out: Path, file: ModelFile, journal: Journal, advanc
             advance(block.nbytes, spec.name)
             if stop == spec.shape[0]:
                 journal.note({file.name: writer})
-        writer.close()
+        output.add({file.name: writer.finish()})
+        writer.publish()
     finally:
         writer.stop()
 
 
-def write_seed(source: random_init.RandomSource, out: Path, arguments: dict[str, Any]) -> SelfCheck:
+def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:
     """Write the checkpoint as its configuration and the seed that its weights come from."""
-    _write_small_files(source, source.config.to_hf(), out)
-    check = check_configuration(out)
-    record = random_init.random_init_record(source.seed) | {_DIGEST: check.sha256, _CONVERSION: arguments}
-    write_json(out / random_init.FILE_NAME, record)
+    _write_small_files(source, source.config.to_hf(), output)
+    check = check_configuration(output.directory)
+    record = random_init.random_init_record(source.seed) | {_DIGEST: check.sha256, _CONVERSION: output.arguments}
+    output.write_json(random_init.FILE_NAME, record)
     return check
 
 
+def verify(out: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
+    """Read every file of a finished checkpoint and hold it against its digest. Returns the files' records.
+
+    ``advance`` is told bytes as they are read. Raises InputError, naming the file, where one has changed, and where
+    there are no digests.
+    """
+    check_finished(out, "llama-convert", INDEX)
+    # Where the hidden file wasn't copied along, the index knows the weights.
+    files = read_record(out / WRITTEN).files if (out / WRITTEN).is_file() else _indexed_digests(out)
+    verify_files(out, files, "llama-convert", advance)
+    return files
+
+
 def finished(out: Path) -> Finished | None:
-    """What a checkpoint directory that llama-convert finished was made with; None for any other directory."""
+    """What a checkpoint directory without a record was made with by llama-convert; None for any other directory."""
     if (out / INDEX).is_file():
         index = read_json(out / INDEX)
         metadata = index.get("metadata") if isinstance(index, dict) else None
         arguments = metadata.get(_CONVERSION) if isinstance(metadata, dict) else None
-        files = tuple(dict.fromkeys(weight_map(out / INDEX).values())) if arguments else ()
+        files = (INDEX, *dict.fromkeys(weight_map(out / INDEX).values())) if arguments else ()
     elif (out / random_init.FILE_NAME).is_file():
         record = read_json(out / random_init.FILE_NAME)
         arguments = record.get(_CONVERSION) if isinstance(record, dict) else None
-        files = ()
+        files = (random_init.FILE_NAME,)
     else:
         return None
     return Finished(arguments, ("config.json", *files)) if isinstance(arguments, dict) else None
 
 
-def _write_small_files(source: TensorSource, fields: dict[str, Any], out: Path) -> None:
-    write_json(out / "config.json", fields)
+def _indexed_digests(out: Path) -> dict[str, FileRecord]:
+    """The digests that a checkpoint's index keeps of the files of weights."""
+    index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    entries = metadata.get(_FILES) if isinstance(metadata, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(
+            f"{out} keeps no digests: it was not written by this version of llama-convert. Convert again to have them."
+        )
+    return {name: read_file_record(entry, out / INDEX, name) for name, entry in entries.items()}
+
+
+def _write_small_files(source: TensorSource, fields: dict[str, Any], output: Output) -> None:
+    output.write_json("config.json", fields)
     for name, content in source.companions().items():
-        write_whole(out / name, content)
+        output.write(name, content)
 
 
-def _index(files: list[ModelFile], arguments: dict[str, Any], check: SelfCheck) -> dict[str, Any]:
+def _index(files: list[ModelFile], output: Output, check: SelfCheck) -> dict[str, Any]:
     return {
         "metadata": {
             "total_parameters": check.parameters,
             "total_size": sum(spec.nbytes for file in files for spec in file.specs),
             _DIGEST: check.sha256,
-            _CONVERSION: arguments,
+            _CONVERSION: output.arguments,
+            _FILES: {file.name: output.files[file.name].as_json() for file in files},
         },
         "weight_map": {spec.name: file.name for file in files for spec in file.specs},
     }

@@ -43,6 +43,9 @@ from converters.config import DTYPES
 @click.option(
     "--check-logits", is_flag=True, help="Run a prompt through source and result afterwards (with transformers)."
 )
+@click.option(
+    "--verify", is_flag=True, help="Check the files' digests afterwards; without --config/--source, just check --out."
+)
 @click.option("--force", is_flag=True, help="Replace what this tool wrote to --out before.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.version_option(package_name=DISTRIBUTION)
@@ -57,6 +60,7 @@ def command(
     layers: int | None,
     max_shard_size: str,
     check_logits: bool,
+    verify: bool,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -68,12 +72,16 @@ def command(
     llama-convert --source llama-2-70b/    a directory of Meta's: consolidated.00.pth ..., params.json
     llama-convert --source model.gguf      a GGUF file
     llama-convert --source out/            shards of llama-quantize, the way back
+    llama-convert --verify --out DIR       check an output
     """
     from converters.config import find_config, read_config
-    from converters.convert import Conversion, convert, describe
+    from converters.convert import Conversion, convert, describe, verify_output
     from converters.errors import InputError
     from converters.units import parse_bytes
 
+    if verify and config_name is None and source is None:
+        click.echo(verify_output(out))
+        return
     if (config_name is None) == (source is None):
         raise InputError("Give either --config (random weights) or --source (a model's weights).")
     if source is None:
@@ -97,6 +105,8 @@ def command(
 
         logits.check_ready(conversion)
     click.echo(describe(conversion) if dry_run else convert(conversion, force))
+    if verify and not dry_run:
+        click.echo(verify_output(out))
     if check_logits and not dry_run:
         click.echo(logits.check_logits(conversion))
 

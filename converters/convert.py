@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters import checkpoint
+from converters import checkpoint, random_init
 from converters.config import ModelConfig
 from converters.errors import InputError
-from converters.files import partial_path
 from converters.form import Form, block_tasks, floating_form, int8_form
 from converters.hf import INDEX
 from converters.layout import parameters
-from converters.output import State, claim
+from converters.output import State, Wanted, claim, recorded_names
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.random_init import RandomSource
+from converters.record import existing_bytes
 from converters.source import Int8Source, TensorSource
 from converters.units import format_bytes, format_count, plural
 
@@ -65,16 +65,24 @@ class Conversion:
             "keep_int8": self.keep_int8,
         }
 
+    def wanted(self, storage: str) -> Wanted:
+        """The directory and its files, for ``storage`` files or seed."""
+        names = checkpoint.file_names(self.source, self.files if storage == "files" else [])
+        return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names)
+
     def missing_bytes(self) -> int:
         """Bytes that a run would still have to write; a file of the same name gives its room, whatever it holds."""
-        return sum(max(0, file.nbytes - _written(self.out / file.name)) for file in self.files)
+        return sum(max(0, file.nbytes - existing_bytes(self.out, [file.name])) for file in self.files)
 
     def choose_storage(self) -> tuple[str, str]:
-        """``files`` or ``seed``, and a sentence that says why; an empty one where the user chose."""
+        """``files`` or ``seed``, and a sentence that says why; an empty one where nothing was chosen now."""
         if self.storage != "auto":
             return self.storage, ""
         if not isinstance(self.source, RandomSource):
             return "files", ""
+        begun = recorded_names(self.out, self.arguments())
+        if begun:  # what a run of the same arguments chose, whatever has become of the disk since
+            return "seed" if random_init.FILE_NAME in begun else "files", ""
         free = free_bytes(self.out)
         if self.missing_bytes() * _HEADROOM <= free:
             return "files", ""
@@ -91,22 +99,29 @@ def convert(conversion: Conversion, force: bool) -> str:
     storage, reason = conversion.choose_storage()
     if storage == "seed" and not isinstance(conversion.source, RandomSource):
         raise InputError("--storage seed is for random weights (--config); a --source is always written as files.")
-    if storage == "files":
-        _check_fits(conversion)
-    arguments = conversion.arguments()
-    companions = checkpoint.COMPANION_NAMES
-    files = conversion.source.files()
-    with claim(conversion.out, arguments, files, checkpoint.finished, companions, force) as state:
-        if state is State.FINISHED:
+
+    def check_room(existing: int) -> None:
+        if storage == "files":
+            _check_fits(conversion, existing)
+
+    with claim(conversion.wanted(storage), checkpoint.finished, check_room, force) as output:
+        if output.state is State.FINISHED:
             return f"{conversion.out} is already complete; nothing was left to do."
         if storage == "seed":
-            check = checkpoint.write_seed(conversion.source, conversion.out, arguments)
+            check = checkpoint.write_seed(conversion.source, output)
         else:
             with progress("Converting", conversion.nbytes) as advance:
-                check = checkpoint.write_files(
-                    conversion.source, conversion.form, conversion.out, conversion.files, arguments, advance
-                )
+                check = checkpoint.write_files(conversion.source, conversion.form, output, conversion.files, advance)
     return "\n".join(filter(None, [_summary(conversion, storage), check.line(), reason]))
+
+
+def verify_output(out: Path) -> str:
+    """Check every file of a finished checkpoint against its digest. Returns the line to show the user."""
+    total = sum(path.stat().st_size for path in out.glob("*") if path.is_file())
+    with progress("Verifying", total) as advance:
+        files = checkpoint.verify(out, advance)
+    nbytes = sum(file.nbytes for file in files.values())
+    return f"{out}: {plural(len(files), 'file')}, {format_bytes(nbytes)}, every digest as it was written"
 
 
 def describe(conversion: Conversion) -> str:
@@ -121,11 +136,11 @@ def describe(conversion: Conversion) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _check_fits(conversion: Conversion) -> None:
-    """Raise InputError, saying what would fit, where the files don't."""
-    check_machine(conversion.out, len(conversion.files) + len(checkpoint.COMPANION_NAMES))
-    needed, free = conversion.missing_bytes(), free_bytes(conversion.out)
-    if not needed or room_for(needed) <= free:
+def _check_fits(conversion: Conversion, existing: int) -> None:
+    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes of them have their room."""
+    check_machine(conversion.out, len(conversion.wanted("files").names))
+    needed, free = conversion.nbytes - existing, free_bytes(conversion.out)
+    if needed <= 0 or room_for(needed) <= free:
         return
     fitting = layers_that_fit(conversion.config, lambda config: replace(conversion, config=config).nbytes, free)
     seed = ", or --storage seed" if isinstance(conversion.source, RandomSource) else ""
@@ -133,12 +148,6 @@ def _check_fits(conversion: Conversion) -> None:
         f"{conversion.out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. "
         f"Give --out on a larger disk{fitting}{seed}."
     )
-
-
-def _written(path: Path) -> int:
-    """Bytes of a file that are there already, under its name or as the unfinished one."""
-    sizes = [file.stat().st_size for file in (path, partial_path(path)) if file.is_file()]
-    return sizes[0] if sizes else 0
 
 
 def _summary(conversion: Conversion, storage: str) -> str:

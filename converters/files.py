@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PARTIAL_SUFFIX = ".partial"
 _BUFFER_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 20  # files up to this size are held against their digest, where larger ones are by their size
 # torch's dtype names -> the codes of the safetensors format, with bytes per element.
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 DTYPE_NAMES = {code: name for name, code in CODES.items()}
@@ -30,9 +31,13 @@ def partial_path(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file under a temporary name, flush it to the disk, then give it its name."""
+    """Write a small file under a temporary name, flush it to the disk, then give it its name.
+
+    A symbolic link of the temporary name is not followed (OSError).
+    """
     partial = partial_path(path)
-    with partial.open("wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(partial, flags, 0o666), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -52,6 +57,29 @@ def publish(partial: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hex sha256 of a file as it was written."""
+
+    nbytes: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"bytes": self.nbytes, "sha256": self.sha256}
+
+    def problem(self, path: Path) -> str:
+        """In words, how ``path`` differs from what was written; empty where it doesn't.
+
+        A large file is held against its size alone.
+        """
+        size = path.stat().st_size
+        if size != self.nbytes:
+            return f"has changed since it was written ({size} bytes, then {self.nbytes})"
+        if size <= _SMALL_BYTES and hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            return "has changed since it was written (its sha256 is another)"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -103,20 +131,18 @@ def safetensors_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 
 class SafetensorsWriter:
-    """A safetensors file written front to back, block by block; it has its name only once ``close`` has returned.
+    """A safetensors file written front to back, block by block; it has its name only once ``publish`` has returned.
 
     ``append`` takes the values of the header's tensors one after another, in any number of blocks. With ``resume_at``
-    an unfinished file is continued from that byte, which ``sync`` has once flushed to the disk. ``nbytes`` counts what
-    is written; with ``hashed``, ``sha256`` is the digest of that.
+    an unfinished file is continued from that byte, up to which it has once been flushed to the disk. ``nbytes`` counts
+    what is written, ``sha256`` is the digest of that.
     """
 
-    def __init__(
-        self, path: Path, tensors: Sequence[TensorSpec], resume_at: int = 0, hashed: bool = False, files: int = 1
-    ) -> None:
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], resume_at: int = 0, files: int = 1) -> None:
         """``files`` is the number of files that are being written at once."""
         self._path = path
         self._partial = partial_path(path)
-        self._digest = hashlib.sha256() if hashed else None
+        self._digest = hashlib.sha256()
         self._expected = safetensors_bytes(tensors)
         self.nbytes = 0
         if resume_at:
@@ -135,34 +161,30 @@ class SafetensorsWriter:
         """Hand what is written to the system. Returns a file descriptor to fsync."""
         return self._file.flush()
 
-    def close(self) -> None:
-        """Flush the file to the disk and give it its name. Raises ValueError where values are missing."""
+    def finish(self) -> FileRecord:
+        """Flush the file to the disk and close it. Raises ValueError where values are missing."""
         if self.nbytes != self._expected:
             raise ValueError(f"{self._path.name}: {self.nbytes} bytes written of {self._expected} announced")
         os.fsync(self.flush())
         self._file.close()
+        return FileRecord(self.nbytes, self._digest.hexdigest())
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
         publish(self._partial, self._path)
 
     def stop(self) -> None:
         """Close the file as it is, unfinished and without its name, for a later run to continue."""
         self._file.close()
 
-    @property
-    def sha256(self) -> str:
-        if self._digest is None:
-            raise ValueError(f"{self._path.name} is written without a digest")
-        return self._digest.hexdigest()
-
     def _skip(self, count: int) -> None:
         """Stand behind the first ``count`` bytes, with their digest taken."""
-        if self._digest is not None:
-            with self._partial.open("rb") as file:
-                while file.tell() < count:
-                    self._digest.update(file.read(min(_BUFFER_BYTES, count - file.tell())))
+        with self._partial.open("rb") as file:
+            while file.tell() < count:
+                self._digest.update(file.read(min(_BUFFER_BYTES, count - file.tell())))
         self.nbytes = count
 
     def _write(self, data: bytes | memoryview) -> None:
-        if self._digest is not None:
-            self._digest.update(data)
+        self._digest.update(data)
         self._file.write(data)
         self.nbytes += len(data)

@@ -44,11 +44,11 @@ class Journal:
             return 0, None
         return position, record.get("state")
 
-    def note(self, writers: dict[str, SafetensorsWriter], state: Any = None, at_once: bool = False) -> None:
+    def note(self, writers: dict[str, SafetensorsWriter], state: Any = None) -> None:
         """Take in that these files, by name, stand at the end of a tensor. Raises the OSError of an earlier flush."""
         written = sum(writer.nbytes for writer in writers.values())
         busy = self._running is not None and not self._running.done()
-        if not at_once and (busy or abs(written - self._noted) < SYNC_BYTES):
+        if busy or abs(written - self._noted) < SYNC_BYTES:
             return
         self.wait()
         self._noted = written

@@ -2,89 +2,190 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.config import read_json
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX, partial_path, write_json
+from converters.files import PARTIAL_SUFFIX, FileRecord, partial_path, write_whole
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
+from converters.lock import FILE_NAME as LOCK
+from converters.lock import lock
+from converters.record import IN_PROGRESS, WRITTEN, Record, as_stored, existing_bytes, read_record, remove
 
-IN_PROGRESS = ".in-progress.json"
-_LOCK = ".lock"
-# What these commands write into their output; --force removes these and nothing else.
-_OURS = re.compile(
-    r"(config|generation_config|model\.safetensors\.index|random_init|shards|quantization_report)\.json"
-    r"|model-\d{5}-of-\d{5}\.safetensors|chip-\d{2,}-of-\d{2,}\.safetensors|\.in-progress\.json|\.journal\.json|\.lock"
-)
+# A folder of somebody else's with such a file holds a model; ours beside it would be taken for parts of that one.
+_MODEL = re.compile(r"(config|shards|random_init|params|.*\.index)\.json|.*\.(safetensors|bin|pth|pt|gguf)(\.partial)?")
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_OWN = (LOCK, IN_PROGRESS, WRITTEN, JOURNAL)
+_KEPT = "was not written by this tool, and --force keeps it. Move it away, or give another --out."
 
 
 class State(Enum):
     """How an output directory was found."""
 
     EMPTY = "empty"
-    UNFINISHED = "unfinished"  # the same arguments were interrupted: go on
+    UNFINISHED = "unfinished"  # begun with the same arguments: go on
     FINISHED = "finished"  # the same arguments have already made it
 
 
 class Finished(NamedTuple):
-    """What a finished directory says of itself: the arguments that made it, and the files that must be there."""
+    """What a finished directory of an earlier version, which kept no record, says of itself."""
 
     arguments: dict[str, Any]
     files: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What ``command`` is to make: the directory, what its content is a function of, and the names of all its files.
+
+    ``sources`` are the files that values are read from. ``names`` may be a part of an output that has more files: then
+    the others of the same arguments stay.
+    """
+
+    command: str
+    out: Path
+    arguments: dict[str, Any]
+    sources: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    def record(self) -> Record:
+        """What is known before the first byte, the source's sizes and times as they are now."""
+        return Record(self.command, as_stored(self.arguments), stamp_files(self.sources), tuple(sorted(self.names)))
+
+
+class Output:
+    """The directory while this process fills it."""
+
+    def __init__(self, wanted: Wanted, found: _Found) -> None:
+        self.state = found.state
+        self.directory = wanted.out
+        self._sources = wanted.sources
+        self._stamps = stamp_files(wanted.sources, changes=True)
+        self._record = found.record
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All files that this run has written or is to write, and those of earlier runs that it goes on with."""
+        return self._record.names
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the content is a function of."""
+        return self._record.arguments
+
+    @property
+    def caller_state(self) -> Any:
+        """What ``add`` was last given by a run of the same arguments."""
+        return self._record.state
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """The files that are whole, those of earlier runs of the same arguments too."""
+        return self._record.files
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a file is there as it was written. Raises InputError where it has changed since."""
+        path, record = self.directory / name, self._record.files.get(name)
+        if not path.is_file():
+            return False
+        problem = "was not written by this tool" if record is None else record.problem(path)
+        if problem:
+            raise InputError(f"{path} {problem}. Move it away, or give another --out.")
+        return True
+
+    def add(self, files: Mapping[str, FileRecord], state: Any = None) -> None:
+        """Put down what these files hold, before they get their names; ``state`` is kept for a later run."""
+        self._record = replace(self._record.with_files(files), state=state)
+        self._record.write(self.directory / IN_PROGRESS)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file whole; ``name`` may have a folder before it."""
+        path = self.directory / name
+        path.parent.mkdir(exist_ok=True)
+        self._record = self._record.with_files({name: FileRecord(len(content), hashlib.sha256(content).hexdigest())})
+        write_whole(path, content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole, with a stable order and a final newline."""
+        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def check_sources(self) -> None:
+        """Raise InputError where a file of the source has changed since the directory was claimed."""
+        for path in self._sources:
+            now = stamp_files([path], changes=True) if path.exists() else {}
+            if now.get(path.name) != self._stamps[path.name]:
+                raise InputError(
+                    f"{path} changed while it was read. Run the same command again when nothing writes it."
+                )
+
+    def finish(self) -> None:
+        """Put down that the directory is whole."""
+        missing = set(self._record.wanted) - self._record.files.keys()
+        if missing:
+            raise ValueError(f"{self.directory}: {sorted(missing)} were announced and not written")
+        record = replace(self._record, wanted=tuple(sorted(self._record.files)), replaced=())
+        record.write(self.directory / WRITTEN)
+        # In this order: a kill in between leaves a journal by which the rerun sees that nothing is left to do.
+        (self.directory / IN_PROGRESS).unlink(missing_ok=True)
+        remove(self.directory, ())
+
+
 @contextmanager
 def claim(
-    out: Path,
-    arguments: dict[str, Any],
-    source_files: list[Path],
-    finished: Callable[[Path], Finished | None],
-    companions: frozenset[str],
-    force: bool,
-) -> Iterator[State]:
-    """Hold ``out`` for one process while it is filled with what ``arguments`` describe, read from ``source_files``.
+    wanted: Wanted, finished: Callable[[Path], Finished | None], check_room: Callable[[int], None], force: bool
+) -> Iterator[Output]:
+    """Hold a directory for one process while it is filled.
 
-    ``finished`` reads a directory that the caller finished before (None: it didn't; InputError: it did, and the record
-    is damaged). ``companions`` are further file names that belong to the output. The caller writes the finishing file
-    last, inside the context; leaving it with an exception keeps what there is for a rerun, unless a rerun could only
-    end the same way: InputError in a directory that was empty leaves nothing. Raises InputError where the directory
-    holds something else and ``force`` is off, or files that the caller never wrote, or another process is filling it.
+    ``finished`` reads a directory that an earlier version finished (None: it didn't; InputError: it did, and is
+    damaged). ``check_room`` is told the bytes of these files that are there already or will be removed, and raises
+    InputError where the rest has no room; nothing has been written or removed then. The caller writes the finishing
+    file last; leaving with an exception keeps what there is for a rerun, unless a rerun could only end the same way:
+    InputError in a directory that was empty leaves nothing. Raises InputError where the directory holds something else
+    and ``force`` is off, or files that these tools never wrote, or another process is filling it.
     """
-    with _directory(out), _lock(out):
-        begun = json.loads(json.dumps({"arguments": arguments, "source_files": stamp_files(source_files)}))
-        found = _inspect(out, begun, finished)
-        state = found.state
-        if state is None and not force:
-            raise InputError(
-                f"{out} {found.problem}. Give --force to replace what this tool wrote there, or another --out."
-            )
-        if state is None and not found.ours:
-            for path in _outputs(out, companions):
-                raise InputError(f"{path} was not written by this tool, and --force keeps it. Give another --out.")
-        if state is None or (force and state is State.FINISHED):
-            remove_output(out, companions)
-            state = State.EMPTY
-        if state is not State.FINISHED:
-            write_json(out / IN_PROGRESS, begun)
+    out = wanted.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file. Give --out a directory.")
+    found = _look(wanted, finished, force)
+    if found.state is State.FINISHED:
+        yield Output(wanted, found)
+        return
+    check_room(existing_bytes(out, found.record.names - (found.record.files.keys() - set(found.record.wanted))))
+    with _directory(out), lock(out):
+        found = _look(wanted, finished, force)  # once more: another process may have been here
+        if found.state is State.FINISHED:
+            yield Output(wanted, found)
+            return
+        output = Output(wanted, found._replace(record=_begin(out, found.record)))
         try:
-            yield state
+            yield output
         except InputError:
-            if state is State.EMPTY:
-                remove_output(out, companions)
+            if found.state is State.EMPTY:
+                remove(out, output.names)
+                (out / IN_PROGRESS).unlink(missing_ok=True)
             raise
-        # In this order: a kill in between leaves a journal by which the rerun sees that nothing is left to do.
-        (out / IN_PROGRESS).unlink(missing_ok=True)
-        for path in (out / JOURNAL, partial_path(out / JOURNAL)):
-            path.unlink(missing_ok=True)
+        output.finish()
+
+
+def _begin(out: Path, record: Record) -> Record:
+    """Put down what is begun, then remove what it replaces: a kill in between leaves what the next run needs."""
+    record.write(out / IN_PROGRESS)
+    if not record.replaced:
+        return record
+    (out / WRITTEN).unlink(missing_ok=True)
+    remove(out, record.replaced)
+    record = replace(record, replaced=())
+    record.write(out / IN_PROGRESS)
+    return record
 
 
 def check_finished(directory: Path, command: str, last: str) -> None:
@@ -99,70 +200,166 @@ def check_finished(directory: Path, command: str, last: str) -> None:
         )
 
 
-def remove_output(out: Path, companions: frozenset[str]) -> None:
-    """Remove the files that these commands write, so that a directory can be filled anew."""
-    for path in _outputs(out, companions):
-        path.unlink()
-
-
-def _outputs(out: Path, companions: frozenset[str]) -> list[Path]:
-    """The files in ``out`` that bear names of these commands' output, unfinished ones included."""
-    return [
-        path
-        for path in out.iterdir()
-        if path.is_file()
-        and path.name != _LOCK
-        and (_OURS.fullmatch(name := path.name.removesuffix(PARTIAL_SUFFIX)) or name in companions)
-    ]
+def recorded_names(out: Path, arguments: dict[str, Any]) -> frozenset[str]:
+    """The files that a run with these arguments has written or begun in ``out``; none where there was no such run."""
+    for name in (IN_PROGRESS, WRITTEN):
+        if (out / name).is_file():
+            try:
+                record = read_record(out / name)
+            except InputError:
+                return frozenset()
+            return record.names if record.arguments == as_stored(arguments) else frozenset()
+    return frozenset()
 
 
 class _Found(NamedTuple):
-    """The state of a directory; None, with the problem in words, where it holds something else."""
+    """How a directory was found, the record to begin with, and the names of files there that these tools wrote."""
 
-    state: State | None
-    problem: str = ""
-    ours: bool = True  # whether the caller's command wrote what is there
+    state: State
+    record: Record
+    mine: frozenset[str] = frozenset()
 
 
-def _inspect(out: Path, begun: dict[str, Any], finished: Callable[[Path], Finished | None]) -> _Found:
-    if all(path.name in (_LOCK, IN_PROGRESS + PARTIAL_SUFFIX) for path in out.iterdir()):
-        return _Found(State.EMPTY)
+def _look(wanted: Wanted, finished: Callable[[Path], Finished | None], force: bool) -> _Found:
+    """What to do with the directory, which is only looked at. Raises InputError where it has to be left alone."""
+    out, begun = wanted.out, wanted.record()
+    if (out / IN_PROGRESS).exists():
+        found = _look_at_unfinished(out, begun, force)
+    elif (out / WRITTEN).exists():
+        found = _look_at_written(out, begun, force)
+    else:
+        found = _look_at_unrecorded(out, begun, finished, force)
+    if found.state is not State.FINISHED:
+        _check_foreign(out, found)
+    return found
+
+
+def _look_at_unfinished(out: Path, begun: Record, force: bool) -> _Found:
     try:
-        if (out / IN_PROGRESS).exists():
-            record = read_json(out / IN_PROGRESS)
-            if record == begun:
-                return _Found(State.UNFINISHED)
-            return _Found(None, f"was begun with {_difference(record, begun)}")
+        record = read_record(out / IN_PROGRESS)
+    except InputError as error:
+        with suppress(InputError):
+            return _replace(out, _damaged(error), begun, read_record(out / WRITTEN).names, force)
+        return _replace(out, _damaged(error), begun, frozenset(), force)
+    if record.same_run(begun):
+        return _Found(State.UNFINISHED, record, record.names)
+    _check_command(out, record, begun)
+    if not record.same_output(begun):
+        return _replace(out, f"was begun with {_difference(record, begun)}", begun, record.names, force)
+    if not force:
+        raise _refusal(out, f"was begun for other files ({_shown(set(record.wanted) - set(begun.wanted))})")
+    return _keep_whole(begun, record, {name: file for name, file in record.files.items() if (out / name).is_file()})
+
+
+def _look_at_written(out: Path, begun: Record, force: bool) -> _Found:
+    try:
+        record = read_record(out / WRITTEN)
+    except InputError as error:
+        return _replace(out, _damaged(error), begun, frozenset(), force)
+    _check_command(out, record, begun)
+    if not record.same_output(begun):
+        return _replace(out, f"was made with {_difference(record, begun)}", begun, record.names, force)
+    present = {name: file for name, file in record.files.items() if (out / name).is_file()}
+    problems = {name: problem for name, file in present.items() if (problem := file.problem(out / name))}
+    if force:
+        return _keep_whole(begun, record, {name: file for name, file in present.items() if name not in problems})
+    for name, problem in problems.items():
+        raise InputError(f"{out / name} {problem}. Give --force to make it anew, or another --out.")
+    if present.keys() >= set(begun.wanted):
+        return _Found(State.FINISHED, record, record.names)
+    return _Found(State.UNFINISHED, replace(begun, files=present, state=record.state), record.names)
+
+
+def _look_at_unrecorded(out: Path, begun: Record, finished: Callable[[Path], Finished | None], force: bool) -> _Found:
+    """A directory that isn't there, is empty, of somebody else, or of a version of this tool that kept no record."""
+    entries = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if entries <= {*_OWN, *(name + PARTIAL_SUFFIX for name in _OWN)}:
+        return _Found(State.EMPTY, begun)
+    try:
         made = finished(out)
     except InputError as error:
-        return _Found(None, f"is damaged ({str(error).rstrip('.')})")
+        return _replace(out, _damaged(error), begun, frozenset(), force)
     if made is None:
-        return _Found(None, "already holds other files", ours=False)
-    if made.arguments != begun["arguments"]:
-        return _Found(None, f"was made with {_difference({'arguments': made.arguments}, begun)}")
-    whole = all((out / name).is_file() for name in made.files)
-    return _Found(State.FINISHED if whole else State.UNFINISHED)
+        return _replace(out, "already holds other files", begun, frozenset(), force)
+    if as_stored(made.arguments) != begun.arguments:
+        difference = _difference(replace(begun, arguments=made.arguments), begun)
+        return _replace(out, f"was made with {difference}", begun, frozenset(made.files), force)
+    missing = [name for name in begun.wanted if not (out / name).is_file()]
+    if missing or force:
+        return _replace(out, f"lacks {_shown(missing)}", begun, frozenset(made.files), force)
+    return _Found(State.FINISHED, begun)
 
 
-def _difference(record: Any, begun: dict[str, Any]) -> str:
+def _check_command(out: Path, record: Record, begun: Record) -> None:
+    if record.command != begun.command:
+        raise InputError(
+            f"{out} was written by {record.command}, and --force replaces only what the same command wrote. "
+            "Give another --out."
+        )
+
+
+def _replace(out: Path, problem: str, begun: Record, mine: frozenset[str], force: bool) -> _Found:
+    """Begin anew in the place of ``mine``, where ``force`` allows it; else InputError with the problem."""
+    if not force:
+        raise _refusal(out, problem)
+    for path in sorted(out.iterdir()):
+        if not mine and _MODEL.fullmatch(path.name):
+            raise InputError(f"{path} {_KEPT}")
+    return _Found(State.EMPTY, replace(begun, replaced=tuple(sorted(mine))), mine)
+
+
+def _keep_whole(begun: Record, record: Record, whole: Mapping[str, FileRecord]) -> _Found:
+    """Make the wanted files anew, and keep the others of the same output that are ``whole``."""
+    kept = {name: file for name, file in whole.items() if name not in begun.wanted}
+    replaced = tuple(sorted(record.names - kept.keys()))
+    state = State.UNFINISHED if kept else State.EMPTY
+    return _Found(
+        state, replace(begun, files=kept, replaced=replaced, state=record.state if kept else None), record.names
+    )
+
+
+def _check_foreign(out: Path, found: _Found) -> None:
+    """Raise InputError where a file that these tools didn't write has the name of one that is to be written."""
+    for name in found.record.wanted:
+        for path in (out / name, partial_path(out / name)):
+            if name not in found.mine and os.path.lexists(path):
+                raise InputError(f"{path} {_KEPT}")
+    for name in _SINGLE_FILES:  # readers take it for the model, whatever stands beside it
+        if name not in found.mine and os.path.lexists(out / name):
+            raise InputError(f"{out / name} {_KEPT}")
+
+
+def _refusal(out: Path, problem: str) -> InputError:
+    return InputError(f"{out} {problem}. Give --force to replace what this tool wrote there, or another --out.")
+
+
+def _damaged(error: InputError) -> str:
+    return f"is damaged ({str(error).rstrip('.')})"
+
+
+def _shown(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _difference(earlier: Record, wanted: Record) -> str:
     """In words, how the arguments of an earlier run differ from this one's."""
-    earlier = record.get("arguments") if isinstance(record, dict) else None
-    if not isinstance(earlier, dict):
-        return "other arguments"
-    wanted = begun["arguments"]
-    if earlier.get("source_fingerprint") != wanted["source_fingerprint"]:
+    if earlier.arguments.get("source_fingerprint") != wanted.arguments["source_fingerprint"]:
         return "another source, or its source has changed since"
-    changed = [key for key in wanted if earlier.get(key) != wanted[key]]
+    keys = dict.fromkeys((*wanted.arguments, *earlier.arguments))
+    changed = [key for key in keys if earlier.arguments.get(key) != wanted.arguments.get(key)]
     if not changed:
         return "a source that has changed since"
-    return "other arguments (" + ", ".join(f"{key} {earlier.get(key)}, now {wanted[key]}" for key in changed) + ")"
+    return (
+        "other arguments ("
+        + ", ".join(f"{key} {earlier.arguments.get(key)}, now {wanted.arguments.get(key)}" for key in changed)
+        + ")"
+    )
 
 
 @contextmanager
 def _directory(out: Path) -> Iterator[None]:
     """``out`` with its parents, made where they are missing, and gone again where an InputError leaves them empty."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file. Give --out a directory.")
     made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -172,21 +369,3 @@ def _directory(out: Path) -> Iterator[None]:
             for path in made:
                 path.rmdir()
         raise
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """An advisory lock that the operating system drops with the process, however that ends."""
-    path = out / _LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
-        if not held:  # or the holder has just left and taken the file with it
-            raise InputError(f"Another process is writing to {out}. Wait for it, or give another --out.")
-        try:
-            yield
-        finally:
-            os.unlink(path)

@@ -167,7 +167,7 @@ def chunk_bytes(files: int) -> int:
 
 
 def _open_to_write(path: Path, truncate: bool) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if truncate else 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if truncate else 0)
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
     except (AttributeError, OSError) as error:

@@ -33,8 +33,8 @@ class BlockSource(Protocol):
         """Rows [start, stop); called in several threads."""
         ...
 
-    def passed(self, stored: StoredParameter, start: int, block: Block) -> None:
-        """Take note of a block that has been written; called in the order of the files."""
+    def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
+        """Take note of a block that has been written, of padding where ``start`` is None; in the order of the files."""
         ...
 
     def state(self) -> Any:
@@ -58,7 +58,6 @@ class Quantizer:
     def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.report = Report()
-        self._reported = ("", 0)  # a tensor and the row up to which it is in the report
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
         name = stored.weight.name
@@ -71,15 +70,14 @@ class Quantizer:
         check_finite(quantized.scale, name)
         return Block(*quantized, errors)
 
-    def passed(self, stored: StoredParameter, start: int, block: Block) -> None:
-        name, row = stored.weight.name, start + len(block.values)
-        repeated = self._reported[0] == name and start < self._reported[1]  # a KV head that stands on several chips
-        if block.errors is not None and not repeated:
-            self.report.add(name, block.errors)
-            self._reported = (name, row)
+    def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
+        if stored.scale is not None:
+            self.report.expect(stored.weight.name)
+        if start is not None and block.errors is not None:
+            self.report.add(stored.weight.name, start, block.errors)
 
     def state(self) -> Any:
-        return self.report.finished()
+        return self.report.state()
 
     def restore(self, state: Any) -> None:
         self.report.restore(state)
@@ -102,7 +100,7 @@ class Resharder:
         scale = None if stored.scale is None else self._shards.rows(stored.scale.name, start, stop)
         return Block(values, scale, None)
 
-    def passed(self, stored: StoredParameter, start: int, block: Block) -> None:
+    def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
         """Nothing is kept: the report comes with the shards."""
 
     def state(self) -> Any:

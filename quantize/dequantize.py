@@ -12,11 +12,9 @@ from pathlib import Path
 
 import torch
 
-from converters.checkpoint import COMPANION_NAMES
 from converters.compressed import SCALE_SUFFIX, dequantize
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX
-from converters.output import claim
+from converters.output import State, claim
 from converters.preflight import check_machine, free_bytes, room_for
 from converters.progress import progress
 from converters.units import format_bytes
@@ -48,35 +46,23 @@ def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool
     config = shards.config.cut(layers).with_dtype("bfloat16")
     fingerprint = hashlib.sha256(f"dequantized {shards.manifest.source_fingerprint}".encode()).hexdigest()
     sharding = Sharding(config, Scheme("bf16"), shards.chips, tuple(range(shards.chips)), fingerprint)
-    if _is_made(sharding, out):
-        return False
-    _check_fits(sharding, out)
-    with (
-        claim(out, sharding.arguments(), shards.paths(), finished, COMPANION_NAMES, force),
-        progress("Dequantizing", sharding.nbytes) as advance,
-    ):
-        write_shards(sharding, _Dequantizer(shards), out, advance)
+    source = _Dequantizer(shards)
+
+    def check_room(existing: int) -> None:
+        _check_fits(sharding, out, existing)
+
+    with claim(sharding.wanted(out, source), finished, check_room, force) as output:
+        if output.state is State.FINISHED:
+            return False
+        with progress("Dequantizing", sharding.nbytes) as advance:
+            write_shards(sharding, source, output, advance)
     return True
 
 
-def _is_made(sharding: Sharding, out: Path) -> bool:
-    """Whether ``out`` holds these very shards, finished."""
-    try:
-        made = finished(out)
-    except InputError:  # unfinished or damaged: claim tells which
-        return False
-    return (
-        made is not None
-        and made.arguments == sharding.arguments()
-        and all((out / name).is_file() for name in made.files)
-    )
-
-
-def _check_fits(sharding: Sharding, out: Path) -> None:
-    """Raise InputError where the disk has no room for the files, that of the files in their place counted as free."""
-    check_machine(out, sharding.chips + len(COMPANION_NAMES))
-    replaced = [path for end in ("", PARTIAL_SUFFIX) for path in out.glob("chip-*.safetensors" + end)]
-    room = free_bytes(out) + sum(path.stat().st_size for path in replaced)
+def _check_fits(sharding: Sharding, out: Path, existing: int) -> None:
+    """Raise InputError where the disk has no room for the files, ``existing`` bytes of which have theirs."""
+    check_machine(out, sharding.chips, at_once=sharding.chips)
+    room = free_bytes(out) + existing
     if room_for(sharding.nbytes) > room:
         raise InputError(
             f"{out} needs {format_bytes(sharding.nbytes)} for bfloat16 shards and has room for {format_bytes(room)}. "

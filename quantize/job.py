@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.checkpoint import COMPANION_NAMES, open_source
+from converters.checkpoint import open_source
 from converters.errors import InputError
-from converters.output import State, claim
+from converters.output import State, Wanted, claim
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.units import format_bytes, plural
@@ -38,22 +38,26 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
     lines = _describe(sharding, request.out)
     if dry_run:
         lines.append(f"  {format_bytes(free_bytes(request.out))} free here")
-        tasks, files = piece_tasks(sharding, source), len(sharding.only_chips)
+        tasks, files = piece_tasks(sharding, source, sharding.only_chips), len(sharding.only_chips)
         lines.append(estimate(request.out, sharding.nbytes, tasks, lambda piece: piece.nbytes, files))
         return "\n".join(lines)
-    with claim(request.out, sharding.arguments(), source.files(), finished, COMPANION_NAMES, force) as state:
-        if state is State.FINISHED:
+    wanted = sharding.wanted(request.out, source)
+
+    def check_room(existing: int) -> None:
+        _check_fits(sharding, wanted, existing)
+
+    with claim(wanted, finished, check_room, force) as output:
+        if output.state is State.FINISHED:
             return f"{request.out} is already complete; nothing was left to do."
-        _check_fits(sharding, request.out)
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
-            write_shards(sharding, source, request.out, advance)
+            write_shards(sharding, source, output, advance)
     if isinstance(source, Quantizer) and source.report.summary():
         lines.append(source.report.summary())
     return "\n".join(lines)
 
 
 def verify_output(out: Path) -> str:
-    """Check every file of a finished output against the manifest. Returns the line to show the user."""
+    """Check every file of a finished output against its digest. Returns the line to show the user."""
     shards = Shards(out)
     total = sum(record.nbytes for record in shards.manifest.files.values())
     with progress("Verifying", total) as advance:
@@ -104,18 +108,17 @@ def _check_distinct(checkpoint: Path, out: Path) -> None:
         raise InputError(f"--out {out} is the input. Give another directory; an input is never changed.")
 
 
-def _check_fits(sharding: Sharding, out: Path) -> None:
-    """Raise InputError, saying what would fit, where the files don't."""
-    files = len(sharding.only_chips)
-    check_machine(out, files + len(COMPANION_NAMES), at_once=files)
-    needed, free = sharding.missing_bytes(out), free_bytes(out)
-    if not needed or room_for(needed) <= free:
+def _check_fits(sharding: Sharding, wanted: Wanted, existing: int) -> None:
+    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes of them have their room."""
+    check_machine(wanted.out, len(wanted.names), at_once=len(sharding.only_chips))
+    needed, free = sharding.nbytes - existing, free_bytes(wanted.out)
+    if needed <= 0 or room_for(needed) <= free:
         return
     layers = layers_that_fit(sharding.config, lambda config: replace(sharding, config=config).nbytes, free)
     files = free // room_for(sharding.file_bytes)
     chips = f", --only-chip for {files} of the files" if 0 < files < len(sharding.only_chips) else ""
     raise InputError(
-        f"{out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. Give --out on a larger "
+        f"{wanted.out} needs {format_bytes(needed)} and {format_bytes(free)} are free there. Give --out on a larger "
         f"disk{chips}{layers}."
     )
 

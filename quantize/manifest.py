@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converters.config import ModelConfig, read_json
 from converters.errors import InputError
-from converters.files import write_json
+from converters.files import FileRecord
+from converters.record import read_file_record
 from quantize.partition import MAX_CHIPS, padding
 from quantize.scheme import SCHEMES, Scheme, stored_tensors
 
 FILE_NAME = "shards.json"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and digest of one chip's file."""
-
-    nbytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -36,8 +28,9 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     files: dict[int, FileRecord]
 
-    def write(self, directory: Path) -> None:
-        content = {
+    def as_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {
             "format_version": FORMAT_VERSION,
             "model": self.model,
             "chips": self.chips,
@@ -45,12 +38,8 @@ class Manifest:
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "source_fingerprint": self.source_fingerprint,
             "tensors": self.tensors,
-            "files": {
-                chip_file(chip, self.chips): {"bytes": record.nbytes, "sha256": record.sha256}
-                for chip, record in sorted(self.files.items())
-            },
+            "files": {chip_file(chip, self.chips): record.as_json() for chip, record in sorted(self.files.items())},
         }
-        write_json(directory / FILE_NAME, content)
 
 
 def chip_file(chip: int, chips: int) -> str:
@@ -107,8 +96,5 @@ def _read_files(path: Path, files: dict[str, Any], chips: int) -> dict[int, File
     for name, entry in files.items():
         if name not in numbers:
             raise InputError(f"{path} lists the file {name[:80]!r}, which is not one of {chips} chips' files.")
-        nbytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if type(nbytes) is not int or not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise InputError(f"{path} has no size and sha256 for {name}. Fetch it again, or quantize again.")
-        records[numbers[name]] = FileRecord(nbytes, sha256)
+        records[numbers[name]] = read_file_record(entry, path, name)
     return records

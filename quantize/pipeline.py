@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,18 +17,17 @@ from converters.files import (
     SafetensorsWriter,
     TensorSpec,
     partial_path,
+    publish,
     safetensors_bytes,
     tensors_before,
-    write_json,
-    write_whole,
 )
 from converters.journal import Journal
-from converters.output import Finished
+from converters.output import Finished, Output, Wanted
 from converters.parallel import in_order
 from converters.progress import Advance
 from converters.source import row_blocks
 from quantize.blocks import Block, BlockSource
-from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
+from quantize.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
 from quantize.scheme import Scheme, StoredParameter, chip_specs, stored_parameters
@@ -64,48 +62,66 @@ class Sharding:
         """By chip, the files to be made."""
         return {chip: chip_file(chip, self.chips) for chip in self.only_chips}
 
-    def missing_bytes(self, out: Path) -> int:
-        """Bytes that a run would still have to write behind what an interrupted one left."""
-        partials = [partial_path(out / name) for name in self.file_names().values()]
-        return self.nbytes - sum(path.stat().st_size for path in partials if path.is_file())
-
     def arguments(self) -> dict[str, Any]:
-        """What the result is a function of."""
+        """What the result is a function of, but for which chips' files are there."""
         return {
             "source_fingerprint": self.source_fingerprint,
             "layers": self.config.num_layers,
             "scheme": self.scheme.name,
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "chips": self.chips,
-            "only_chips": list(self.only_chips),
         }
 
+    def wanted(self, out: Path, source: BlockSource) -> Wanted:
+        """The directory and the files to be made in it."""
+        names = (*self.file_names().values(), *source.small_files(), "config.json", FILE_NAME)
+        return Wanted("llama-quantize", out, self.arguments(), tuple(source.files()), names)
 
-def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Advance) -> None:
+
+def write_shards(sharding: Sharding, source: BlockSource, output: Output, advance: Advance) -> None:
     """Write the chips' files, then the small files, then the manifest, going on where an interrupted run stopped.
 
-    ``advance`` is told bytes as they are done.
+    Files of other chips that an earlier run has made stay, and are listed too. ``advance`` is told bytes as they are
+    done.
     """
     config, scheme, chips = sharding.config, sharding.scheme, sharding.chips
-    with closing(Journal(out)) as journal:
-        records = _write_chips(sharding, source, out, journal, advance)
-        for name, content in source.small_files().items():
-            write_whole(out / name, content)
-        fields = config.to_hf()
-        if scheme.name == "int8":
-            fields["quantization_config"] = quantization_config(config, scheme.quantize_lm_head)
-        write_json(out / "config.json", fields)
-        tensors = describe_tensors(config, scheme, chips)
-        Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
+    source.restore(output.caller_state)
+    _write_chips(sharding, source, output, advance)
+    for name, content in source.small_files().items():
+        output.write(name, content)
+    fields = config.to_hf()
+    if scheme.name == "int8":
+        fields["quantization_config"] = quantization_config(config, scheme.quantize_lm_head)
+    output.write_json("config.json", fields)
+    tensors = describe_tensors(config, scheme, chips)
+    numbers = {chip_file(chip, chips): chip for chip in range(chips)}
+    records = {numbers[name]: record for name, record in output.files.items() if name in numbers}
+    output.check_sources()
+    manifest = Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records)
+    output.write_json(FILE_NAME, manifest.as_json())
 
 
-def _write_chips(
-    sharding: Sharding, source: BlockSource, out: Path, journal: Journal, advance: Advance
-) -> dict[int, FileRecord]:
-    specs, names = sharding.specs, sharding.file_names()
-    for name in names.values():  # all files or none are whole: those that a crash left behind the others are not
-        if (out / name).exists():
-            os.replace(out / name, partial_path(out / name))
+def _write_chips(sharding: Sharding, source: BlockSource, output: Output, advance: Advance) -> None:
+    names = {chip: name for chip, name in sharding.file_names().items() if not output.is_whole(name)}
+    advance(sharding.file_bytes * (len(sharding.only_chips) - len(names)))
+    partials = {name: partial_path(output.directory / name) for name in names.values()}
+    if not all(name in output.files and path.is_file() for name, path in partials.items()):
+        with closing(Journal(output.directory)) as journal:
+            _write_values(sharding, names, source, output, journal, advance)
+    for name, path in partials.items():
+        publish(path, output.directory / name)
+
+
+def _write_values(
+    sharding: Sharding,
+    names: dict[int, str],
+    source: BlockSource,
+    output: Output,
+    journal: Journal,
+    advance: Advance,
+) -> None:
+    """Write the files of these chips to the end, and put down what they hold; they have no names yet."""
+    specs = sharding.specs
     position, state = journal.read(list(names.values()))
     done = tensors_before(specs, position)
     if done:
@@ -113,12 +129,12 @@ def _write_chips(
     with ExitStack() as stack:
         writers = {}
         for chip, name in names.items():
-            writers[chip] = SafetensorsWriter(out / name, specs, position if done else 0, hashed=True, files=len(names))
+            path = output.directory / name
+            writers[chip] = SafetensorsWriter(path, specs, position if done else 0, files=len(names))
             stack.callback(writers[chip].stop)
-        _write_pieces(piece_tasks(sharding, source, skip=done or 0), writers, names, source, journal, advance)
-        for writer in writers.values():
-            writer.close()
-    return {chip: FileRecord(writer.nbytes, writer.sha256) for chip, writer in writers.items()}
+        tasks = piece_tasks(sharding, source, tuple(names), skip=done or 0)
+        _write_pieces(tasks, writers, names, source, journal, advance)
+        output.add({names[chip]: writer.finish() for chip, writer in writers.items()}, source.state())
 
 
 def _write_pieces(
@@ -138,19 +154,18 @@ def _write_pieces(
         advance(piece.nbytes, piece.step.stored.weight.name)
         if piece.step.ends_parameter:
             journal.note(by_name, source.state())
-    journal.note(by_name, source.state(), at_once=True)
     journal.wait()
 
 
 def finished(out: Path) -> Finished | None:
-    """What a finished directory of shards was made with; None for any other directory."""
+    """What a directory of shards without a record was made with; None for any other directory."""
     if not (out / FILE_NAME).is_file():
         return None
     shards = Shards(out)
     manifest = shards.manifest
     chips = tuple(sorted(manifest.files))
     sharding = Sharding(shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint)
-    return Finished(sharding.arguments(), (REPORT, *(chip_file(chip, manifest.chips) for chip in chips)))
+    return Finished(sharding.arguments(), (*sharding.file_names().values(), REPORT, "config.json", FILE_NAME))
 
 
 @dataclass(frozen=True)
@@ -177,8 +192,10 @@ class _Piece(NamedTuple):
         return sum(part.nbytes for part in self.parts)
 
 
-def piece_tasks(sharding: Sharding, source: BlockSource, skip: int = 0) -> Iterator[Callable[[], _Piece]]:
-    """The work on every parameter but those of the first ``skip`` tensors, in the order of the files."""
+def piece_tasks(
+    sharding: Sharding, source: BlockSource, chips: tuple[int, ...], skip: int = 0
+) -> Iterator[Callable[[], _Piece]]:
+    """The work on every parameter but those of the first ``skip`` tensors, in the order of the files of ``chips``."""
     tensors = 0
     for stored in stored_parameters(sharding.config, sharding.scheme):
         tensors += len(stored.tensors)
@@ -186,13 +203,13 @@ def piece_tasks(sharding: Sharding, source: BlockSource, skip: int = 0) -> Itera
             continue
         parameter = stored.weight.parameter
         columns = parameter_segments(sharding.config, parameter, sharding.chips) if parameter.row.shard == 1 else None
-        for step in _steps(stored, sharding):
+        for step in _steps(stored, sharding, chips):
             yield partial(_do, step, columns, source)
 
 
-def _steps(stored: StoredParameter, sharding: Sharding) -> Iterator[_Step]:
+def _steps(stored: StoredParameter, sharding: Sharding, chips: tuple[int, ...]) -> Iterator[_Step]:
     """A parameter split along its rows goes chip by chip; any other, block by block into all files."""
-    parameter, chips = stored.weight.parameter, sharding.only_chips
+    parameter = stored.weight.parameter
     if parameter.row.shard != 0:
         for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
             last = stop == parameter.shape[0]
@@ -228,8 +245,7 @@ def _take(
     step, block = piece.step, piece.block
     for chip, part in zip(step.chips, piece.parts, strict=True):
         writers[chip].append(part)
-    if step.start is not None:
-        source.passed(step.stored, step.start, block)
+    source.passed(step.stored, step.start, block)
     if block.scale is not None:
         scales.append(block.scale)
         if step.ends_tensor:

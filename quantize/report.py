@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from quantize.int8 import RowErrors
+
+if TYPE_CHECKING:
+    import torch
 
 FILE_NAME = "quantization_report.json"
 FORMAT_VERSION = 1
@@ -14,35 +18,43 @@ FORMAT_VERSION = 1
 class Report:
     """Errors of the quantized tensors. The relative error is norm(dequantized - weight) / norm(weight).
 
-    Rows are added up exactly (math.fsum), so that the report doesn't depend on the blocks in which they came.
+    Rows are added up exactly (math.fsum), each once, so that the report depends neither on the blocks in which they
+    came nor on the runs that made the chips' files.
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[str, dict[str, float]] = {}
+        self._tensors: dict[str, _Sums] = {}
         self._name = ""
         self._rows: list[RowErrors] = []
 
-    def add(self, name: str, errors: RowErrors) -> None:
-        """Take in some more rows of a tensor; a tensor's rows come one after another."""
+    def expect(self, name: str) -> None:
+        """Give a tensor its place in the report, though the rows at hand may all be padding."""
+        self._tensors.setdefault(name, _Sums())
+
+    def add(self, name: str, start: int, errors: RowErrors) -> None:
+        """Take in rows from ``start`` on of a tensor; its rows come one after another. Those known already are not."""
         if name != self._name:
             self._close()
             self._name = name
-        self._rows.append(errors)
+        self.expect(name)
+        for first, stop in self._tensors[name].take(start, start + len(errors.max_error)):
+            self._rows.append(RowErrors(*(part[first - start : stop - start] for part in errors)))
 
-    def finished(self) -> dict[str, dict[str, float]]:
-        """The entries of the tensors that came so far, whole ones: what ``restore`` takes."""
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on from here, as JSON holds it."""
         self._close()
-        return dict(self._tensors)
+        return {name: sums.as_json() for name, sums in self._tensors.items()}
 
-    def restore(self, tensors: dict[str, dict[str, float]]) -> None:
-        """Begin with the entries of an earlier run."""
-        self._tensors = dict(tensors)
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Begin with what an earlier run knew."""
+        self._tensors = {name: _Sums(**sums) for name, sums in (state or {}).items()}
 
     def content(self) -> dict[str, Any]:
         """quantization_report.json: relative and largest error of every quantized tensor, and the worst of them."""
         self._close()
-        worst = max(self._tensors, key=lambda name: self._tensors[name]["relative_error"], default=None)
-        return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": self._tensors}
+        tensors = {name: sums.entry() for name, sums in self._tensors.items()}
+        worst = max(tensors, key=lambda name: tensors[name]["relative_error"], default=None)
+        return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": tensors}
 
     def summary(self) -> str:
         """One line for the user; empty where nothing was quantized."""
@@ -55,15 +67,57 @@ class Report:
         return f"Relative error of the int8 weights: mean {mean:.2%}, worst {worst:.2%} ({content['worst']})"
 
     def _close(self) -> None:
-        """Sum up the tensor whose rows have been coming."""
-        if not self._rows:
-            return
-        squared_error, squared_weight = (
-            math.fsum(value for rows in self._rows for value in part(rows).tolist())
-            for part in (lambda rows: rows.squared_error, lambda rows: rows.squared_weight)
-        )
-        self._tensors[self._name] = {
-            "relative_error": math.sqrt(squared_error / squared_weight) if squared_weight else 0.0,
-            "max_error": max(rows.max_error.max().item() for rows in self._rows),
-        }
-        self._rows = []
+        """Sum up the rows that have been coming."""
+        if self._rows:
+            self._tensors[self._name].add(self._rows)
+            self._rows = []
+
+
+@dataclass
+class _Sums:
+    """Of the rows of a tensor that were seen, as ranges [start, stop): the sums in parts, whose sum is exact."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    squared_error: list[float] = field(default_factory=list)
+    squared_weight: list[float] = field(default_factory=list)
+    max_error: float = 0.0
+
+    def take(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Mark rows as seen; returns the ranges of those that were not."""
+        new, at = [], start
+        for first, last in self.rows:
+            if at < min(first, stop):
+                new.append((at, min(first, stop)))
+            at = max(at, last)
+        if at < stop:
+            new.append((at, stop))
+        merged: list[list[int]] = []
+        for first, last in sorted([*map(tuple, self.rows), *new]):
+            if merged and merged[-1][1] == first:
+                merged[-1][1] = last
+            else:
+                merged.append([first, last])
+        self.rows = merged
+        return new
+
+    def add(self, rows: list[RowErrors]) -> None:
+        self.squared_error = _exact_parts(self.squared_error, [part.squared_error for part in rows])
+        self.squared_weight = _exact_parts(self.squared_weight, [part.squared_weight for part in rows])
+        self.max_error = max(self.max_error, *(part.max_error.max().item() for part in rows))
+
+    def entry(self) -> dict[str, float]:
+        """The tensor's entry in the report."""
+        error, weight = math.fsum(self.squared_error), math.fsum(self.squared_weight)
+        return {"relative_error": math.sqrt(error / weight) if weight else 0.0, "max_error": self.max_error}
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _exact_parts(parts: list[float], values: list[torch.Tensor]) -> list[float]:
+    """The sum of all these as up to three floats, each the rounding of what the ones before leave."""
+    terms = [*parts, *(value for tensor in values for value in tensor.tolist())]
+    found: list[float] = []
+    while len(found) < 3 and (part := math.fsum([*terms, *(-done for done in found)])):
+        found.append(part)
+    return found

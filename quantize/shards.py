@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from converters.config import ModelConfig, read_config
 from converters.errors import InputError, MissingTensor, UnexpectedTensor
 from converters.output import check_finished
 from converters.progress import Advance
+from converters.record import WRITTEN, read_record, verify_files
 from converters.tensor_files import SafetensorsFile
 from quantize.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.partition import Segment, parameter_segments
@@ -19,8 +19,6 @@ from quantize.scheme import StoredTensor, chip_specs, stored_tensors
 
 if TYPE_CHECKING:
     import torch
-
-_READ_BYTES = 4 << 20
 
 
 class Shards:
@@ -71,20 +69,14 @@ class Shards:
         return torch.cat(pieces(tensor, start, stop), dim=shard)
 
     def verify(self, advance: Advance) -> None:
-        """Read every file that the manifest lists; raise InputError, naming it, where a byte has changed."""
+        """Read every file that the manifest or the record lists; raise InputError, naming it, where a byte differs."""
         self.require(self.manifest.files)
-        for chip, record in sorted(self.manifest.files.items()):
+        for chip in sorted(self.manifest.files):
             self._open(chip)
-            digest = hashlib.sha256()
-            with self._path(chip).open("rb") as file:
-                while block := file.read(_READ_BYTES):
-                    digest.update(block)
-                    advance(len(block))
-            if digest.hexdigest() != record.sha256:
-                raise InputError(
-                    f"{self._path(chip)} has changed since it was written (its sha256 differs from {FILE_NAME}). "
-                    "Fetch it again, or quantize again with --force."
-                )
+        files = {chip_file(chip, self.chips): record for chip, record in sorted(self.manifest.files.items())}
+        if (self.directory / WRITTEN).is_file():
+            files = read_record(self.directory / WRITTEN).files | files
+        verify_files(self.directory, files, "llama-quantize", advance)
 
     def companions(self) -> dict[str, bytes]:
         """The tokenizer's files and the like: file name -> content."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import subprocess
 import time
@@ -218,24 +217,3 @@ def test_a_disk_too_small_is_found_out_before(
         assert status == 2
         assert "are free there" in error_line(result)
         assert list(small_disk.path.iterdir()) == []
-
-
-def test_a_source_changed_in_between_is_noticed(tmp_path: Path) -> None:
-    """One byte in the middle, which a sample of the file may miss, between a killed run and its rerun."""
-    make_model(tmp_path / "hf", layers=4, hidden=64, vocab=2000)
-    invoke(child_command.convert, "--source", tmp_path / "hf", "--out", tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors.index.json").unlink()
-    source = open_source(tmp_path / "hf")
-    from converters.files import write_json
-    from converters.fingerprint import stamp_files
-
-    arguments = {
-        "source_fingerprint": source.fingerprint(), "layers": 4, "dtype": "bfloat16", "storage": "auto",
-        "max_shard_bytes": 5 * 10**9, "keep_int8": False,
-    }  # fmt: skip
-    begun = {"arguments": arguments, "source_files": stamp_files(source.files())}
-    write_json(tmp_path / "out" / ".in-progress.json", begun)
-    os.utime(tmp_path / "hf" / "model.safetensors", ns=(1, 1))
-    status, result = run_command(child_command.convert, "--source", tmp_path / "hf", "--out", tmp_path / "out")
-    assert status == 2
-    assert "a source that has changed since" in error_line(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections import namedtuple
 from collections.abc import Callable
@@ -129,18 +128,21 @@ def test_another_source(tmp_path: Path, hf: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format_version": 1}', '{"metadata": 3}', '{"metadata": {}}'])
-def test_damaged_record_of_a_finished_output(fill: Fill, damage: str, tmp_path: Path) -> None:
-    """What can't be read can't be called complete; a directory that is surely ours can be made anew by --force."""
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "earlier version"])
+def test_damaged_manifest_of_a_finished_output(fill: Fill, damage: str, recorded: bool, tmp_path: Path) -> None:
+    """What can't be read can't be called complete; --force makes anew what is surely ours, and nothing else."""
     command, arguments = fill
     invoke(command, *arguments, "--out", tmp_path / "out")
     whole = snapshot(tmp_path / "out")
     record = tmp_path / "out" / ("model.safetensors.index.json" if command is convert else "shards.json")
     record.write_text(damage)
+    if not recorded:
+        (tmp_path / "out" / ".written.json").unlink()
     refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["--force"])
-    if command is quantize or damage == "{":
+    if recorded:
         invoke(command, *arguments, "--out", tmp_path / "out", "--force")
         assert snapshot(tmp_path / "out") == whole
-    else:  # an index that any tool may have written
+    else:  # files that any tool may have written
         refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force", says=[str(tmp_path / "out")])
 
 
@@ -149,23 +151,40 @@ def test_missing_files_of_a_finished_output_are_written_again(fill: Fill, tmp_pa
     invoke(command, *arguments, "--out", tmp_path / "out")
     whole = snapshot(tmp_path / "out")
     for name in whole:
-        if not name.endswith(("shards.json", "index.json")):
+        if name != ".written.json":
             (tmp_path / "out" / name).unlink()
-    if command is quantize:  # its manifest is nothing without a config.json, so it can't say what was made
-        refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["--force"])
-        arguments = (*arguments, "--force")
     assert "already complete" not in invoke(command, *arguments, "--out", tmp_path / "out").stdout
     assert snapshot(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("record", ["{}", "{", "[]", '{"source_fingerprint": "0"}'])
-def test_unfinished_output_of_other_arguments(fill: Fill, record: str, tmp_path: Path) -> None:
+def test_output_of_an_earlier_version(fill: Fill, tmp_path: Path) -> None:
+    """It kept no record: complete where its files are there; --force replaces those that are known to be ours."""
+    command, arguments = fill
+    invoke(command, *arguments, "--out", tmp_path / "out")
+    (tmp_path / "out" / ".written.json").unlink()
+    before = snapshot(tmp_path / "out")
+    assert "already complete" in invoke(command, *arguments, "--out", tmp_path / "out").stdout
+    assert snapshot(tmp_path / "out") == before
+    refuse(tmp_path, command, *arguments, "--layers", 1, "--out", tmp_path / "out", says=["layers 2, now 1", "--force"])
+    invoke(command, *arguments, "--layers", 1, "--out", tmp_path / "out", "--force")
+    invoke(command, *arguments, "--layers", 1, "--out", tmp_path / "straight")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "record", ["{}", "{", "[]", '{"source_fingerprint": "0"}', '{"format_version": 1, "files": 3}']
+)
+def test_damaged_record_of_an_unfinished_output(fill: Fill, record: str, tmp_path: Path) -> None:
+    """Nobody knows whose the files are then: none of their names is taken, whatever is forced."""
     command, arguments = fill
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".in-progress.json").write_text(record)
     (tmp_path / "out" / "chip-00-of-01.safetensors").write_bytes(b"other")
     (tmp_path / "out" / "model-00001-of-00001.safetensors.partial").write_bytes(b"other")
-    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["--force"])
+    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["is damaged", "--force"])
+    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force", says=["was not written by this tool"])
+    (tmp_path / "out" / "chip-00-of-01.safetensors").unlink()
+    (tmp_path / "out" / "model-00001-of-00001.safetensors.partial").unlink()
     invoke(command, *arguments, "--out", tmp_path / "out", "--force")
     invoke(command, *arguments, "--out", tmp_path / "straight")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
@@ -274,14 +293,3 @@ def test_interruption_keeps_what_a_rerun_goes_on_with(
         assert kept.stat().st_mtime_ns == written
     invoke(command, *arguments, tmp_path / "straight")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
-
-
-def test_force_over_what_was_interrupted_begins_anew_or_goes_on(hf: Path, tmp_path: Path) -> None:
-    invoke(convert, "--source", hf, "--out", tmp_path / "out")
-    whole = snapshot(tmp_path / "out")
-    index = tmp_path / "out" / "model.safetensors.index.json"
-    arguments = json.loads(index.read_text())["metadata"]["conversion"]
-    (tmp_path / "out" / ".in-progress.json").write_text(json.dumps(arguments))
-    index.unlink()
-    invoke(convert, "--source", hf, "--out", tmp_path / "out", "--force")
-    assert snapshot(tmp_path / "out") == whole

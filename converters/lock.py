@@ -1,0 +1,69 @@
+"""One process at a time in an output directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from converters.errors import InputError
+
+FILE_NAME = ".lock"
+_CONTENT = b"A command of llama-tpu-toolchain is writing here, or was ended while it did.\n"
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold ``out`` by an advisory lock on a file in it, which the operating system drops with the process.
+
+    A file of that name that is there is neither followed, changed nor removed, but for one that was left by a process
+    of ours. Raises InputError where another process holds it, or where something else has that name.
+    """
+    path = out / FILE_NAME
+    descriptor = _open(path)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path} is no file of this tool. Move it away, or give another --out.")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except BlockingIOError:
+            held = False
+        if not held:  # or the holder has just left and taken the file with it
+            raise _busy(out)
+        try:
+            yield
+        finally:
+            if os.pread(descriptor, len(_CONTENT) + 1, 0) == _CONTENT:
+                os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the file, made with its content where it isn't there."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return _open_existing(path, flags)
+    os.write(descriptor, _CONTENT)
+    return descriptor
+
+
+def _open_existing(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NONBLOCK)
+    except FileNotFoundError:  # whoever held it has just left
+        raise _busy(path.parent) from None
+    except OSError:
+        if path.is_symlink() or not path.is_file():
+            raise InputError(f"{path} is no file of this tool. Move it away, or give another --out.") from None
+        raise
+
+
+def _busy(out: Path) -> InputError:
+    return InputError(f"Another process is writing to {out}. Wait for it, or give another --out.")
