@@ -140,7 +140,9 @@ def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:
     """Write the checkpoint as its configuration and the seed that its weights come from."""
     _write_small_files(source, source.config.to_hf(), output)
     check = check_configuration(output.directory)
-    record = random_init.random_init_record(source.seed) | {_DIGEST: check.sha256, _CONVERSION: output.arguments}
+    files = {name: file.as_json() for name, file in output.files.items()}
+    record = random_init.random_init_record(source.seed)
+    record |= {_DIGEST: check.sha256, _CONVERSION: output.arguments, _FILES: files}
     output.write_json(random_init.FILE_NAME, record)
     return check
 
@@ -152,38 +154,48 @@ def verify(out: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
     there are no digests.
     """
     check_finished(out, "llama-convert", INDEX)
-    # Where the hidden file wasn't copied along, the index knows the weights.
-    files = read_record(out / WRITTEN).files if (out / WRITTEN).is_file() else _indexed_digests(out)
+    files = _recorded_files(out)
     verify_files(out, files, "llama-convert", advance)
     return files
 
 
 def finished(out: Path) -> Finished | None:
     """What a checkpoint directory without a record was made with by llama-convert; None for any other directory."""
-    if (out / INDEX).is_file():
-        index = read_json(out / INDEX)
-        metadata = index.get("metadata") if isinstance(index, dict) else None
-        arguments = metadata.get(_CONVERSION) if isinstance(metadata, dict) else None
-        files = (INDEX, *dict.fromkeys(weight_map(out / INDEX).values())) if arguments else ()
-    elif (out / random_init.FILE_NAME).is_file():
-        record = read_json(out / random_init.FILE_NAME)
-        arguments = record.get(_CONVERSION) if isinstance(record, dict) else None
-        files = (random_init.FILE_NAME,)
-    else:
-        return None
-    return Finished(arguments, ("config.json", *files)) if isinstance(arguments, dict) else None
+    for last in (INDEX, random_init.FILE_NAME):
+        if (out / last).is_file():
+            described = _described(out, last)
+            if not isinstance(described.get(_CONVERSION), dict):
+                return None
+            names = weight_map(out / INDEX).values() if last == INDEX else ()
+            files = dict.fromkeys(("config.json", *names, last)) | _digests(described, out / last)
+            return Finished(described[_CONVERSION], files)
+    return None
 
 
-def _indexed_digests(out: Path) -> dict[str, FileRecord]:
-    """The digests that a checkpoint's index keeps of the files of weights."""
-    index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
-    metadata = index.get("metadata") if isinstance(index, dict) else None
-    entries = metadata.get(_FILES) if isinstance(metadata, dict) else None
-    if not isinstance(entries, dict) or not entries:
+def _described(out: Path, last: str) -> dict[str, Any]:
+    """What a checkpoint's finishing file says of the conversion; empty where it says nothing."""
+    content = read_json(out / last)
+    described = content.get("metadata") if last == INDEX and isinstance(content, dict) else content
+    return described if isinstance(described, dict) else {}
+
+
+def _digests(described: dict[str, Any], where: Path) -> dict[str, FileRecord]:
+    entries = described.get(_FILES)
+    entries = entries if isinstance(entries, dict) else {}
+    return {name: read_file_record(entry, where, name) for name, entry in entries.items()}
+
+
+def _recorded_files(out: Path) -> dict[str, FileRecord]:
+    """The digests of a finished checkpoint's files: all, or where the record is missing, what the last file knows."""
+    if (out / WRITTEN).is_file():
+        return read_record(out / WRITTEN).files
+    last = next((name for name in (INDEX, random_init.FILE_NAME) if (out / name).is_file()), None)
+    files = _digests(_described(out, last), out / last) if last else {}
+    if not files:
         raise InputError(
             f"{out} keeps no digests: it was not written by this version of llama-convert. Convert again to have them."
         )
-    return {name: read_file_record(entry, out / INDEX, name) for name, entry in entries.items()}
+    return files
 
 
 def _write_small_files(source: TensorSource, fields: dict[str, Any], output: Output) -> None:

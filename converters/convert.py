@@ -68,7 +68,8 @@ class Conversion:
     def wanted(self, storage: str) -> Wanted:
         """The directory and its files, for ``storage`` files or seed."""
         names = checkpoint.file_names(self.source, self.files if storage == "files" else [])
-        return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names)
+        recorded = storage == "files"
+        return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names, recorded)
 
     def missing_bytes(self) -> int:
         """Bytes that a run would still have to write; a file of the same name gives its room, whatever it holds."""
@@ -80,7 +81,7 @@ class Conversion:
             return self.storage, ""
         if not isinstance(self.source, RandomSource):
             return "files", ""
-        begun = recorded_names(self.out, self.arguments())
+        begun = recorded_names(self.out, self.arguments(), checkpoint.finished)
         if begun:  # what a run of the same arguments chose, whatever has become of the disk since
             return "seed" if random_init.FILE_NAME in begun else "files", ""
         free = free_bytes(self.out)

@@ -37,10 +37,10 @@ class State(Enum):
 
 
 class Finished(NamedTuple):
-    """What a finished directory of an earlier version, which kept no record, says of itself."""
+    """What a finished directory without a record says of itself; a digest that it doesn't have is None."""
 
     arguments: dict[str, Any]
-    files: tuple[str, ...]
+    files: dict[str, FileRecord | None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Wanted:
     """What ``command`` is to make: the directory, what its content is a function of, and the names of all its files.
 
     ``sources`` are the files that values are read from. ``names`` may be a part of an output that has more files: then
-    the others of the same arguments stay.
+    the others of the same arguments stay. Without ``recorded`` the finishing file says all that there is to know.
     """
 
     command: str
@@ -56,6 +56,7 @@ class Wanted:
     arguments: dict[str, Any]
     sources: tuple[Path, ...]
     names: tuple[str, ...]
+    recorded: bool = True
 
     def record(self) -> Record:
         """What is known before the first byte, the source's sizes and times as they are now."""
@@ -68,6 +69,7 @@ class Output:
     def __init__(self, wanted: Wanted, found: _Found) -> None:
         self.state = found.state
         self.directory = wanted.out
+        self._recorded = wanted.recorded
         self._sources = wanted.sources
         self._stamps = stamp_files(wanted.sources, changes=True)
         self._record = found.record
@@ -132,8 +134,9 @@ class Output:
         missing = set(self._record.wanted) - self._record.files.keys()
         if missing:
             raise ValueError(f"{self.directory}: {sorted(missing)} were announced and not written")
-        record = replace(self._record, wanted=tuple(sorted(self._record.files)), replaced=())
-        record.write(self.directory / WRITTEN)
+        if self._recorded:
+            record = replace(self._record, wanted=tuple(sorted(self._record.files)), replaced=())
+            record.write(self.directory / WRITTEN)
         # In this order: a kill in between leaves a journal by which the rerun sees that nothing is left to do.
         (self.directory / IN_PROGRESS).unlink(missing_ok=True)
         remove(self.directory, ())
@@ -188,6 +191,14 @@ def _begin(out: Path, record: Record) -> Record:
     return record
 
 
+def is_complete(wanted: Wanted, finished: Callable[[Path], Finished | None]) -> bool:
+    """Whether the directory is there as it was written."""
+    try:
+        return _look(wanted, finished, force=False).state is State.FINISHED
+    except InputError:
+        return False
+
+
 def check_finished(directory: Path, command: str, last: str) -> None:
     """Raise InputError where ``directory`` is missing, or was left by ``command`` before its ``last`` file."""
     if not directory.is_dir():
@@ -200,16 +211,15 @@ def check_finished(directory: Path, command: str, last: str) -> None:
         )
 
 
-def recorded_names(out: Path, arguments: dict[str, Any]) -> frozenset[str]:
+def recorded_names(out: Path, arguments: dict[str, Any], finished: Callable[[Path], Finished | None]) -> frozenset[str]:
     """The files that a run with these arguments has written or begun in ``out``; none where there was no such run."""
-    for name in (IN_PROGRESS, WRITTEN):
-        if (out / name).is_file():
-            try:
-                record = read_record(out / name)
-            except InputError:
-                return frozenset()
-            return record.names if record.arguments == as_stored(arguments) else frozenset()
-    return frozenset()
+    earlier: Record | Finished | None = None
+    with suppress(InputError):  # claim tells what is wrong there
+        names = [name for name in (IN_PROGRESS, WRITTEN) if (out / name).is_file()]
+        earlier = read_record(out / names[0]) if names else finished(out)
+    if earlier is None or as_stored(earlier.arguments) != as_stored(arguments):
+        return frozenset()
+    return frozenset(earlier.files) if isinstance(earlier, Finished) else earlier.names
 
 
 class _Found(NamedTuple):
@@ -271,7 +281,7 @@ def _look_at_written(out: Path, begun: Record, force: bool) -> _Found:
 
 
 def _look_at_unrecorded(out: Path, begun: Record, finished: Callable[[Path], Finished | None], force: bool) -> _Found:
-    """A directory that isn't there, is empty, of somebody else, or of a version of this tool that kept no record."""
+    """A directory that isn't there, is empty, of somebody else, a seed, or of a version that kept no record."""
     entries = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if entries <= {*_OWN, *(name + PARTIAL_SUFFIX for name in _OWN)}:
         return _Found(State.EMPTY, begun)
@@ -284,17 +294,21 @@ def _look_at_unrecorded(out: Path, begun: Record, finished: Callable[[Path], Fin
     if as_stored(made.arguments) != begun.arguments:
         difference = _difference(replace(begun, arguments=made.arguments), begun)
         return _replace(out, f"was made with {difference}", begun, frozenset(made.files), force)
+    mine = frozenset(made.files)
     missing = [name for name in begun.wanted if not (out / name).is_file()]
     if missing or force:
-        return _replace(out, f"lacks {_shown(missing)}", begun, frozenset(made.files), force)
+        return _replace(out, f"lacks {_shown(missing)}", begun, mine, force)
+    for name, file in made.files.items():
+        if file is not None and (problem := file.problem(out / name)):
+            return _replace(out, f"holds {name}, which {problem}", begun, mine, force)
     return _Found(State.FINISHED, begun)
 
 
 def _check_command(out: Path, record: Record, begun: Record) -> None:
     if record.command != begun.command:
         raise InputError(
-            f"{out} was written by {record.command}, and --force replaces only what the same command wrote. "
-            "Give another --out."
+            f"{out} was written by {record.command}, and --force keeps it: it replaces only what the same command "
+            "wrote. Give another --out."
         )
 
 

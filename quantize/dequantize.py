@@ -14,7 +14,7 @@ import torch
 
 from converters.compressed import SCALE_SUFFIX, dequantize
 from converters.errors import InputError
-from converters.output import State, claim
+from converters.output import claim, is_complete
 from converters.preflight import check_machine, free_bytes, room_for
 from converters.progress import progress
 from converters.units import format_bytes
@@ -51,11 +51,11 @@ def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool
     def check_room(existing: int) -> None:
         _check_fits(sharding, out, existing)
 
-    with claim(sharding.wanted(out, source), finished, check_room, force) as output:
-        if output.state is State.FINISHED:
-            return False
-        with progress("Dequantizing", sharding.nbytes) as advance:
-            write_shards(sharding, source, output, advance)
+    wanted = sharding.wanted(out, source)
+    if is_complete(wanted, finished):
+        return False
+    with claim(wanted, finished, check_room, force) as output, progress("Dequantizing", sharding.nbytes) as advance:
+        write_shards(sharding, source, output, advance)
     return True
 
 

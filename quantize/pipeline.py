@@ -165,7 +165,8 @@ def finished(out: Path) -> Finished | None:
     manifest = shards.manifest
     chips = tuple(sorted(manifest.files))
     sharding = Sharding(shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint)
-    return Finished(sharding.arguments(), (*sharding.file_names().values(), REPORT, "config.json", FILE_NAME))
+    files = {chip_file(chip, manifest.chips): record for chip, record in manifest.files.items()}
+    return Finished(sharding.arguments(), files | dict.fromkeys((REPORT, "config.json", FILE_NAME)))
 
 
 @dataclass(frozen=True)

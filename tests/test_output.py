@@ -251,6 +251,20 @@ def test_verify_reads_the_digests_of_a_checkpoint(hf: Path, tmp_path: Path) -> N
     refuse(tmp_path, convert, "--verify", "--out", tmp_path / "none", says=["is no directory"])
 
 
+def test_a_seed_is_two_files_that_know_each_other(tmp_path: Path) -> None:
+    """config.json by its digest in random_init.json; there is no record beside them."""
+    arguments = ("--config", "tiny", "--storage", "seed", "--out", tmp_path / "out")
+    invoke(convert, *arguments)
+    whole = snapshot(tmp_path / "out")
+    assert sorted(whole) == ["config.json", "random_init.json"]
+    assert "already complete" in invoke(convert, *arguments, "--verify").stdout
+    _damage(tmp_path / "out" / "config.json", "changed")
+    refuse(tmp_path, convert, *arguments, says=["config.json", "has changed since it was written", "--force"])
+    refuse(tmp_path, convert, "--verify", "--out", tmp_path / "out", says=["config.json"])
+    invoke(convert, *arguments, "--force")
+    assert snapshot(tmp_path / "out") == whole
+
+
 # --- the source
 
 
