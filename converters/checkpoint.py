@@ -108,7 +108,7 @@ def write_files(
     _write_small_files(source, form.config.to_hf() | form.fields, output)
     with closing(Journal(out)) as journal:
         for file in files:
-            if output.is_whole(file.name):
+            if output.take_whole(file.name):
                 advance(file.nbytes)
             else:
                 _write_file(form, output, file, journal, advance)

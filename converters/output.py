@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX, FileRecord, partial_path, write_whole
+from converters.files import PARTIAL_SUFFIX, FileRecord, partial_path, publish, write_whole
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
 from converters.lock import FILE_NAME as LOCK
@@ -94,11 +94,17 @@ class Output:
         """The files that are whole, those of earlier runs of the same arguments too."""
         return self._record.files
 
-    def is_whole(self, name: str) -> bool:
-        """Whether a file is there as it was written. Raises InputError where it has changed since."""
+    def take_whole(self, name: str) -> bool:
+        """Whether a file is there as it was written; one that a run was ended before naming is given its name.
+
+        Raises InputError where it has changed since.
+        """
         path, record = self.directory / name, self._record.files.get(name)
+        partial = partial_path(path)
         if not path.is_file():
-            return False
+            if record is None or not partial.is_file() or partial.stat().st_size != record.nbytes:
+                return False
+            publish(partial, path)
         problem = "was not written by this tool" if record is None else record.problem(path)
         if problem:
             raise InputError(f"{path} {problem}. Move it away, or give another --out.")

@@ -16,8 +16,6 @@ from converters.config import ModelConfig
 from converters.files import (
     SafetensorsWriter,
     TensorSpec,
-    partial_path,
-    publish,
     safetensors_bytes,
     tensors_before,
 )
@@ -102,14 +100,12 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
 
 
 def _write_chips(sharding: Sharding, source: BlockSource, output: Output, advance: Advance) -> None:
-    names = {chip: name for chip, name in sharding.file_names().items() if not output.is_whole(name)}
+    names = {chip: name for chip, name in sharding.file_names().items() if not output.take_whole(name)}
     advance(sharding.file_bytes * (len(sharding.only_chips) - len(names)))
-    partials = {name: partial_path(output.directory / name) for name in names.values()}
-    if not all(name in output.files and path.is_file() for name, path in partials.items()):
+    if names:
         with closing(Journal(output.directory)) as journal:
-            _write_values(sharding, names, source, output, journal, advance)
-    for name, path in partials.items():
-        publish(path, output.directory / name)
+            for writer in _write_values(sharding, names, source, output, journal, advance):
+                writer.publish()
 
 
 def _write_values(
@@ -119,7 +115,7 @@ def _write_values(
     output: Output,
     journal: Journal,
     advance: Advance,
-) -> None:
+) -> list[SafetensorsWriter]:
     """Write the files of these chips to the end, and put down what they hold; they have no names yet."""
     specs = sharding.specs
     position, state = journal.read(list(names.values()))
@@ -135,6 +131,7 @@ def _write_values(
         tasks = piece_tasks(sharding, source, tuple(names), skip=done or 0)
         _write_pieces(tasks, writers, names, source, journal, advance)
         output.add({names[chip]: writer.finish() for chip, writer in writers.items()}, source.state())
+        return list(writers.values())
 
 
 def _write_pieces(
