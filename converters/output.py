@@ -166,6 +166,7 @@ def claim(
         raise InputError(f"{out} is a file. Give --out a directory.")
     found = _look(wanted, finished, force)
     if found.state is State.FINISHED:
+        _tidy(out)
         yield Output(wanted, found)
         return
     check_room(existing_bytes(out, found.record.names - (found.record.files.keys() - set(found.record.wanted))))
@@ -183,6 +184,16 @@ def claim(
                 (out / IN_PROGRESS).unlink(missing_ok=True)
             raise
         output.finish()
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a run that was killed in its last moment left beside its finished output."""
+    left = [name for name in (LOCK, JOURNAL, *(own + PARTIAL_SUFFIX for own in _OWN)) if (out / name).exists()]
+    if left:
+        with suppress(OSError, InputError), lock(out):  # on a disk for reading only, or while another process is here
+            remove(out, ())
+            for name in (IN_PROGRESS, WRITTEN):
+                partial_path(out / name).unlink(missing_ok=True)
 
 
 def _begin(out: Path, record: Record) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from converters.checkpoint import open_source
 from converters.errors import InputError
 from quantize.shards import Shards
 
-KILLS = 20  # of each of the nine kinds of run
+KILLS = 20  # of each of the kinds of run
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Forked from one process that has loaded everything, so that the kills land in the work and not in the imports.
 _CONTEXT.set_forkserver_preload(["quantize.job", "quantize.cli", "converters.convert", "converters.cli", "gguf"])
@@ -51,6 +52,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         "quantize-files": ("quantize", [root / "files", "--int8", "--chips", 4]),
         "quantize-seed": ("quantize", [root / "seed", "--int8", "--chips", 3]),
         "reshard": ("quantize", [root / "shards", "--int8", "--chips", 3]),
+        "convert-force": ("convert", ["--source", root / "hf", *small, "--force"]),
+        "quantize-force": ("quantize", [root / "files", "--int8", "--chips", 4, "--force"]),
     }
     return {name: (command, [str(argument) for argument in arguments]) for name, (command, arguments) in runs.items()}
 
@@ -116,14 +119,19 @@ def _is_refused(command: str, out: Path) -> bool:
     "kind",
     [
         *("convert-hf", "convert-seed", "convert-gguf", "convert-meta", "convert-shards", "convert-shards-int8"),
-        *("quantize-files", "quantize-seed", "reshard"),
+        *("quantize-files", "quantize-seed", "reshard", "convert-force", "quantize-force"),
     ],
 )
 def test_killed_anywhere_a_rerun_ends_the_same(
     sources: dict[str, tuple[str, list[str]]], kind: str, tmp_path: Path
 ) -> None:
-    """SIGKILL and SIGTERM by turns; some reruns are killed as well."""
+    """SIGKILL and SIGTERM by turns; some reruns are killed as well. With --force an output of one layer is replaced."""
     command, arguments = sources[kind]
+    (tmp_path / "earlier").mkdir()
+    if "--force" in arguments:
+        _finish(command, [*arguments, "--layers", "1"], tmp_path / "earlier" / "out")
+    (tmp_path / "earlier" / "log").unlink(missing_ok=True)
+    earlier = snapshot(tmp_path / "earlier")
     (tmp_path / "whole").mkdir()
     _finish(command, arguments, tmp_path / "whole" / "out")
     whole = snapshot(tmp_path / "whole" / "out")
@@ -133,13 +141,13 @@ def test_killed_anywhere_a_rerun_ends_the_same(
     # On a busy machine most kills may come too early or too late: then there are more of them.
     while number < KILLS or (number < 5 * KILLS and (unfinished < KILLS // 4 or not resumed)):
         out = tmp_path / str(number) / "out"
-        out.parent.mkdir()
+        shutil.copytree(tmp_path / "earlier", out.parent)
         for attempt in range(chance.choice((1, 1, 1, 3))):
             process = _start(command, arguments, out)
             time.sleep(chance.uniform(0, duration * 1.05))
             process.kill() if (number + attempt) % 2 else process.terminate()
             process.join()
-            if out.exists() and not _is_whole(out, whole):
+            if out.exists() and not _is_whole(out, whole) and not _is_whole(out.parent, earlier):
                 unfinished += 1
                 resumed += (out / ".journal.json").exists()
                 assert _is_refused(command, out), sorted(snapshot(out))
@@ -152,8 +160,8 @@ def test_killed_anywhere_a_rerun_ends_the_same(
 
 def _is_whole(out: Path, whole: dict[str, str]) -> bool:
     """Whether all is there; the last moment may leave the lock and the journal, which the rerun removes."""
-    passing = (".lock", ".journal.json", ".journal.json.partial")
-    return {name: digest for name, digest in snapshot(out).items() if name not in passing} == whole
+    passing = (".lock", ".journal.json", ".journal.json.partial", ".in-progress.json.partial", "log")
+    return {name: digest for name, digest in snapshot(out).items() if Path(name).name not in passing} == whole
 
 
 def _make(folder: Path, number: int) -> bool:
