@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from converters.config import read_json
 from converters.errors import InputError
+from converters.file_system import lock
 from converters.files import PARTIAL_SUFFIX, partial_path, write_json
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
@@ -179,11 +179,7 @@ def _lock(out: Path) -> Iterator[None]:
     """An advisory lock that the operating system drops with the process, however that ends."""
     path = out / _LOCK
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
+        held = lock(file.fileno()) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         if not held:  # or the holder has just left and taken the file with it
             raise InputError(f"Another process is writing to {out}. Wait for it, or give another --out.")
         try:
