@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.file_system import sync_file, sync_folder
 from converters.streams import StreamWriter, chunk_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_whole(path: Path, content: bytes) -> None:
     with open(os.open(partial, flags, 0o666), "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     publish(partial, path)
 
 
@@ -52,11 +53,7 @@ def write_json(path: Path, value: Any) -> None:
 def publish(partial: Path, path: Path) -> None:
     """Give a finished, flushed file its final name, and make the name itself survive a power cut."""
     os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class SafetensorsWriter:
         """Flush the file to the disk and close it. Raises ValueError where values are missing."""
         if self.nbytes != self._expected:
             raise ValueError(f"{self._path.name}: {self.nbytes} bytes written of {self._expected} announced")
-        os.fsync(self.flush())
+        sync_file(self.flush())
         self._file.close()
         return FileRecord(self.nbytes, self._digest.hexdigest())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from converters.config import read_json
 from converters.errors import InputError
+from converters.file_system import sync_file
 from converters.files import SafetensorsWriter, partial_path, write_json
 
 FILE_NAME = ".journal.json"
@@ -70,7 +71,7 @@ class Journal:
     def _save(self, descriptors: list[int], record: dict[str, Any]) -> None:
         try:
             for descriptor in descriptors:
-                os.fsync(descriptor)
+                sync_file(descriptor)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

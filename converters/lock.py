@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters import file_system
 from converters.errors import InputError
 
 FILE_NAME = ".lock"
@@ -27,11 +27,7 @@ def lock(out: Path) -> Iterator[None]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InputError(f"{path} is no file of this tool. Move it away, or give another --out.")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        except BlockingIOError:
-            held = False
+        held = file_system.lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
         if not held:  # or the holder has just left and taken the file with it
             raise _busy(out)
         try:

@@ -18,7 +18,7 @@ def note(text: str) -> None:
 
 def print_notes() -> None:
     """Print ``Note: ...`` on stderr for every sentence that hasn't been printed."""
-    for text, printed in _noted.items():
+    for text, printed in list(_noted.items()):  # other threads may add some meanwhile
         if not printed:
             click.echo(f"Note: {text}", err=True)
             _noted[text] = True

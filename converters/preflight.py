@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from converters.config import ModelConfig
 from converters.errors import InputError
+from converters.file_system import sync_file
+from converters.notes import note
 from converters.parallel import AHEAD, WORKERS, in_order
 from converters.source import BLOCK_ELEMENTS
 from converters.streams import chunk_bytes
@@ -24,6 +26,7 @@ _PROGRAM_BYTES = 550_000_000  # the interpreter with torch
 _BLOCK_BYTES = 10 * BLOCK_ELEMENTS  # a block as it is read (float32 at most), and what is made of it
 _PROBE_BYTES = 64 << 20
 _PROBE_TASKS = 24
+_UNKNOWN_BYTES = 1 << 62  # more than any disk holds
 T = TypeVar("T")
 
 
@@ -41,8 +44,12 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where ``path`` is or will be."""
-    return shutil.disk_usage(existing(path)).free
+    """Bytes that may still be written where ``path`` is or will be; no limit where its file system doesn't say."""
+    usage = shutil.disk_usage(existing(path))
+    if usage.free or usage.total:
+        return usage.free
+    note("The file system doesn't say how much room it has, so that was not checked.")  # FUSE without statfs
+    return _UNKNOWN_BYTES
 
 
 def expected_rss_bytes(at_once: int) -> int:
@@ -109,7 +116,7 @@ def _measure_write_rate(out: Path) -> float:
         begin = time.perf_counter()
         for _ in range(_PROBE_BYTES // len(block)):
             file.write(block)
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
         return _PROBE_BYTES / (time.perf_counter() - begin)
 
 

@@ -5,7 +5,6 @@ Copying every byte through the page cache, and making room there, costs a conver
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import InputError
+from converters.file_system import lacks, note_no_direct, open_direct
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,8 @@ class StreamReader:
         """The file without the page cache; None on a file system that can't do that."""
         try:
             return open(self._path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT))
-        except OSError:
+        except OSError as error:
+            note_no_direct(error)
             return None
 
     def read(self, offset: int, count: int) -> torch.Tensor:
@@ -55,8 +56,9 @@ class StreamReader:
             try:
                 return self._read_direct(self._direct.fileno(), offset, count)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if not lacks(error):
                     raise
+                note_no_direct(error)
                 self._may_be_direct = False
         values = torch.empty(count, dtype=torch.uint8)
         self._fill(self._file.fileno(), values, offset, count)
@@ -112,7 +114,8 @@ class StreamWriter:
             with path.open("rb") as file:
                 file.seek(self._begin)
                 self._filling[: self._filled] = file.read()
-        self._descriptor = _open_to_write(path, truncate=not resume_at)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = open_direct(path, flags if resume_at else flags | os.O_TRUNC)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``. Raises the OSError of this or an earlier writing."""
@@ -132,8 +135,11 @@ class StreamWriter:
         """Hand all that is written to the system. Returns a file descriptor to fsync."""
         self._wait()
         if self._filled:
-            self._put(self._filling, -(-self._filled // _PAGE) * _PAGE, self._begin)
-            os.truncate(self._descriptor, self._begin + self._filled)
+            # No whole page, so through the page cache: a page cut afterwards would need a file system that can cut.
+            direct = _leave_direct(self._descriptor)
+            self._put(self._filling, self._filled, self._begin)
+            if direct:
+                _go_direct(self._descriptor)
         return self._descriptor
 
     def close(self) -> None:
@@ -151,29 +157,20 @@ class StreamWriter:
             running.result()
 
     def _put(self, pages: memoryview, count: int, position: int) -> None:
-        """Write the first ``count`` bytes of ``pages``, a multiple of a page, at ``position``."""
+        """Write the first ``count`` bytes of ``pages`` at ``position``: whole pages, where the file is direct."""
         done = 0
         while done < count:
             try:
                 done += os.pwrite(self._descriptor, pages[done:count], position + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not _leave_direct(self._descriptor):
+                if not lacks(error) or not _leave_direct(self._descriptor):
                     raise
+                note_no_direct(error)
 
 
 def chunk_bytes(files: int) -> int:
     """A writer's chunk where so many files are written at once, each with two: smaller where there are many."""
     return max(_PAGE, min(_CHUNK_BYTES, _BUFFER_BYTES // (2 * files) // _PAGE * _PAGE))
-
-
-def _open_to_write(path: Path, truncate: bool) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if truncate else 0)
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o666)
-    except (AttributeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)
 
 
 def _leave_direct(descriptor: int) -> bool:
@@ -182,6 +179,11 @@ def _leave_direct(descriptor: int) -> bool:
     direct = getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
     return bool(flags & direct)
+
+
+def _go_direct(descriptor: int) -> None:
+    """Take back ``_leave_direct``."""
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import InputError
+from converters.file_system import lock, sync_file
 
 FILE_NAME = "runs.jsonl"
 FORMAT_VERSION = 1
@@ -54,10 +54,8 @@ def open_journal(path: Path, arguments: dict[str, Any], force: bool) -> Iterator
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"Another llama-bench is writing to {path.parent}. Wait, or give another --out.") from None
+        if not lock(descriptor):
+            raise InputError(f"Another llama-bench is writing to {path.parent}. Wait, or give another --out.")
         wanted = json.loads(json.dumps(arguments))
         lines = _read_lines(descriptor, path)
         runs = [] if force else _runs(lines, descriptor, path, wanted)
@@ -150,4 +148,4 @@ def _write_line(descriptor: int, record: dict[str, Any]) -> None:
     line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
     while line:
         line = line[os.write(descriptor, line) :]
-    os.fsync(descriptor)
+    sync_file(descriptor)

@@ -28,7 +28,14 @@ class Killed(BaseException):
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many blocks a tensor, and a journal that is written after every few tensors."""
+    """Many blocks a tensor, and a journal that is written after every few tensors, without running behind."""
+    note = journal.Journal.note
+
+    def note_and_wait(self: journal.Journal, writers: dict[str, SafetensorsWriter], state: Any = None) -> None:
+        note(self, writers, state)
+        self.wait()
+
+    monkeypatch.setattr(journal.Journal, "note", note_and_wait)
     monkeypatch.setattr(journal, "SYNC_BYTES", 20_000)
     monkeypatch.setattr(source.row_blocks, "__defaults__", (2048,))
 

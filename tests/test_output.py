@@ -133,7 +133,7 @@ def test_force_checks_the_disk_before_it_removes(
     make_model(tmp_path / "hf", hidden=96, ffn=400, layers=4)
     arguments = ("--source", tmp_path / "hf") if command is convert else (tmp_path / "hf", "--int8")
     invoke(command, *arguments, "--layers", 1, "--out", tmp_path / "out")
-    usage = type("Usage", (), {"free": 1000})
+    usage = type("Usage", (), {"free": 1000, "total": 10**12})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
     refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force", says=["1.00 kB are free"])
 
@@ -347,7 +347,7 @@ def _raise_killed(*_: object) -> None:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": count})
+        preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": count, "total": 10**12})
     )
 
 
