@@ -17,12 +17,13 @@ from converters.rope import Llama3Scaling
 from converters.sentencepiece_model import read_sentencepiece
 from converters.tiktoken_model import is_tiktoken, read_tiktoken
 from converters.tokenizer_json import Vocabulary, add_template, add_tokens
+from converters.tokenizer_reader import TOKENIZER
 from converters.tokenizer_settings import CONFIG, Settings, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER, MODEL, VOCAB, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
+MODEL, VOCAB, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
 COMPANIONS = (
     TOKENIZER,
     CONFIG,
@@ -34,6 +35,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_LLAMA_KINDS = ("LlamaTokenizer", "LlamaTokenizerFast")
 _GPT2_KINDS = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
@@ -61,8 +63,8 @@ def with_tokenizer(directory: Path, config: ModelConfig) -> dict[str, bytes]:
         bos = bool(settings.add_bos)
     else:
         return files  # the two files alone don't say how text is cut
-    vocabulary = settings.complete(vocabulary)
     vocabulary.check_size(config.vocab_size)
+    vocabulary = settings.complete(vocabulary, config.vocab_size)
     add_tokens(tokenizer, vocabulary)
     add_template(tokenizer, vocabulary, bos, bool(settings.add_eos))
     made = {TOKENIZER: tokenizer.to_str().encode()}
@@ -75,5 +77,15 @@ def with_tokenizer(directory: Path, config: ModelConfig) -> dict[str, bytes]:
 def _read_model(content: bytes, where: str, config: ModelConfig, settings: Settings) -> tuple[Tokenizer, Vocabulary]:
     """A tokenizer.model, whichever of the two it is."""
     if not is_tiktoken(content):
-        return read_sentencepiece(content, where, settings.add_prefix_space)
+        return read_sentencepiece(content, where, settings.add_prefix_space, _scheme(settings))
     return read_tiktoken(content, where, since_3_1=isinstance(config.rope_scaling, Llama3Scaling))
+
+
+def _scheme(settings: Settings) -> str:
+    """How a space comes before the stretches between added tokens (Normalization.scheme).
+
+    ``legacy`` says it; where it isn't said, LLaMA's class in transformers 5 is not legacy, and all others are.
+    """
+    if settings.kind in _LLAMA_KINDS:
+        return "always" if settings.legacy else "first"
+    return "first" if settings.legacy is False else ""

@@ -15,6 +15,8 @@ from converters.errors import InputError
 from converters.gguf_header import Metadata
 from converters.tokenizer_json import (
     NORMAL,
+    SPACE,
+    USER_DEFINED,
     Normalization,
     Vocabulary,
     add_template,
@@ -64,6 +66,11 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
         cut = _cut(metadata)
         tokenizer, add_bos = _byte_level(metadata, vocabulary, cut), cut.add_bos
     else:
+        # As they are in the file, with the mark of a space, they are found only where spaces are marked.
+        marked = (
+            i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == USER_DEFINED and SPACE in token
+        )
+        vocabulary = replace(vocabulary, pieces=frozenset(marked))
         tokenizer, add_bos = _sentencepiece(metadata, vocabulary), True
     add_tokens(tokenizer, vocabulary)
     bos, eos = (

@@ -53,7 +53,7 @@ def run(request: Request) -> Run | None:
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)
     config.check_context(request.max_seq_len)
-    codec = find_codec(request.shards)
+    codec = find_codec(request.shards, config.vocab_size)
     prompts = _prompts(request, config, codec)
     check_prompts(config, prompts, request.max_seq_len)
     prompt_tokens = max(map(len, prompts))
