@@ -15,7 +15,7 @@ from converters.gguf_header import Metadata
 from converters.gguf_parts import Parts, StoredTensor, open_parts
 from converters.gguf_rope import TABLE as ROPE_TABLE
 from converters.gguf_rope import rope_scaling
-from converters.gguf_tokenizer import special_ids, tokenizer_files
+from converters.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import Parameter, check_names, parameters
 
@@ -193,7 +193,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
         max_position_embeddings=metadata.whole("llama.context_length"),
         tie_word_embeddings="output.weight" not in tensors,
         bos_token_id=ids.get("bos"),
-        eos_token_ids=tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)),
+        eos_token_ids=end_tokens(metadata, vocab_size),
         dtype="float32",
     )
     return replace(config, rope_scaling=rope_scaling(metadata, tensors, config))

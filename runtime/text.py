@@ -26,6 +26,14 @@ class TextCodec:
             raise InputError("The prompt holds no token; give some text.")
         return ids
 
+    def control_tokens(self) -> dict[int, str]:
+        """The texts, by id, of the tokens that are no part of a text."""
+        return {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def token(self, i: int) -> str:
+        """A token's text, empty for an id that the tokenizer doesn't know."""
+        return self._tokenizer.id_to_token(i) or ""
+
     def continuation(self, prompt: list[int], ids: list[int]) -> str:
         """The text that ``ids`` add behind a prompt's, without special tokens.
 
