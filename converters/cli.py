@@ -76,9 +76,9 @@ def command(
 
     if (config_name is None) == (source is None):
         raise InputError("Give either --config (random weights) or --source (a model's weights).")
-    if source is None:
-        from converters.random_init import RandomSource
+    from converters.random_init import RandomSource
 
+    if source is None:
         found = find_config(config_name)
         if isinstance(found, Path):
             _check_distinct(found, out)
@@ -87,9 +87,12 @@ def command(
         weights = RandomSource(config, seed)
     else:
         from converters.checkpoint import open_source
+        from converters.companions import note_without_tokenizer
 
         _check_distinct(source, out)
         weights = open_source(source)
+        if not isinstance(weights, RandomSource):
+            note_without_tokenizer(weights.companions(), str(source))
         config = weights.config.cut(layers).with_dtype(dtype)
     conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
     if check_logits:

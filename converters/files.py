@@ -32,6 +32,7 @@ def partial_path(path: Path) -> Path:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file under a temporary name, flush it to the disk, then give it its name."""
     partial = partial_path(path)
+    path.parent.mkdir(exist_ok=True)  # a file beside the weights may have a folder of its own
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

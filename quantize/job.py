@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.checkpoint import COMPANION_NAMES, open_source
+from converters.checkpoint import finished as written
+from converters.companions import note_without_tokenizer
 from converters.errors import InputError
 from converters.output import State, claim
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
@@ -73,6 +75,8 @@ def _plan(request: Request) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
+        if written(request.checkpoint) is None:  # llama-convert has said it of what it wrote
+            note_without_tokenizer(weights.companions(), str(request.checkpoint))
         config, fingerprint, source = weights.config, weights.fingerprint(), Quantizer(weights)
     config = config.cut(request.layers)
     if scheme.name == "bf16":
