@@ -13,6 +13,7 @@ from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
 from converters.llama import REQUIRED as LLAMA_REQUIRED
 from converters.llama import llama_from_hf, llama_to_hf, optional
+from converters.model_name import name_in_path, name_of_directory
 from converters.notes import note
 from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
@@ -188,7 +189,7 @@ def read_config(path: Path, quantized: bool = False) -> ModelConfig:
     if quantized and isinstance(fields, dict):
         fields.pop("quantization_config", None)
     try:
-        return from_hf(fields, name=path.absolute().parent.name)
+        return from_hf(fields, name=name_of_directory(path.parent))
     except InputError as error:
         raise InputError(f"{path.parent}: {error}") from None
 
@@ -208,7 +209,7 @@ def read_json(path: Path) -> Any:
 def _name(fields: dict[str, Any]) -> str:
     """The model's name without the folders or owner that it was loaded from."""
     name = fields.get("_name_or_path")
-    return name.rstrip("/").split("/")[-1] if isinstance(name, str) else ""
+    return name_in_path(name) if isinstance(name, str) else ""
 
 
 def _dtype(fields: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from converters.meta_parts import (
     open_parts,
     part_paths,
 )
+from converters.model_name import name_of_directory
 from converters.tensor_files import PickleFile
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def open_meta(directory: Path) -> MetaSource:
     check_same_names(parts, _COMPUTED)
     check_count(parts, _matrix(parts[0], _WQ)[0], params.dim, _WQ)
     try:
-        config = params.config(directory.absolute().name, _vocab_size(parts, params))
+        config = params.config(name_of_directory(directory), _vocab_size(parts, params))
     except InputError as error:
         raise InputError(f"{directory / PARAMS}: {error}") from None
     check_names(config, named, str(directory))
