@@ -69,15 +69,15 @@ def command(
     llama-convert --source model.gguf      a GGUF file
     llama-convert --source out/            shards of llama-quantize, the way back
     """
+    from converters.companions import note_without_tokenizer
     from converters.config import find_config, read_config
     from converters.convert import Conversion, convert, describe
     from converters.errors import InputError
+    from converters.random_init import RandomSource
     from converters.units import parse_bytes
 
     if (config_name is None) == (source is None):
         raise InputError("Give either --config (random weights) or --source (a model's weights).")
-    from converters.random_init import RandomSource
-
     if source is None:
         found = find_config(config_name)
         if isinstance(found, Path):
@@ -87,12 +87,9 @@ def command(
         weights = RandomSource(config, seed)
     else:
         from converters.checkpoint import open_source
-        from converters.companions import note_without_tokenizer
 
         _check_distinct(source, out)
         weights = open_source(source)
-        if not isinstance(weights, RandomSource):
-            note_without_tokenizer(weights.companions(), str(source))
         config = weights.config.cut(layers).with_dtype(dtype)
     conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
     if check_logits:
@@ -100,6 +97,8 @@ def command(
 
         logits.check_ready(conversion)
     click.echo(describe(conversion) if dry_run else convert(conversion, force))
+    if not isinstance(weights, RandomSource):
+        note_without_tokenizer(weights.companions(), str(source))
     if check_logits and not dry_run:
         click.echo(logits.check_logits(conversion))
 

@@ -49,6 +49,8 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
         _check_fits(sharding, request.out)
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, request.out, advance)
+    if isinstance(source, Quantizer) and written(request.checkpoint) is None:  # llama-convert says it of what it writes
+        note_without_tokenizer(source.small_files(), str(request.checkpoint))
     if isinstance(source, Quantizer) and source.report.summary():
         lines.append(source.report.summary())
     return "\n".join(lines)
@@ -75,8 +77,6 @@ def _plan(request: Request) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        if written(request.checkpoint) is None:  # llama-convert has said it of what it wrote
-            note_without_tokenizer(weights.companions(), str(request.checkpoint))
         config, fingerprint, source = weights.config, weights.fingerprint(), Quantizer(weights)
     config = config.cut(request.layers)
     if scheme.name == "bf16":
