@@ -126,6 +126,11 @@ def test_tokens_added_to_a_tokenizer_json(place: str, flags: dict[str, Any], tmp
 @pytest.mark.parametrize(
     "files",
     [
+        # settings that are not said
+        {"tokenizer_config.json": {"added_tokens_decoder": {"800": {"content": NEW}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"800": {"content": NEW, "special": True}}}},
+        {"tokenizer_config.json": {"pad_token": {"__type": "AddedToken", "content": NEW}}},
+        {"special_tokens_map.json": {"pad_token": {"content": NEW}}},
         {"added_tokens.json": {NEW: 800}},
         {"added_tokens.json": {NEW: 800}, "special_tokens_map.json": {"pad_token": NEW}},
         {"added_tokens.json": {NEW: 800}, "tokenizer_config.json": {"added_tokens_decoder": {}}},
