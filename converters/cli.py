@@ -74,9 +74,11 @@ def command(
     llama-convert --source out/            shards of llama-quantize, the way back
     llama-convert --verify --out DIR       check an output
     """
+    from converters.companions import note_without_tokenizer
     from converters.config import find_config, read_config
     from converters.convert import Conversion, convert, describe, verify_output
     from converters.errors import InputError
+    from converters.random_init import RandomSource
     from converters.units import parse_bytes
 
     if verify and config_name is None and source is None:
@@ -85,8 +87,6 @@ def command(
     if (config_name is None) == (source is None):
         raise InputError("Give either --config (random weights) or --source (a model's weights).")
     if source is None:
-        from converters.random_init import RandomSource
-
         found = find_config(config_name)
         if isinstance(found, Path):
             _check_distinct(found, out)
@@ -107,6 +107,8 @@ def command(
     click.echo(describe(conversion) if dry_run else convert(conversion, force))
     if verify and not dry_run:
         click.echo(verify_output(out))
+    if not isinstance(weights, RandomSource):
+        note_without_tokenizer(weights.companions(), str(source))
     if check_logits and not dry_run:
         click.echo(logits.check_logits(conversion))
 

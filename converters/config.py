@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from converters.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
+from converters.end_tokens import token_ids
 from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
 from converters.llama import REQUIRED as LLAMA_REQUIRED
 from converters.llama import llama_from_hf, llama_to_hf, optional
+from converters.model_name import name_in_path, name_of_directory
+from converters.notes import note
 from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
 from converters.rope import Llama3Scaling, RopeScaling
@@ -31,9 +34,9 @@ _MAX_COUNT = {"num_layers": 1 << 12, "num_heads": 1 << 14, "num_kv_heads": 1 << 
 class ModelConfig:
     """A decoder's architecture and dimensions, under names that Hugging Face's config.json uses.
 
-    ``eos_token_ids`` lists every id that ends a generation; it may be empty. ``word_embed_proj_dim`` is the width of
-    the embedding and of the output head where it is another than the layers'; linears lead from one to the other. The
-    RoPE fields mean nothing where positions are learned.
+    ``eos_token_ids`` lists every id that config.json has for the end of a generation (end_tokens.py knows of more); it
+    may be empty. ``word_embed_proj_dim`` is the width of the embedding and of the output head where it is another than
+    the layers'; linears lead from one to the other. The RoPE fields mean nothing where positions are learned.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
     dtype: str = "bfloat16"
     architecture: Architecture = LLAMA
     word_embed_proj_dim: int | None = None
@@ -127,6 +131,7 @@ class ModelConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            **({} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}),
             "torch_dtype": self.dtype,
         }
 
@@ -154,8 +159,9 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         vocab_size=fields["vocab_size"],
         max_position_embeddings=optional(fields, "max_position_embeddings", MAX_POSITIONS),
         tie_word_embeddings=optional(fields, "tie_word_embeddings", False),
-        bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
-        eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
+        bos_token_id=_token_id(fields, "bos_token_id", 1),
+        pad_token_id=_pad_token_id(fields),
+        eos_token_ids=token_ids(fields.get("eos_token_id", 2), "eos_token_id in config.json"),
         dtype=_dtype(fields),
         **read(fields),
     )
@@ -183,7 +189,7 @@ def read_config(path: Path, quantized: bool = False) -> ModelConfig:
     if quantized and isinstance(fields, dict):
         fields.pop("quantization_config", None)
     try:
-        return from_hf(fields, name=path.absolute().parent.name)
+        return from_hf(fields, name=name_of_directory(path.parent))
     except InputError as error:
         raise InputError(f"{path.parent}: {error}") from None
 
@@ -203,7 +209,7 @@ def read_json(path: Path) -> Any:
 def _name(fields: dict[str, Any]) -> str:
     """The model's name without the folders or owner that it was loaded from."""
     name = fields.get("_name_or_path")
-    return name.rstrip("/").split("/")[-1] if isinstance(name, str) else ""
+    return name_in_path(name) if isinstance(name, str) else ""
 
 
 def _dtype(fields: dict[str, Any]) -> Any:
@@ -211,15 +217,19 @@ def _dtype(fields: dict[str, Any]) -> Any:
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 
 
-def _token_id(value: Any, field: str) -> int | None:
-    if value is None or (type(value) is int and 0 <= value <= _MAX_DIMENSION):
-        return value
-    raise InputError(f"{field} in config.json is {shown(value)}; it must be a token id.")
+def _token_id(fields: dict[str, Any], field: str, default: int | None) -> int | None:
+    """The id of one token, or none."""
+    found = token_ids([fields.get(field, default)], f"{field} in config.json")
+    return found[0] if found else None
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(_token_id(v, "eos_token_id") for v in values if v is not None)
+def _pad_token_id(fields: dict[str, Any]) -> int | None:
+    """None also for an id without a row of the embedding, with which transformers can't load a model."""
+    found, rows = _token_id(fields, "pad_token_id", None), fields["vocab_size"]
+    if found is not None and type(rows) is int and found >= rows:
+        note(f"pad_token_id in config.json is {found}, and the vocabulary has {rows} tokens: it is left out.")
+        return None
+    return found
 
 
 def _ffn_size(hidden_size: int) -> int:

@@ -15,9 +15,10 @@ from converters.gguf_header import Metadata
 from converters.gguf_parts import Parts, StoredTensor, open_parts
 from converters.gguf_rope import TABLE as ROPE_TABLE
 from converters.gguf_rope import rope_scaling
-from converters.gguf_tokenizer import special_ids, tokenizer_files
+from converters.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import Parameter, check_names, parameters
+from converters.model_name import is_name
 
 if TYPE_CHECKING:
     import torch
@@ -179,8 +180,9 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
                 "the decoder implements only equal ones."
             )
     ids = special_ids(metadata, vocab_size)
+    name = " ".join(metadata.text("general.name", "").split())
     config = ModelConfig(
-        name=" ".join(metadata.text("general.name", "").split()) or path.stem,
+        name=name if is_name(name) else path.stem,
         hidden_size=hidden,
         intermediate_size=metadata.whole("llama.feed_forward_length"),
         num_layers=metadata.whole("llama.block_count"),
@@ -193,7 +195,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
         max_position_embeddings=metadata.whole("llama.context_length"),
         tie_word_embeddings="output.weight" not in tensors,
         bos_token_id=ids.get("bos"),
-        eos_token_ids=tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)),
+        eos_token_ids=end_tokens(metadata, vocab_size),
         dtype="float32",
     )
     return replace(config, rope_scaling=rope_scaling(metadata, tensors, config))

@@ -11,10 +11,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from converters.cuts import PRE_TOKENIZERS, Cut
+from converters.end_tokens import ends_by_text, is_surely_control, union
 from converters.errors import InputError
 from converters.gguf_header import Metadata
+from converters.notes import note
 from converters.tokenizer_json import (
+    CONTROL,
     NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
     Normalization,
     Vocabulary,
     add_template,
@@ -27,6 +33,7 @@ from converters.tokenizer_json import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # no part of a text
 # The ids that a SentencePiece vocabulary has unless the file says otherwise.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
@@ -49,6 +56,20 @@ def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
     return ids
 
 
+def end_tokens(metadata: Metadata, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text: those that the file names as such, and control tokens known by their text."""
+    named = special_ids(metadata, vocab_size)
+    ends = union(named[name] for name in ("eos", "eot", "eom") if name in named)
+    tokens = metadata.array("tokenizer.ggml.tokens", (str,), default=None) or []
+    kinds = _types(metadata, tokens)[:vocab_size]
+    control = {i: tokens[i] for i, kind in enumerate(kinds) if kind in _WHOLE}
+    more = [i for i in ends_by_text(control) if i not in ends]
+    if more:
+        listed = ", ".join(f"{tokens[i]} ({i})" for i in more)
+        note(f"Taken for end tokens by their text, without being listed as such in {metadata.path}: {listed}.")
+    return union(ends, more)
+
+
 def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, by file name; nothing where the file holds no tokenizer.
 
@@ -64,6 +85,11 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
         cut = _cut(metadata)
         tokenizer, add_bos = _byte_level(metadata, vocabulary, cut), cut.add_bos
     else:
+        # As they are in the file, with the mark of a space, they are found only where spaces are marked.
+        marked = (
+            i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == USER_DEFINED and SPACE in token
+        )
+        vocabulary = replace(vocabulary, pieces=frozenset(marked))
         tokenizer, add_bos = _sentencepiece(metadata, vocabulary), True
     add_tokens(tokenizer, vocabulary)
     bos, eos = (
@@ -83,8 +109,13 @@ def _vocabulary(metadata: Metadata, vocab_size: int) -> Vocabulary:
     ids = {name: i for name, i in special_ids(metadata, vocab_size).items() if i < len(tokens)}
     vocabulary = Vocabulary(str(metadata.path), tokens, [NORMAL] * len(tokens), ids)
     vocabulary.check_size(vocab_size)
-    types = metadata.array("tokenizer.ggml.token_type", (int,), len(tokens), default=None)
-    return replace(vocabulary, types=types) if types else vocabulary
+    return replace(vocabulary, types=_types(metadata, tokens))
+
+
+def _types(metadata: Metadata, tokens: list[str]) -> list[int]:
+    """What each token is; a token that surely ends a text is a control token, whatever the file calls it."""
+    types = metadata.array("tokenizer.ggml.token_type", (int,), len(tokens), default=None) or [NORMAL] * len(tokens)
+    return [CONTROL if is_surely_control(token) else kind for token, kind in zip(tokens, types, strict=True)]
 
 
 def _cut(metadata: Metadata) -> Cut:

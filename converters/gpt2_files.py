@@ -18,13 +18,10 @@ def read_gpt2(
 ) -> tuple[Tokenizer, Vocabulary]:
     """The tokenizer that the two files of the folder ``where`` describe, and its vocabulary, no token special yet.
 
-    Raises InputError for damaged files, and for a space to be put before texts (``prefix``).
+    With ``prefix`` a space is put before a text that has none. Raises InputError for damaged files.
     """
-    if prefix:
-        raise InputError(
-            f"{where} asks for a space before texts (add_prefix_space), which is not converted for byte-level BPE. "
-            "Convert from a directory that has a tokenizer.json."
-        )
+    from tokenizers import pre_tokenizers
+
     vocab = _vocab(vocab_json, f"{where}/vocab.json")
     tokens = sorted(vocab, key=vocab.__getitem__)
     vocabulary = Vocabulary(f"{where}/vocab.json", tokens, [NORMAL] * len(tokens), {})
@@ -35,7 +32,10 @@ def read_gpt2(
     # A first line may name the format's version. "#" itself is a letter of merges, so only this is left out.
     kept = lines[1:] if lines[0].startswith("#version") else lines
     merges = read_merges((line.rstrip("\r") for line in kept if line.strip()), vocab, f"{where}/merges.txt")
-    return byte_level(vocab, merges, GPT2), vocabulary
+    tokenizer = byte_level(vocab, merges, GPT2)
+    if prefix:  # before the text is cut, which this kind of step does by GPT-2's own pattern
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
+    return tokenizer, vocabulary
 
 
 def _vocab(content: bytes, where: str) -> dict[str, int]:

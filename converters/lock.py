@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters import file_system
 from converters.errors import InputError
+from converters.files import PARTIAL_SUFFIX
 
 FILE_NAME = ".lock"
 _CONTENT = b"A command of llama-tpu-toolchain is writing here, or was ended while it did.\n"
@@ -40,14 +41,46 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the file, made with its content where it isn't there."""
+    """A descriptor of the file, which gets its name with its content where it isn't there.
+
+    A process that is killed on the way so leaves none that could be taken for somebody else's.
+    """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    _remove_left(partial)
+    if os.path.lexists(path):
         return _open_existing(path, flags)
-    os.write(descriptor, _CONTENT)
+    try:
+        descriptor = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        os.write(descriptor, _CONTENT)
+        _name(partial, path)
+    except (FileExistsError, FileNotFoundError):  # another process is doing the same
+        raise _busy(path.parent) from None
     return descriptor
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Give a file its name where nothing has it. Raises FileExistsError where something has."""
+    try:
+        os.link(partial, path)
+        os.unlink(partial)
+    except FileExistsError:
+        os.unlink(partial)
+        raise
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        os.rename(partial, path)
+
+
+def _remove_left(partial: Path) -> None:
+    """Remove what a process that was killed while it made its lock has left."""
+    if (
+        partial.is_file()
+        and not partial.is_symlink()
+        and _CONTENT.startswith(partial.read_bytes()[: len(_CONTENT) + 1])
+    ):
+        partial.unlink(missing_ok=True)
 
 
 def _open_existing(path: Path, flags: int) -> int:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from converters.companions import read_companions, with_tokenizer
+from converters.companions import MODEL, read_companions, with_tokenizer
 from converters.config import DTYPES, ModelConfig
 from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import fingerprint
@@ -23,6 +23,7 @@ from converters.meta_parts import (
     open_parts,
     part_paths,
 )
+from converters.model_name import name_of_directory
 from converters.tensor_files import PickleFile
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class MetaSource:
     ) -> None:
         self.config = config
         self._directory, self._parts, self._stored = directory, parts, stored
-        self._companions = with_tokenizer(directory, config)
+        self._companions = with_tokenizer(directory, config, above=True)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, merged from the parts and in rotate-half order."""
@@ -82,7 +83,10 @@ class MetaSource:
         return heads[torch.from_numpy(interleaved_rows(start, stop, head_dim) - first)]
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), read_companions(self._directory))
+        companions = read_companions(self._directory)
+        if MODEL in self._companions:  # it may be that of the folder above
+            companions[MODEL] = self._companions[MODEL]
+        return fingerprint(self.config, self.files(), companions)
 
     def files(self) -> list[Path]:
         return [part.path for part in self._parts]
@@ -112,7 +116,7 @@ def open_meta(directory: Path) -> MetaSource:
     check_same_names(parts, _COMPUTED)
     check_count(parts, _matrix(parts[0], _WQ)[0], params.dim, _WQ)
     try:
-        config = params.config(directory.absolute().name, _vocab_size(parts, params))
+        config = params.config(name_of_directory(directory), _vocab_size(parts, params))
     except InputError as error:
         raise InputError(f"{directory / PARAMS}: {error}") from None
     check_names(config, named, str(directory))

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from converters.errors import InputError
 from converters.protobuf import read_fields, read_float
-from converters.tokenizer_json import CONTROL, NORMAL, UNKNOWN, Normalization, Vocabulary, sentencepiece
+from converters.tokenizer_json import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Normalization,
+    Vocabulary,
+    sentencepiece,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,11 +80,13 @@ class _Model:
     normalizer: _Normalizer = field(default_factory=_Normalizer)
 
 
-def read_sentencepiece(content: bytes, where: str, prefix: bool | None = None) -> tuple[Tokenizer, Vocabulary]:
+def read_sentencepiece(
+    content: bytes, where: str, prefix: bool | None = None, scheme: str = ""
+) -> tuple[Tokenizer, Vocabulary]:
     """The tokenizer that a tokenizer.model describes, without special tokens yet, and its vocabulary.
 
-    ``prefix`` overrules what it says of a space before the text. Raises InputError for a damaged file and for a kind of
-    model that is not converted.
+    ``prefix`` overrules what it says of a space before the text, ``scheme`` is that of Normalization. Raises InputError
+    for a damaged file and for a kind of model that is not converted.
     """
     try:
         model = _read(content)
@@ -98,9 +108,11 @@ def read_sentencepiece(content: bytes, where: str, prefix: bool | None = None) -
     present = {
         name: i for name, i in ids.items() if 0 <= i < len(model.tokens) and model.types[i] in (CONTROL, UNKNOWN)
     }
-    vocabulary = Vocabulary(where, model.tokens, model.types, present)
+    pieces = frozenset(i for i, kind in enumerate(model.types) if kind == USER_DEFINED and model.tokens[i])
+    vocabulary = Vocabulary(where, model.tokens, model.types, present, pieces=pieces)
     normalization = Normalization(
         prefix=bool(normalizer.add_dummy_prefix) if prefix is None else prefix,
+        scheme=scheme,
         trims=bool(normalizer.remove_extra_whitespaces),
         charsmap=normalizer.precompiled_charsmap,
     )

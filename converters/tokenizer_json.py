@@ -5,15 +5,16 @@ Two kinds go with LLaMA and OPT models: byte-level BPE, and SentencePiece with s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from converters.cuts import Cut
 from converters.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 # What a token is, in the numbers of SentencePiece's format and of GGUF's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -23,13 +24,36 @@ _CONFIG_NAMES = (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_to
 
 
 @dataclass(frozen=True)
+class Added:
+    """A token that is found in a text before the rest is cut, with the settings that tokenizers' AddedToken has."""
+
+    content: str
+    special: bool = False
+    lstrip: bool = False  # it takes the white space before it along
+    rstrip: bool = False  # and that after it
+    single_word: bool = False  # not found within a word
+    normalized: bool = False  # found in the text as normalized, not as given
+
+    def token(self) -> AddedToken:
+        from tokenizers import AddedToken
+
+        return AddedToken(**vars(self))
+
+
+@dataclass(frozen=True)
 class Vocabulary:
-    """Every token's text and type by id, and the ids of special tokens: bos, eos, eot, eom, unknown, padding."""
+    """Every token's text and type by id, and the ids of special tokens: bos, eos, eot, eom, unknown, padding.
+
+    ``added`` are the settings of tokens, by id, that the files beside a vocabulary name; ``pieces`` those of its
+    user-defined tokens that are found where SentencePiece finds them: in the text whose spaces are marked.
+    """
 
     where: str  # the file, for errors
     tokens: Sequence[str]
     types: Sequence[int]
     ids: dict[str, int]
+    added: Mapping[int, Added] = field(default_factory=dict)
+    pieces: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         first: dict[str, int] = {}
@@ -55,9 +79,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Normalization:
-    """What SentencePiece does to a text before it looks for pieces."""
+    """What SentencePiece does to a text before it looks for pieces.
+
+    ``scheme`` is for a text that added tokens cut into stretches. "": each gets its own space before it, as
+    SentencePiece gives one to any text that it is handed. "first": only the first stretch, and "always": each, but
+    none that begins with a space already; so transformers' fast tokenizers do.
+    """
 
     prefix: bool = True  # a space before it
+    scheme: str = ""
     trims: bool = False  # spaces around it dropped, runs of them inside made one
     charsmap: bytes = b""  # a compiled table of replacements (Unicode's compatibility forms, say)
 
@@ -106,10 +136,12 @@ def sentencepiece(
             unk_token=tokens[ids["unknown"]] if "unknown" in ids else None,
             fuse_unk=True,
             byte_fallback=BYTE in types,
+            ignore_merges=bool(vocabulary.pieces),  # these are cut out whole, and no merges lead to them
         )
         tokenizer = Tokenizer(model)
     try:
         _normalize(tokenizer, normalization)
+        _cut(tokenizer, normalization, [tokens[i] for i in vocabulary.pieces])
     except Exception as error:  # plain Exception is what the library raises for a charsmap that is none
         raise InputError(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
     return tokenizer
@@ -122,13 +154,27 @@ def _normalize(tokenizer: Tokenizer, wanted: Normalization) -> None:
     steps: list[Any] = [normalizers.Precompiled(wanted.charsmap)] if wanted.charsmap else []
     if wanted.trims:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if wanted.prefix:
+    if wanted.prefix and not wanted.scheme:
         steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if wanted.prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
+
+
+def _cut(tokenizer: Tokenizer, wanted: Normalization, pieces: Sequence[str]) -> None:
+    """What is done to the normalized text: the space before it, if not done yet, and user-defined pieces cut out."""
+    from tokenizers import Regex, pre_tokenizers
+
+    steps: list[Any] = []
+    if wanted.prefix and wanted.scheme:
+        steps.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme=wanted.scheme, split=False))
+    if pieces:  # the longest that stands at a place
+        pattern = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    if steps:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> list[tuple[str, str]]:
@@ -151,14 +197,15 @@ def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> l
 
 
 def add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Have control and user-defined tokens matched whole in the text, before anything else is done to it."""
-    from tokenizers import AddedToken
-
+    """Have control and user-defined tokens, and those that are added by name, found before a text is cut."""
     tokens, types, ids = vocabulary.tokens, vocabulary.types, vocabulary.ids
     special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
     special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
-    whole = [i for i, token in enumerate(tokens) if token and (i in special or types[i] == USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in whole])
+    own = special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in vocabulary.pieces}
+    found = {i: Added(tokens[i], special=i in special) for i in sorted(own)} | dict(vocabulary.added)
+    if tokenizer.normalizer is not None:  # it marks spaces, and what is added speaks of spaces as they are
+        found = {i: replace(entry, normalized=False) for i, entry in found.items()}
+    tokenizer.add_tokens([found[i].token() for i in sorted(found) if found[i].content])
 
 
 def add_template(tokenizer: Tokenizer, vocabulary: Vocabulary, bos: bool, eos: bool) -> None:

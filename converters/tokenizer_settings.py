@@ -1,4 +1,8 @@
-"""What the small JSON files beside a vocabulary say: tokens added to it, special ones, BOS and EOS around texts."""
+"""What the small JSON files beside a vocabulary say: tokens added to it, special ones, BOS and EOS around texts.
+
+Where two of them speak of one token, transformers' rule holds: added_tokens_decoder of tokenizer_config.json is the
+whole truth where it is there; else special_tokens_map.json goes before tokenizer_config.json.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +13,150 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.errors import InputError, shown
-from converters.tokenizer_json import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from converters.notes import note
+from converters.tokenizer_json import CONTROL, UNKNOWN, USER_DEFINED, Added, Vocabulary
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``special`` texts by role (bos, eos, unknown, padding); ``added`` texts by id, and whether each is special."""
+    """``named`` are the special tokens by role (bos, eos, unknown, padding), ``others`` special without one of these.
+
+    ``added`` are tokens by id. All have the settings that hold for them in the end.
+    """
 
     where: str  # the folder, for errors
     kind: str  # tokenizer_class
     add_bos: bool | None  # None: not said
     add_eos: bool | None
     add_prefix_space: bool | None
-    special: dict[str, str]
-    added: dict[int, tuple[str, bool]]
+    legacy: bool | None
+    split_special: bool  # special tokens are not found in texts
+    named: dict[str, Added]
+    others: tuple[Added, ...]
+    added: dict[int, Added]
+    decoded: bool  # ``added`` comes from added_tokens_decoder
 
-    def complete(self, vocabulary: Vocabulary) -> Vocabulary:
-        """The vocabulary with the added tokens, and with the special ones marked.
+    def complete(self, vocabulary: Vocabulary, rows: int) -> Vocabulary:
+        """The vocabulary with the added and special tokens, of which those without a row of the embedding are left out.
 
         Raises InputError for an added token of an id that another token has, or that leaves ids out.
         """
         tokens, types = list(vocabulary.tokens), list(vocabulary.types)
-        for i, (text, special) in sorted(self.added.items()):
+        added = dict(vocabulary.added)
+        for i, entry in sorted(self.added.items()):
+            text = entry.content
             if i > len(tokens):
                 raise InputError(f"{self.where} adds the token {shown(text)} as {i}, and has no token {len(tokens)}.")
             if i == len(tokens):
+                if i >= rows:
+                    self._note_without_row(text, rows)
+                    break  # so are the ones after it
                 tokens.append(text)
-                types.append(CONTROL if special else USER_DEFINED)
+                types.append(CONTROL if entry.special else USER_DEFINED)
             elif tokens[i] != text:
                 raise InputError(f"{self.where} gives the id {i} to the tokens {shown(tokens[i])} and {shown(text)}.")
             elif types[i] != UNKNOWN:
-                types[i] = CONTROL if special else USER_DEFINED
+                types[i] = CONTROL if entry.special else USER_DEFINED
+            added[i] = entry
         places = {text: i for i, text in enumerate(tokens)}
-        ids = {role: places[text] for role, text in self.special.items() if text in places}
-        for i in ids.values():
+        for entry in (*self.named.values(), *self.others):
+            i = places.setdefault(entry.content, len(tokens))
+            if i == len(tokens) >= rows:
+                self._note_without_row(places.popitem()[0], rows)
+                continue
+            if i == len(tokens):
+                tokens.append(entry.content)
+                types.append(CONTROL)
             types[i] = types[i] if types[i] == UNKNOWN else CONTROL
-        return replace(vocabulary, tokens=tokens, types=types, ids=vocabulary.ids | ids)
+            added[i] = replace(added.get(i, entry), special=True)
+        ids = {role: places[entry.content] for role, entry in self.named.items() if entry.content in places}
+        return replace(vocabulary, tokens=tokens, types=types, ids=vocabulary.ids | ids, added=added)
+
+    def _note_without_row(self, text: str, rows: int) -> None:
+        note(
+            f"{self.where} adds the token {shown(text)}, for which the model's {rows} rows of embeddings hold none. "
+            "It is left out of tokenizer.json: a prompt that holds it is cut as any text."
+        )
 
 
 def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
     """From the files of a folder ``where``, by name. Raises InputError for one that holds no JSON object."""
     config, special, added = (_json(files, name, where) for name in (CONFIG, SPECIAL, ADDED))
-    by_role = {
-        role: text for fields in (special, config) for key, role in _ROLES.items() if (text := _text(fields.get(key)))
-    }
-    for i in added.values():
-        if type(i) is not int or i < 0:
-            raise InputError(f"{where}/{ADDED} gives a token the id {shown(i)}; fetch it again.")
-    found = {i: (text, text in by_role.values()) for text, i in added.items()}
+    decoded = config.get("added_tokens_decoder") is not None
+    by_id = _decoder(config["added_tokens_decoder"], where) if decoded else {}
+    special = {key: _said_special(value) for key, value in special.items()}
+    fields = special | config if decoded else config | special
+    known = {entry.content: entry for entry in by_id.values()}
+    named = {role: entry for key, role in _ROLES.items() if (entry := _special(fields.get(key), known, where))}
+    # Any other name on _token names a special token too: of separators, of images.
+    listed = [value for key, value in fields.items() if key.endswith("_token") and key not in _ROLES]
+    listed += [value for key in _LISTS for value in _values(fields.get(key))]
+    others = tuple(entry for value in listed if (entry := _special(value, known, where)))
+    if not decoded:
+        by_id = _added(added, {entry.content for entry in (*named.values(), *others)}, where)
     return Settings(
         where,
         kind=str(config.get("tokenizer_class") or ""),
         add_bos=_flag(config, "add_bos_token", where),
         add_eos=_flag(config, "add_eos_token", where),
         add_prefix_space=_flag(config, "add_prefix_space", where),
-        special=by_role,
-        added=found | _decoder(config.get("added_tokens_decoder"), where),
+        legacy=_flag(config, "legacy", where),
+        split_special=bool(_flag(config, "split_special_tokens", where)),
+        named=named,
+        others=others,
+        added=by_id,
+        decoded=decoded,
     )
 
 
-def _decoder(entries: Any, where: str) -> dict[int, tuple[str, bool]]:
-    """added_tokens_decoder: by id, as text, a token's text and properties."""
+def _decoder(entries: Any, where: str) -> dict[int, Added]:
+    """added_tokens_decoder: by id, as text, a token's text and settings."""
     found = {}
-    for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)] if entries else []:
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(content, str):
+    for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
+        if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(entry, dict) or not _text(entry):
             raise InputError(f"{where}/{CONFIG} has an added_tokens_decoder that is none; fetch it again.")
-        found[int(key)] = (content, bool(entry.get("special")))
+        found[int(key)] = _entry(entry, where, special=entry.get("special") is True)
     return found
+
+
+def _added(ids: dict[str, Any], special: set[str], where: str) -> dict[int, Added]:
+    """added_tokens.json: ids by text."""
+    for i in ids.values():
+        if type(i) is not int or i < 0:
+            raise InputError(f"{where}/{ADDED} gives a token the id {shown(i)}; fetch it again.")
+    return {i: Added(text, special=text in special, normalized=text not in special) for text, i in ids.items()}
+
+
+def _said_special(value: Any) -> Any:
+    """An entry of special_tokens_map.json, whose objects don't say that they are special."""
+    return value | {"special": True} if isinstance(value, dict) and "content" in value else value
+
+
+def _special(value: Any, known: dict[str, Added], where: str) -> Added | None:
+    """A special token: its text alone or an object with settings; those of added_tokens_decoder go before."""
+    text = _text(value)
+    if not text:
+        return None
+    if text in known:
+        return replace(known[text], special=True)
+    entry = value if isinstance(value, dict) else {"content": text, "special": True}
+    return replace(_entry(entry, where, special=entry.get("special") is True), special=True)
+
+
+def _entry(entry: dict[str, Any], where: str, special: bool) -> Added:
+    """A token from an object; what it leaves unsaid is as AddedToken has it."""
+    flags = {name: entry[name] for name in _FLAGS if entry.get(name) is not None}
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise InputError(
+                f"{where} gives the token {shown(_text(entry))} {name} {shown(value)}; it must be true or false."
+            )
+    return Added(**{"content": _text(entry), "special": special, "normalized": not special} | flags)
 
 
 def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
@@ -95,9 +172,14 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A special token's text: by itself, or among its other properties."""
+    """A special token's text: by itself, or among its settings."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
+
+
+def _values(value: Any) -> list[Any]:
+    """The tokens of a list, or of an object that gives each a name."""
+    return value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
 
 
 def _flag(config: dict[str, Any], name: str, where: str) -> bool | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.checkpoint import finished as written
 from converters.checkpoint import open_source
+from converters.companions import note_without_tokenizer
 from converters.errors import InputError
 from converters.output import State, Wanted, claim
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
@@ -51,6 +53,8 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
             return f"{request.out} is already complete; nothing was left to do."
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, output, advance)
+    if isinstance(source, Quantizer) and written(request.checkpoint) is None:  # llama-convert says it of what it writes
+        note_without_tokenizer(source.small_files(), str(request.checkpoint))
     if isinstance(source, Quantizer) and source.report.summary():
         lines.append(source.report.summary())
     return "\n".join(lines)

@@ -87,6 +87,7 @@ class Run:
     compile_cache: CacheUse | None  # None where none was asked for
     cache_logit_error: LogitError | None  # None for a cache of the activations' dtype
     generation: Generation
+    end_tokens: str | None  # None where config.json has them all
     text: list[str] | None
 
     @property
@@ -154,6 +155,7 @@ class Run:
             ("recompilations", self.recompilations),
             ("parameters per chip", _parameters(memory)),
             ("KV cache per chip", f"{format_bytes(memory.kv_cache_bytes_per_chip)}, {memory.kv_cache_dtype}"),
+            *([("end tokens", self.end_tokens)] if self.end_tokens else []),
             ("device peak", peak),
             ("host peak RSS", format_bytes(memory.host_peak_rss_bytes)),
             *self._formula_rows(),

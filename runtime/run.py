@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from converters.companions import read_companions
 from converters.config import ModelConfig
+from converters.end_tokens import all_ends
 from converters.errors import InputError
 from converters.progress import progress, spinner
 from quantize.scheme import padding_bytes, stored_tensors
@@ -53,7 +55,9 @@ def run(request: Request) -> Run | None:
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)
     config.check_context(request.max_seq_len)
-    codec = find_codec(request.shards)
+    codec = find_codec(request.shards, config.vocab_size)
+    stated = config.eos_token_ids
+    config = replace(config, eos_token_ids=_end_tokens(request, config, codec))
     prompts = _prompts(request, config, codec)
     check_prompts(config, prompts, request.max_seq_len)
     prompt_tokens = max(map(len, prompts))
@@ -97,8 +101,22 @@ def run(request: Request) -> Run | None:
         compile_cache=cache_use,
         cache_logit_error=logit_error,
         generation=generation,
+        end_tokens=_shown_ends(config, stated, codec),
         text=[codec.continuation(*row) for row in zip(prompts, generation.token_ids, strict=True)] if codec else None,
     )
+
+
+def _end_tokens(request: Request, config: ModelConfig, codec: TextCodec | None) -> tuple[int, ...]:
+    """All ids that end a row: those of config.json, and what the files beside the shards name further."""
+    control = codec.control_tokens() if codec else {}
+    return all_ends(config.eos_token_ids, read_companions(request.shards), control, str(request.shards))
+
+
+def _shown_ends(config: ModelConfig, stated: tuple[int, ...], codec: TextCodec | None) -> str | None:
+    """Ids and texts of the end tokens, where there are more than config.json has."""
+    if not set(config.eos_token_ids) - set(stated):
+        return None
+    return ", ".join(f"{i} {codec.token(i) if codec else ''}".rstrip() for i in config.eos_token_ids)
 
 
 def _load(request: Request, shards: Shards, config: ModelConfig, backend: Backend) -> tuple[Decoder, int]:

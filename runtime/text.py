@@ -1,31 +1,38 @@
-"""Text to token ids and back, by the tokenizer.json beside the shards."""
+"""Text to token ids and back, by the tokenizer beside the shards."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from converters.errors import InputError
+from converters.companions import read_companions
+from converters.errors import InputError, shown
+from converters.notes import note
+from converters.tokenizer_reader import TOKENIZER, read_tokenizer
 
 
 class TextCodec:
     """The tokenizer of a model."""
 
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # plain Exception for what the library can't read; a panic is not even that
-            raise InputError(f"{path} is no tokenizer that can be read ({error}). Fetch it again.") from None
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all."""
+        for token in self._left_out:
+            if token in text:
+                note(f"The prompt holds {shown(token)}, a token without a row in the model: it is cut as any text.")
         ids = self._tokenizer.encode(text).ids
         if not ids:
             raise InputError("The prompt holds no token; give some text.")
         return ids
+
+    def control_tokens(self) -> dict[int, str]:
+        """The texts, by id, of the tokens that are no part of a text."""
+        return {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def token(self, i: int) -> str:
+        """A token's text, empty for an id that the tokenizer doesn't know."""
+        return self._tokenizer.id_to_token(i) or ""
 
     def continuation(self, prompt: list[int], ids: list[int]) -> str:
         """The text that ``ids`` add behind a prompt's, without special tokens.
@@ -37,7 +44,6 @@ class TextCodec:
         return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
 
 
-def find_codec(directory: Path) -> TextCodec | None:
+def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
     """The tokenizer in a directory of shards; None for a model without one."""
-    path = directory / "tokenizer.json"
-    return TextCodec(path) if path.is_file() else None
+    return TextCodec(directory, vocab_size) if (directory / TOKENIZER).is_file() else None

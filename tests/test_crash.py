@@ -160,7 +160,7 @@ def test_killed_anywhere_a_rerun_ends_the_same(
 
 def _is_whole(out: Path, whole: dict[str, str]) -> bool:
     """Whether all is there; the last moment may leave the lock and the journal, which the rerun removes."""
-    passing = (".lock", ".journal.json", ".journal.json.partial", ".in-progress.json.partial", "log")
+    passing = (".lock", ".lock.partial", ".journal.json", ".journal.json.partial", ".in-progress.json.partial", "log")
     return {name: digest for name, digest in snapshot(out).items() if Path(name).name not in passing} == whole
 
 

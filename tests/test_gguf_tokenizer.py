@@ -319,6 +319,19 @@ def test_sentencepiece_equals_its_definition(text: str, prefix: bool) -> None:
     assert tokenizer.decode(ids) == text.replace("▁", " ")
 
 
+def test_user_defined_tokens_that_hold_the_mark_of_a_space() -> None:
+    """They stand for a space, within words too; <|user|>, without one, is found in the text as given."""
+    values = sentencepiece(add_bos_token=False)
+    for key, value in (("tokens", "at▁c"), ("scores", 0.0), ("token_type", USER_DEFINED)):
+        values[f"tokenizer.ggml.{key}"].append(value)
+    tokenizer, _ = files(values)
+    last = len(values["tokenizer.ggml.tokens"]) - 1
+    assert tokenizer.encode("the cat can").ids == [*by_score("the c"), last, *by_score("an", False)]
+    assert tokenizer.encode("the cat sat").ids == by_score("the cat sat")
+    assert tokenizer.encode("a<|user|>at c").ids == [*by_score("a"), 3, *by_score(" ", False), last]
+    assert tokenizer.decode(tokenizer.encode("the cat can").ids) == "the cat can"
+
+
 def test_scores_rank_the_pieces_whatever_their_ids() -> None:
     values = sentencepiece(add_bos_token=False)
     for key in ("tokens", "scores", "token_type"):

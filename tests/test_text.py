@@ -22,7 +22,7 @@ def _write(folder: Path) -> Path:
 
 def test_text_survives(tmp_path: Path) -> None:
     _write(tmp_path)
-    codec = find_codec(tmp_path)
+    codec = find_codec(tmp_path, 1000)
     for text in ("Hello, world", "two  spaces\n", "é 漢字 🙂"):
         ids = codec.encode(text)
         assert codec.continuation([], ids) == text
@@ -38,19 +38,19 @@ def test_the_space_before_the_first_word_is_kept(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    codec = find_codec(tmp_path)
+    codec = find_codec(tmp_path, 1000)
     assert "a girl named" + codec.continuation(codec.encode("a girl named"), [3]) == "a girl named Emma"
 
 
 def test_no_tokenizer_and_no_token(tmp_path: Path) -> None:
-    assert find_codec(tmp_path) is None
+    assert find_codec(tmp_path, 1000) is None
     _write(tmp_path)
     with pytest.raises(InputError, match="no token"):
-        find_codec(tmp_path).encode("")
+        find_codec(tmp_path, 1000).encode("")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"\xff\xfe", b"\x00" * 100])
 def test_damaged_tokenizer(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
-        find_codec(tmp_path)
+        find_codec(tmp_path, 1000)

@@ -119,7 +119,11 @@ def test_a_hugging_face_directory(llama: bytes, direct: bool, tmp_path: Path) ->
     library = sentencepiece.SentencePieceProcessor(model_proto=llama)
     make_model(tmp_path / "hf", vocab=804)
     small = {
-        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True, "bos_token": "<s>"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_eos_token": True,
+            "bos_token": "<s>",
+        },
         "added_tokens.json": {"<pad>": 800, "<|turn|>": 801},
         "special_tokens_map.json": {"pad_token": "<pad>", "eos_token": {"content": "</s>", "lstrip": False}},
     }
@@ -285,6 +289,9 @@ def test_a_model_of_more_tokens_than_embeddings(llama: bytes, tmp_path: Path) ->
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"800": {"content": "<b>", "lstrip": 1}}}', "lstrip 1"),
+        ("special_tokens_map.json", '{"eos_token": {"content": "</s>", "rstrip": "no"}}', "rstrip 'no'"),
+        ("tokenizer_config.json", '{"legacy": "yes"}', "legacy"),
         ("added_tokens.json", '{"<a>": [800]}', "the id [800]"),
         ("added_tokens.json", '{"\\ud800": 800}', "half a pair"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"3": {"content": "<b>"}}}', "gives the id 3"),
@@ -310,7 +317,6 @@ def test_small_files_that_are_refused(llama: bytes, name: str, content: str, say
         ("vocab.json", '{"a": 0, "b": "1"}', "every token an id"),
         ("vocab.json", '{"a": 0}', "merge 0"),
         ("merges.txt", "#version: 0.2\nq \u0416\n", "merge 0"),
-        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": true}', "add_prefix_space"),
         ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "add_bos_token": true}', "names none"),
     ],
 )
