@@ -89,14 +89,15 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
     config, special, added = (_json(files, name, where) for name in (CONFIG, SPECIAL, ADDED))
     decoded = config.get("added_tokens_decoder") is not None
     by_id = _decoder(config["added_tokens_decoder"], where) if decoded else {}
-    special = {key: _said_special(value) for key, value in special.items()}
     fields = special | config if decoded else config | special
     known = {entry.content: entry for entry in by_id.values()}
     named = {role: entry for key, role in _ROLES.items() if (entry := _special(fields.get(key), known, where))}
     # Any other name on _token names a special token too: of separators, of images.
-    listed = [value for key, value in fields.items() if key.endswith("_token") and key not in _ROLES]
-    listed += [value for key in _LISTS for value in _values(fields.get(key))]
-    others = tuple(entry for value in listed if (entry := _special(value, known, where)))
+    others = [value for key, value in fields.items() if key.endswith("_token") and key not in _ROLES]
+    listed = [value for key in _LISTS for value in _values(fields.get(key))]
+    entries = [_special(value, known, where) for value in others]
+    entries += [_special(value, known, where, listed=True) for value in listed]
+    others = tuple(entry for entry in entries if entry)
     if not decoded:
         by_id = _added(added, {entry.content for entry in (*named.values(), *others)}, where)
     return Settings(
@@ -132,20 +133,19 @@ def _added(ids: dict[str, Any], special: set[str], where: str) -> dict[int, Adde
     return {i: Added(text, special=text in special, normalized=text not in special) for text, i in ids.items()}
 
 
-def _said_special(value: Any) -> Any:
-    """An entry of special_tokens_map.json, whose objects don't say that they are special."""
-    return value | {"special": True} if isinstance(value, dict) and "content" in value else value
+def _special(value: Any, known: dict[str, Added], where: str, listed: bool = False) -> Added | None:
+    """A special token: its text alone or an object with settings; those of added_tokens_decoder go before.
 
-
-def _special(value: Any, known: dict[str, Added], where: str) -> Added | None:
-    """A special token: its text alone or an object with settings; those of added_tokens_decoder go before."""
+    An object that is ``listed``, not named, is special by its place alone, which doesn't change its defaults.
+    """
     text = _text(value)
     if not text:
         return None
     if text in known:
         return replace(known[text], special=True)
-    entry = value if isinstance(value, dict) else {"content": text, "special": True}
-    return replace(_entry(entry, where, special=entry.get("special") is True), special=True)
+    entry = value if isinstance(value, dict) else {"content": text}
+    special = not (listed and isinstance(value, dict)) or entry.get("special") is True
+    return replace(_entry(entry, where, special), special=True)
 
 
 def _entry(entry: dict[str, Any], where: str, special: bool) -> Added:

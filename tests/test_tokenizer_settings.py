@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import sentencepiece
 import transformers.convert_slow_tokenizer
 from invoke import invoke
-from models import SMALL, make_model, make_opt, write_hf
+from models import SMALL, make_opt, write_hf
 from test_tokenizers import GPT2, LLAMA3, write_gpt2
 from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiece
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -27,6 +28,7 @@ from runtime.text import find_codec
 
 GENERIC, LLAMA = "PreTrainedTokenizerFast", "LlamaTokenizer"
 ROWS = 810
+MODEL = replace(SMALL, vocab_size=ROWS)
 # A token, added under settings of which every one shows in one of the texts.
 NEW = "<w>"
 TEXTS = [
@@ -61,15 +63,15 @@ def write(directory: Path, files: dict[str, Any]) -> None:
         (directory / name).write_text(json.dumps(content))
 
 
-def ours(directory: Path, text: str) -> list[int]:
-    """The ids of what llama-convert writes of a source and llama-run reads again."""
-    return read_tokenizer(open_source(directory).companions(), "here", ROWS)[0].encode(text).ids
+def reader(directory: Path) -> Tokenizer:
+    """The tokenizer of what llama-convert writes of a source, as llama-run reads it again."""
+    return read_tokenizer(open_source(directory).companions(), "here", ROWS)[0]
 
 
 def check(directory: Path, texts: list[str] = TEXTS) -> None:
-    theirs = AutoTokenizer.from_pretrained(directory)
+    ours, theirs = reader(directory), AutoTokenizer.from_pretrained(directory)
     for text in texts:
-        found = ours(directory, text)
+        found = ours.encode(text).ids
         assert found == theirs(text).input_ids, (text, theirs.convert_ids_to_tokens(found))
 
 
@@ -99,8 +101,7 @@ def saved(post: bool = True) -> str:
 
 
 def write_saved(directory: Path, content: str, files: dict[str, Any]) -> Path:
-    write_hf(directory, config=SMALL)
-    make_model(directory, vocab=ROWS)
+    write_hf(directory, config=MODEL)
     (directory / "tokenizer.json").write_text(content)
     config = {"tokenizer_class": GENERIC} | files.get("tokenizer_config.json", {})
     write(directory, files | {"tokenizer_config.json": config})
@@ -130,6 +131,8 @@ def test_tokens_added_to_a_tokenizer_json(place: str, flags: dict[str, Any], tmp
         {"tokenizer_config.json": {"added_tokens_decoder": {"800": {"content": NEW}}}},
         {"tokenizer_config.json": {"added_tokens_decoder": {"800": {"content": NEW, "special": True}}}},
         {"tokenizer_config.json": {"pad_token": {"__type": "AddedToken", "content": NEW}}},
+        {"tokenizer_config.json": {"mask_token": {"__type": "AddedToken", "content": NEW}}},
+        {"tokenizer_config.json": {"additional_special_tokens": [{"__type": "AddedToken", "content": NEW}]}},
         {"special_tokens_map.json": {"pad_token": {"content": NEW}}},
         {"added_tokens.json": {NEW: 800}},
         {"added_tokens.json": {NEW: 800}, "special_tokens_map.json": {"pad_token": NEW}},
@@ -152,7 +155,7 @@ def test_small_files_beside_a_tokenizer_json(files: dict[str, Any], tmp_path: Pa
 def test_only_the_post_processor_puts_tokens_around_a_text(post: bool, add_bos: bool | None, tmp_path: Path) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>"} | ({} if add_bos is None else {"add_bos_token": add_bos})
     check(write_saved(tmp_path / "hf", saved(post), {"tokenizer_config.json": config}))
-    assert (ours(tmp_path / "hf", "Hello")[0] == 0) == post
+    assert (reader(tmp_path / "hf").encode("Hello").ids[0] == 0) == post
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -191,7 +194,7 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path: Path, capsys: pytest.Ca
     ids=str,
 )
 def test_a_made_tokenizer_leaves_out_what_has_no_row(files: dict[str, Any], tmp_path: Path) -> None:
-    make_model(tmp_path / "hf", vocab=800)
+    write_hf(tmp_path / "hf", config=replace(MODEL, vocab_size=800))
     (tmp_path / "hf" / "tokenizer.model").write_bytes(train_sentencepiece())
     write(tmp_path / "hf", files)
     said = invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "out").stderr
@@ -242,7 +245,7 @@ def test_small_files_beside_gpt2s(files: dict[str, Any], tmp_path: Path) -> None
 def test_tokens_added_to_llama_3s_file(flags: dict[str, Any], tmp_path: Path) -> None:
     """AutoTokenizer knows LLaMA 3's own special tokens only where added_tokens_decoder names them."""
     tokens, _ = train_byte_level(LLAMA3, 540)
-    make_model(tmp_path, vocab=ROWS)
+    write_hf(tmp_path, config=MODEL)
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_file(tokens))
     own = {str(540 + i): PLAIN | {"content": text, "special": True} for i, text in enumerate(read_llama_3_names())}
     entry = PLAIN | {"content": NEW} | flags
@@ -314,10 +317,14 @@ PIECE_TEXTS = [
 ]
 
 
+@lru_cache
+def trained(pieces: bool) -> bytes:
+    return train_sentencepiece(user_defined_symbols=PIECES) if pieces else train_sentencepiece()
+
+
 def write_sentencepiece(directory: Path, config: dict[str, Any], files: dict[str, Any], pieces: bool = False) -> Path:
-    make_model(directory, vocab=ROWS)
-    model = train_sentencepiece(user_defined_symbols=PIECES) if pieces else train_sentencepiece()
-    (directory / "tokenizer.model").write_bytes(model)
+    write_hf(directory, config=MODEL)
+    (directory / "tokenizer.model").write_bytes(trained(pieces))
     write(directory, files | {"tokenizer_config.json": config | files.get("tokenizer_config.json", {})})
     return directory
 
@@ -373,14 +380,14 @@ def test_user_defined_pieces(legacy: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [GENERIC, LLAMA])
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_user_defined_pieces_as_the_library_finds_them(kind: str, model_type: str, tmp_path: Path) -> None:
-    make_model(tmp_path, vocab=ROWS)
+    write_hf(tmp_path, config=MODEL)
     model = train_sentencepiece(user_defined_symbols=PIECES, model_type=model_type)
     (tmp_path / "tokenizer.model").write_bytes(model)
     write(tmp_path, {"tokenizer_config.json": {"tokenizer_class": kind, "add_bos_token": False}})
-    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    library, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model), reader(tmp_path)
     for text in PIECE_TEXTS:
         if "</s>" not in text:  # which the library takes for text
-            assert ours(tmp_path, text) == library.encode(text), text
+            assert tokenizer.encode(text).ids == library.encode(text), text
 
 
 def test_what_is_read_is_what_is_beside_the_weights(tmp_path: Path) -> None:
@@ -388,4 +395,4 @@ def test_what_is_read_is_what_is_beside_the_weights(tmp_path: Path) -> None:
     write_saved(tmp_path / "hf", saved(), added(800, {"rstrip": True}))
     assert read_companions(tmp_path / "hf").keys() >= {"tokenizer.json", "tokenizer_config.json"}
     codec = find_codec(tmp_path / "hf", ROWS)
-    assert [codec.encode(text) for text in TEXTS] == [ours(tmp_path / "hf", text) for text in TEXTS]
+    assert [codec.encode(text) for text in TEXTS] == [reader(tmp_path / "hf").encode(text).ids for text in TEXTS]
