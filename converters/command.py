@@ -1,12 +1,14 @@
-"""How every command line ends: its result, or one line that says what is wrong and what to do."""
+"""How every command line ends: its result, or one line that says what is wrong and what to do.
+
+Exit statuses: 0 done; 1 the tool's own fault, or a result that is not to be trusted; 2 something that the user can
+mend: input, options, disk, memory, packages; 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import errno
-import io
-import os
-import resource
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
@@ -15,56 +17,90 @@ import click
 
 from converters.errors import InputError
 from converters.notes import forget_notes, print_notes
+from converters.process import prepare_process
+from converters.standard_streams import drop_unwritten_output, prepare_standard_streams
 
 DISTRIBUTION = "llama-tpu-toolchain"
-_USAGE_ERROR = 2
+TRACEBACK_VARIABLE = "LLAMA_TRACEBACK"
+_OWN_FAULT, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 # The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
 _NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
+# Packages that not everyone has, and the extra that brings them.
+_EXTRAS = {
+    "transformers": "bench",
+    "matplotlib": "bench",
+    "libtpu": "tpu",
+    "jax": "tpu",
+    "jaxlib": "tpu",
+}
+_LONGEST_MESSAGE = 400
+_TRACEBACK = click.Option(
+    ["--traceback"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    envvar=TRACEBACK_VARIABLE,
+    callback=lambda context, option, value: _want_traceback(value),
+    help=f"Print an error's traceback as well; {TRACEBACK_VARIABLE}=1 does so for every command.",
+)
+_traceback_wanted = False
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
-    """Run a click command and exit: 0, or 2 with one ``Error:`` line on stderr for anything the user can mend."""
-    _allow_many_files()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
+    """Run a click command and exit: 0, or with one ``Error:`` line on stderr, whatever it raises."""
+    prepare_standard_streams()
+    prepare_process()
+    if _TRACEBACK not in command.params:
+        command.params.append(_TRACEBACK)
+    _want_traceback(False)
     try:
         status = command.main(args=args, standalone_mode=False)
         print_notes()
         sys.stdout.flush()
+    except SystemExit:
+        raise
     except click.ClickException as error:
         _fail(error.format_message())
     except InputError as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted. Run the same command again; what can be resumed goes on.", 130)
+        _fail("Interrupted. Run the same command again; what can be resumed goes on.", _INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has left; keep Python from complaining about that at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        drop_unwritten_output()
+        sys.exit(1)  # whoever read our output has left, and wants no more of it
     except OSError as error:
         _fail(_describe(error))
     except MemoryError:
         _fail(_OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
-            raise
-        _fail(_OUT_OF_MEMORY)
+    except ImportError as error:
+        _fail(_describe_import(error))
+    except BaseException as error:  # a panic in a library written in Rust is no Exception
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
+            _fail(_OUT_OF_MEMORY)
+        _fail(_describe_fault(error), _OWN_FAULT)
     finally:
         forget_notes()
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _allow_many_files() -> None:
-    """Raise this process's limit of open files as far as it may: a large model has hundreds, all open at once."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):  # macOS refuses an unlimited number
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def wants_traceback() -> bool:
+    """Whether the command that runs was asked for tracebacks."""
+    return _traceback_wanted
+
+
+def _want_traceback(value: bool) -> None:
+    global _traceback_wanted
+    _traceback_wanted = value
 
 
 def _fail(message: str, status: int = _USAGE_ERROR) -> NoReturn:
-    click.echo("Error: " + " ".join(message.split()), err=True)
+    """End with an error. Called where the exception is handled."""
+    drop_unwritten_output()
+    with suppress(OSError):  # of a stderr that takes nothing
+        if _traceback_wanted:
+            traceback.print_exc()
+        click.echo("Error: " + " ".join(message.split()), err=True)
     sys.exit(status)
 
 
@@ -76,3 +112,21 @@ def _describe(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{reason}. Choose a path that you may read and write."
     return f"{reason}. Check the path and the disk, and run the same command again."
+
+
+def _describe_import(error: ImportError) -> str:
+    package = (error.name or "").partition(".")[0]
+    extra = f"[{_EXTRAS[package]}]" if package in _EXTRAS else ""
+    return f"{_shortened(error)}. Install what is missing or doesn't fit: pip install '{DISTRIBUTION}{extra}'."
+
+
+def _describe_fault(error: BaseException) -> str:
+    hint = "" if _traceback_wanted else f" The same command with --traceback (or {TRACEBACK_VARIABLE}=1) shows where."
+    return f"{_shortened(error)}. This is a fault of the tool.{hint}"
+
+
+def _shortened(error: BaseException) -> str:
+    """Type and message of an exception, on one line of a length that can be read."""
+    message = " ".join(str(error).split()).rstrip(".")
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 3] + "..."

@@ -47,7 +47,20 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole, with a stable order and a final newline."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(path, json_bytes(value, indent=1))
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """JSON with a final newline, in UTF-8 whatever the locale.
+
+    A byte of a path that is no character (a lone surrogate in Python) becomes JSON's escape of it, ``\\udcXX``.
+    """
+    return to_utf8(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8, in which lone surrogates stand as ``\\udcXX``."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def publish(partial: Path, path: Path) -> None:

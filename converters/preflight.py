@@ -123,7 +123,7 @@ def _measure_write_rate(out: Path) -> float:
 def available_memory() -> int | None:
     """Linux's own estimate of the memory that a program can take; None elsewhere."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     except OSError:
         return None
     for line in lines:

@@ -6,7 +6,6 @@ length that was not seen before is compiled. ``transformers-eager`` runs it on t
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,8 @@ def command(
     """One run of the baseline; its figures as JSON on stdout, under llama-run's keys."""
     import torch
 
+    from runtime.json_out import STDOUT, write_json_out
+
     begin = time.perf_counter()
     lazy = backend == "transformers-lazy"
     with torch.no_grad():
@@ -67,7 +68,7 @@ def command(
     }
     if again is not None:
         figures["repeated_per_token_latency_ms"] = again.figures()["per_token_latency_ms"]
-    click.echo(json.dumps(figures))
+    write_json_out(STDOUT, figures)
 
 
 def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -120,11 +119,15 @@ def command(
     from quantize.shards import Shards
     from runtime.bench import Request, bench
     from runtime.bench_report import to_markdown
+    from runtime.json_out import STDOUT, write_json_out
 
     positions = Shards(shards).config.max_position_embeddings
     sizes = fitting_sizes(batch_sizes, prompt_lens, max_seq_lens, new_tokens, positions)
     done = bench(Request(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
-    click.echo(json.dumps(done.report, ensure_ascii=False) if as_json else to_markdown(done.report).rstrip("\n"))
+    if as_json:
+        write_json_out(STDOUT, done.report)
+    else:
+        click.echo(to_markdown(done.report).rstrip("\n"))
     if done.left:
         click.echo(f"The time is up with {plural(done.left, 'run')} left. The same command goes on there.", err=True)
     if done.failed:

@@ -11,6 +11,7 @@ from typing import Any
 
 from converters.errors import InputError
 from converters.file_system import lock, sync_file
+from converters.files import json_bytes
 
 FILE_NAME = "runs.jsonl"
 FORMAT_VERSION = 1
@@ -145,7 +146,7 @@ def _difference(header: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _write_line(descriptor: int, record: dict[str, Any]) -> None:
-    line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    line = memoryview(json_bytes(record))
     while line:
         line = line[os.write(descriptor, line) :]
     sync_file(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from converters.files import write_json, write_whole
+from converters.files import to_utf8, write_json, write_whole
 from converters.units import format_bytes, plural
 from runtime.baseline import INSTALL
 from runtime.bench_points import FIGURES, Figure, Point, Row
@@ -101,8 +101,8 @@ def _ratio(row: dict[str, Any], reference: dict[str, Any]) -> float | None:
 def write_report(out: Path, report: dict[str, Any], figures: Sequence[Figure]) -> None:
     """bench.json, bench.csv, bench.md and, where matplotlib is installed, figure-N.png."""
     write_json(out / "bench.json", report)
-    write_whole(out / "bench.csv", to_csv(report).encode())
-    write_whole(out / "bench.md", to_markdown(report).encode())
+    write_whole(out / "bench.csv", to_utf8(to_csv(report)))
+    write_whole(out / "bench.md", to_utf8(to_markdown(report)))
     if find_spec("matplotlib") is None:
         click.echo(f"No pictures: matplotlib is not installed. Install it and run the same again: {INSTALL}", err=True)
         return

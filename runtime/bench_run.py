@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 import runtime
+from converters.command import TRACEBACK_VARIABLE, wants_traceback
 from runtime.bench_journal import are_figures
 from runtime.bench_points import Point
 
@@ -70,6 +73,8 @@ class Runner:
     def _figures(self, module: str, arguments: Sequence[str]) -> dict[str, Any]:
         done = _call(module, arguments)
         if done.returncode:
+            if wants_traceback():
+                click.echo(done.stderr, err=True, nl=False)
             raise RunFailed(_reason(done))
         try:
             figures = json.loads(done.stdout)
@@ -92,14 +97,15 @@ def _call(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[
     """``main`` of a module of this very copy of the package, in a process that ends with this one."""
     code = f"from runtime.bench_run import end_with_parent; end_with_parent(); from {module} import main; main()"
     root = str(Path(runtime.__file__).parent.parent)
+    traceback = {TRACEBACK_VARIABLE: "1"} if wants_traceback() else {}
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=root,  # -c puts the current directory first on the path
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | traceback,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         check=False,
     )
@@ -108,6 +114,13 @@ def _call(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """Why a process failed: its last line on stderr, or how it ended."""
     if done.returncode < 0:
-        return f"ended by signal {signal.Signals(-done.returncode).name}"
+        return f"ended by signal {_signal_name(-done.returncode)}"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return (lines[-1].removeprefix("Error: ") if lines else f"exit status {done.returncode}")[:300]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return str(number)

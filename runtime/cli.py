@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -130,7 +129,7 @@ def command(
     from converters.units import plural
     from quantize.shards import Shards
     from runtime.buckets import parse_buckets
-    from runtime.json_out import check_folder, check_json_out, write_json_out
+    from runtime.json_out import STDOUT, check_folder, check_json_out, write_json_out
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
@@ -171,13 +170,10 @@ def command(
     )
     if done is None:
         return 0
-    content = json.dumps(done.to_json(), ensure_ascii=False)
-    if json_out == "-":
-        click.echo(content)
-    else:
+    if json_out != STDOUT:
         _show(done, prompts)
-        if json_out is not None:
-            write_json_out(json_out, content)
+    if json_out is not None:
+        write_json_out(json_out, done.to_json())
     if done.recompilations:
         count = plural(done.recompilations, "graph")
         click.echo(f"Error: {count} compiled after warm-up, where none should be: don't trust these times.", err=True)

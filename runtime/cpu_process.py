@@ -53,7 +53,7 @@ def with_defaults(given: str, flags: dict[str, str]) -> str:
 def available_cpus() -> int:
     """Processors that this process may use at once: by its affinity, and by its container's quota."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(present, cpu_quota(_CPU_QUOTA.read_text() if _CPU_QUOTA.exists() else "max"))
+    return min(present, cpu_quota(_CPU_QUOTA.read_text("ascii") if _CPU_QUOTA.exists() else "max"))
 
 
 def cpu_quota(text: str) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import click
 
 from converters.errors import InputError
-from converters.files import write_whole
+from converters.files import json_bytes, write_whole
+
+STDOUT = "-"
 
 
 def check_json_out(json_out: str | None) -> None:
     """Raise InputError for a path that can't be written; None writes nothing, ``-`` is stdout."""
-    if json_out in (None, "-"):
+    if json_out in (None, STDOUT):
         return
     path = Path(json_out)
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
@@ -29,9 +34,16 @@ def check_folder(path: Path) -> None:
         raise InputError(f"The folder {path} can't be made or written into. Give another.")
 
 
-def write_json_out(json_out: str, line: str) -> None:
-    """Write a line to the file that --json names: whole, through a link; into a pipe or a device as it is."""
-    path, content = Path(os.path.realpath(json_out)), (line + "\n").encode()
+def write_json_out(json_out: str, value: Any) -> None:
+    """Write a value on one line of JSON, in UTF-8 whatever the locale: to stdout, or to the file that --json names.
+
+    A file is written whole, through a link; a pipe or a device as it is.
+    """
+    content = json_bytes(value)
+    if json_out == STDOUT:
+        click.echo(content, nl=False)
+        return
+    path = Path(os.path.realpath(json_out))
     if path.exists() and not path.is_file():
         path.write_bytes(content)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,15 +190,12 @@ def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tu
 
 def _put(text: str, content: Any, json_out: str | None) -> None:
     """The text on stdout, and the JSON in its file; or the JSON on stdout alone."""
-    from runtime.json_out import write_json_out
+    from runtime.json_out import STDOUT, write_json_out
 
-    line = json.dumps(content, ensure_ascii=False)
-    if json_out == "-":
-        click.echo(line)
-        return
-    click.echo(text)
+    if json_out != STDOUT:
+        click.echo(text)
     if json_out is not None:
-        write_json_out(json_out, line)
+        write_json_out(json_out, content)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from converters.companions import read_companions
@@ -17,7 +18,13 @@ class TextCodec:
         self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all."""
+        """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,
+        and for text that isn't any.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(_not_text(text[error.start])) from None
         for token in self._left_out:
             if token in text:
                 note(f"The prompt holds {shown(token)}, a token without a row in the model: it is cut as any text.")
@@ -47,3 +54,13 @@ class TextCodec:
 def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
     """The tokenizer in a directory of shards; None for a model without one."""
     return TextCodec(directory, vocab_size) if (directory / TOKENIZER).is_file() else None
+
+
+def _not_text(surrogate: str) -> str:
+    """What is wrong with a prompt that holds a surrogate, as Python has bytes that the locale's encoding lacks."""
+    byte = ord(surrogate) - 0xDC00
+    found = f"the byte 0x{byte:02X}, which is no character of" if 0x80 <= byte <= 0xFF else "half a character in"
+    return (
+        f"The prompt is not text: it holds {found} {sys.getfilesystemencoding().upper()}. Convert it, say with: "
+        "iconv -f LATIN1 -t UTF-8."
+    )

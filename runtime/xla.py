@@ -10,7 +10,8 @@ import glob
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,20 +50,20 @@ class XLABackend:
 
         ``compile_cache`` is a folder in which compiled programs are kept for later processes.
 
-        Raises InputError where this machine's slice has another number of chips.
+        Raises InputError where this machine's slice has another number of chips, or not what PJRT_DEVICE says.
         """
-        os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
+        kind = _choose_device()
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compilation that GSPMD will go
         if compile_cache is not None:
             os.environ["XLA_PERSISTENT_CACHE_PATH"] = str(compile_cache.absolute())
-        kind = os.environ["PJRT_DEVICE"]
         if kind == "CPU":
             os.environ["CPU_NUM_DEVICES"] = str(chips)
             prepare_cpu_process(chips)
         import torch_xla.runtime as xr
 
-        xr.use_spmd()
-        present = xr.global_runtime_device_count()
+        with _starting(kind):
+            xr.use_spmd()
+            present = xr.global_runtime_device_count()
         if present != chips:
             raise InputError(
                 f"The shards are for {chips} chips and this slice has {present}. Split them anew: llama-quantize "
@@ -396,19 +397,53 @@ def _has_tpu() -> bool:
     if glob.glob("/dev/accel[0-9]*"):
         return True
     for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        with open(path) as file:
+        with open(path, encoding="ascii") as file:
             if file.read().strip() == "0x1ae0" and glob.glob("/dev/vfio/[0-9]*"):
                 return True
     return False
 
 
+def _choose_device() -> str:
+    """PJRT_DEVICE, set to what this machine has where it isn't. Raises InputError for a TPU that isn't here."""
+    found = "TPU" if _has_tpu() else "CPU"
+    asked = os.environ.get("PJRT_DEVICE", "").strip() or found
+    kind = asked.upper() if asked.upper() in ("CPU", "TPU") else asked
+    # libtpu would ask for its slice over the network, for minutes.
+    if kind == "TPU" and not glob.glob("/dev/accel[0-9]*") and not glob.glob("/dev/vfio/[0-9]*"):
+        raise InputError(
+            "PJRT_DEVICE is TPU and this machine has none (neither /dev/accel0 nor /dev/vfio/0 and the like are "
+            "there). Unset PJRT_DEVICE to run on the CPU."
+        )
+    os.environ["PJRT_DEVICE"] = kind
+    return kind
+
+
+@contextmanager
+def _starting(kind: str) -> Iterator[None]:
+    """Make an InputError of what torch_xla raises where it finds no device of this kind."""
+    try:
+        yield
+    except Exception as error:
+        if kind == "CPU":
+            raise
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(
+            f"XLA can't use PJRT_DEVICE={kind} ({reason}). Unset PJRT_DEVICE, or set it to CPU to run on this "
+            "machine's CPU."
+        ) from error
+
+
 def lazy_device() -> torch.device:
-    """One XLA device as LazyTensor gives it out of the box: no SPMD, and every step traced anew."""
-    os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
+    """One XLA device as LazyTensor gives it out of the box: no SPMD, and every step traced anew.
+
+    Raises InputError as XLABackend does.
+    """
+    kind = _choose_device()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import torch_xla
 
-    return torch_xla.device()
+    with _starting(kind):
+        return torch_xla.device()
 
 
 def lazy_sync() -> None:
