@@ -20,7 +20,8 @@ from converters.files import (
     write_whole,
 )
 from converters.form import Form, block_tasks
-from converters.hf import INDEX, open_hf, weight_map
+from converters.hf import open_hf
+from converters.hf_files import INDEX, weight_map
 from converters.journal import Journal
 from converters.meta import is_meta, open_meta
 from converters.output import Finished, check_finished

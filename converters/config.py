@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from converters.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
+from converters.dtypes import DTYPES, said_dtype
 from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
 from converters.llama import REQUIRED as LLAMA_REQUIRED
 from converters.llama import llama_from_hf, llama_to_hf, optional
+from converters.notes import note
 from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
 from converters.rope import Llama3Scaling, RopeScaling
 
-DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
@@ -154,9 +155,9 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         vocab_size=fields["vocab_size"],
         max_position_embeddings=optional(fields, "max_position_embeddings", MAX_POSITIONS),
         tie_word_embeddings=optional(fields, "tie_word_embeddings", False),
-        bos_token_id=_token_id(fields.get("bos_token_id", 1), "bos_token_id"),
+        bos_token_id=_bos_token_id(fields.get("bos_token_id", 1)),
         eos_token_ids=_token_ids(fields.get("eos_token_id", 2)),
-        dtype=_dtype(fields),
+        dtype=said_dtype(fields) or "bfloat16",
         **read(fields),
     )
 
@@ -206,20 +207,28 @@ def _name(fields: dict[str, Any]) -> str:
     return name.rstrip("/").split("/")[-1] if isinstance(name, str) else ""
 
 
-def _dtype(fields: dict[str, Any]) -> Any:
-    dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-
-
 def _token_id(value: Any, field: str) -> int | None:
-    if value is None or (type(value) is int and 0 <= value <= _MAX_DIMENSION):
+    """A token id, or None where there is none, which some write as a negative number."""
+    if type(value) is int and value < 0:
+        note(f"config.json has {field} {shown(value)}, which is no token: the model is taken to have none there.")
+        return None
+    if value is None or (type(value) is int and value <= _MAX_DIMENSION):
         return value
     raise InputError(f"{field} in config.json is {shown(value)}; it must be a token id.")
 
 
+def _bos_token_id(value: Any) -> int | None:
+    if not isinstance(value, list):
+        return _token_id(value, "bos_token_id")
+    first = _token_id(value[0], "bos_token_id") if value else None
+    note(f"config.json has a list as bos_token_id, {shown(value)}: {first} is taken.")
+    return first
+
+
 def _token_ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
-    return tuple(_token_id(v, "eos_token_id") for v in values if v is not None)
+    ids = (_token_id(v, "eos_token_id") for v in values)
+    return tuple(token for token in ids if token is not None)
 
 
 def _ffn_size(hidden_size: int) -> int:

@@ -11,7 +11,7 @@ from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.files import partial_path
 from converters.form import Form, block_tasks, floating_form, int8_form
-from converters.hf import INDEX
+from converters.hf_files import INDEX
 from converters.layout import parameters
 from converters.output import State, claim
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
