@@ -80,7 +80,9 @@ def test_a_variant_is_not_read(tmp_path: Path) -> None:
     assert notes_of(tmp_path / "hf", tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin"]
+)
 def test_variants_alone(name: str, tmp_path: Path) -> None:
     """transformers finds no weights either, unless it is told the variant."""
     write_hf(tmp_path / "hf")
@@ -171,9 +173,7 @@ def _split(folder: Path, change: float) -> None:
 def test_the_same_tensor_in_two_files(tmp_path: Path) -> None:
     _split(tmp_path / "hf", change=0.0)
     [note] = notes_of(tmp_path / "hf", tmp_path / "out")
-    assert note == (
-        "1 tensor left out: held twice, with the same values (model.layers.0.input_layernorm.weight)."
-    )
+    assert note == ("1 tensor left out: held twice, with the same values (model.layers.0.input_layernorm.weight).")
 
 
 def test_another_tensor_of_the_same_name_in_two_files(tmp_path: Path) -> None:
