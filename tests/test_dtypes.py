@@ -129,13 +129,13 @@ def test_float64_beyond_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_meta(dtype: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "hf", dtype=dtype, ffn=128)
+    model = make_model(tmp_path / "hf", dtype=dtype, ffn=128, vocab=208)
     source = write_meta(tmp_path / "meta", model, 2)
     assert converted(tmp_path, source)[:2] == ({DTYPES[dtype]}, dtype)
 
 
 def test_meta_of_mixed_dtypes(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "hf", dtype="bfloat16", ffn=128)
+    model = make_model(tmp_path / "hf", dtype="bfloat16", ffn=128, vocab=208)
     source = write_meta(tmp_path / "meta", model, 2)
     for number in range(2):
         edit_part(source, number, norm__weight=model.model.norm.weight.data.float())
