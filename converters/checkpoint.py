@@ -13,7 +13,8 @@ from converters.config import read_json
 from converters.errors import InputError
 from converters.files import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.form import Form, block_tasks
-from converters.hf import INDEX, open_hf, weight_map
+from converters.hf import open_hf
+from converters.hf_files import INDEX, weight_map
 from converters.journal import Journal
 from converters.meta import is_meta, open_meta
 from converters.output import Finished, Output, check_finished

@@ -35,7 +35,9 @@ from converters.config import DTYPES
     "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of the random weights."
 )
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the weights written."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of the weights written.  [default: the source's own; of quantized GGUF files and of presets bfloat16]",
 )
 @click.option("--keep-int8", is_flag=True, help="Of int8 weights: keep them so, in the compressed-tensors layout.")
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
@@ -55,7 +57,7 @@ def command(
     out: Path,
     storage: str,
     seed: int,
-    dtype: str,
+    dtype: str | None,
     keep_int8: bool,
     layers: int | None,
     max_shard_size: str,
@@ -91,14 +93,14 @@ def command(
         if isinstance(found, Path):
             _check_distinct(found, out)
             found = read_config(found)
-        config = found.cut(layers).with_dtype(dtype)
+        config = found.cut(layers).with_dtype(dtype or found.dtype)
         weights = RandomSource(config, seed)
     else:
         from converters.checkpoint import open_source
 
         _check_distinct(source, out)
         weights = open_source(source)
-        config = weights.config.cut(layers).with_dtype(dtype)
+        config = weights.config.cut(layers).with_dtype(dtype or weights.default_dtype())
     conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
     if check_logits:
         from converters import logits

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
+from converters.dtypes import DTYPES, said_dtype
 from converters.end_tokens import token_ids
 from converters.errors import InputError, shown
 from converters.features import MAX_POSITIONS, check_features
@@ -19,7 +20,6 @@ from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
 from converters.rope import Llama3Scaling, RopeScaling
 
-DTYPES = ("bfloat16", "float16", "float32")
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
 _MAX_NAME = 100
@@ -159,10 +159,10 @@ def from_hf(fields: Any, name: str = "llama") -> ModelConfig:
         vocab_size=fields["vocab_size"],
         max_position_embeddings=optional(fields, "max_position_embeddings", MAX_POSITIONS),
         tie_word_embeddings=optional(fields, "tie_word_embeddings", False),
-        bos_token_id=_token_id(fields, "bos_token_id", 1),
+        bos_token_id=_bos_token_id(fields),
         pad_token_id=_pad_token_id(fields),
         eos_token_ids=token_ids(fields.get("eos_token_id", 2), "eos_token_id in config.json"),
-        dtype=_dtype(fields),
+        dtype=said_dtype(fields) or "bfloat16",
         **read(fields),
     )
 
@@ -212,15 +212,20 @@ def _name(fields: dict[str, Any]) -> str:
     return name_in_path(name) if isinstance(name, str) else ""
 
 
-def _dtype(fields: dict[str, Any]) -> Any:
-    dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-
-
 def _token_id(fields: dict[str, Any], field: str, default: int | None) -> int | None:
     """The id of one token, or none."""
     found = token_ids([fields.get(field, default)], f"{field} in config.json")
     return found[0] if found else None
+
+
+def _bos_token_id(fields: dict[str, Any]) -> int | None:
+    """The first of a list."""
+    value = fields.get("bos_token_id", 1)
+    if not isinstance(value, list):
+        return _token_id(fields, "bos_token_id", 1)
+    first = _token_id({"bos_token_id": value[0]} if value else {}, "bos_token_id", None)
+    note(f"config.json has a list as bos_token_id, {shown(value)}: {first} is taken.")
+    return first
 
 
 def _pad_token_id(fields: dict[str, Any]) -> int | None:

@@ -10,7 +10,7 @@ from converters import checkpoint, random_init
 from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.form import Form, block_tasks, floating_form, int8_form
-from converters.hf import INDEX
+from converters.hf_files import INDEX
 from converters.layout import parameters
 from converters.output import State, Wanted, claim, recorded_names
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converters.errors import InputError, shown
+from converters.notes import note
 
 GENERATION = "generation_config.json"
-NO_TOKEN = -1  # as SentencePiece writes that there is none
 _LARGEST_ID = 1 << 24
 _TEXTS = frozenset(
     (
@@ -34,12 +34,17 @@ _NO_ENDS = (
 
 
 def token_ids(value: Any, field: str) -> tuple[int, ...]:
-    """The ids that a field of config.json has: one, a list, or none (null, -1). Raises InputError for another value."""
+    """The ids that a field of config.json has: one, a list, or none (null, with a note a negative number).
+
+    Raises InputError for another value.
+    """
     values = value if isinstance(value, list) else [value]
     for each in values:
-        if each is not None and (type(each) is not int or not NO_TOKEN <= each <= _LARGEST_ID):
+        if each is not None and (type(each) is not int or each > _LARGEST_ID):
             raise InputError(f"{field} is {shown(each)}; it must be a token id.")
-    return tuple(each for each in values if each not in (None, NO_TOKEN))
+        if each is not None and each < 0:
+            note(f"{field} is {shown(each)}, which is no token: the model is taken to have none there.")
+    return tuple(each for each in values if each is not None and each >= 0)
 
 
 def is_surely_control(text: str) -> bool:

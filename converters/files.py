@@ -21,9 +21,9 @@ PARTIAL_SUFFIX = ".partial"
 _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # files up to this size are held against their digest, where larger ones are by their size
 # torch's dtype names -> the codes of the safetensors format, with bytes per element.
-CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
 DTYPE_NAMES = {code: name for name, code in CODES.items()}
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1}
 
 
 def partial_path(path: Path) -> Path:

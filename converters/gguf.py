@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.config import ModelConfig
+from converters.dtypes import dtype_to_write
 from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import sample_files
 from converters.gguf_header import Metadata
@@ -54,6 +55,8 @@ _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "logit_scale": ((0, 1), "scaled logits"),
 }
 
+FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 class GGUFSource:
     """A GGUF file's weights as a TensorSource: float32, in Hugging Face's names and rotate-half row order."""
@@ -82,6 +85,11 @@ class GGUFSource:
             else:
                 values = gguf.dequantize(tensor.raw(start, stop), tensor.type)
             return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    def default_dtype(self) -> str:
+        """That of the linears and the embedding where none is quantized (norms are always float32); else bfloat16."""
+        types = {tensor.type.name for tensor in self._stored.values() if len(tensor.shape) == 2}
+        return dtype_to_write({FLOAT_TYPES[name] for name in types}, None) if types <= set(FLOAT_TYPES) else "bfloat16"
 
     def fingerprint(self) -> str:
         """The hex sha256 of the headers (configuration, tokenizer, tensor table) and a sample of the files' pages."""

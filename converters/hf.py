@@ -2,54 +2,49 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from converters.architecture import Architecture
 from converters.companions import read_companions, with_tokenizer
 from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, quantization_config
-from converters.config import DTYPES, ModelConfig, read_config, read_json
-from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.config import ModelConfig, read_config, read_json
+from converters.dtypes import DTYPES, READ_DTYPES, dtype_to_write, said_dtype, widest
+from converters.errors import DuplicateTensor, InputError, UnexpectedTensor, UnmappedTensor
 from converters.files import CODES, TensorSpec
 from converters.fingerprint import fingerprint
+from converters.hf_files import weight_files
 from converters.layout import LM_HEAD, check_names, is_known, parameters
-from converters.tensor_files import TensorFile, open_tensor_file
+from converters.notes import note
+from converters.surplus import Held, biased_weight, is_computed, is_zero, note_left_out, same_bytes, settle_head
+from converters.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-# Where weights may be, the first that exists counts: a directory often holds both forms.
-_CANDIDATES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-# Buffers that older versions of transformers saved: functions of the configuration, not weights.
-_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.decoder\.version")
 _BASE = "model."  # before the names of a whole model's tensors; left out where the model was saved without its head
-
-
-class _Held(NamedTuple):
-    """Where a tensor is: its file, and its name there."""
-
-    file: TensorFile
-    name: str
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
 
 
 class HFSource:
     """The weights of a Hugging Face directory under the TensorSource protocol."""
 
-    def __init__(self, directory: Path, config: ModelConfig, holder: dict[str, _Held]) -> None:
+    def __init__(
+        self, directory: Path, config: ModelConfig, holder: dict[str, Held], found: set[str], said: str | None
+    ) -> None:
         self.config = config
         self.directory = directory
         self._holder = holder
+        self._stored_dtypes, self._said_dtype = found, said
         self._companions = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        held = self._holder[name]
-        return held.file.rows(held.name, start, stop)
+        import torch
+
+        values = self._holder[name].rows(start, stop)
+        return values.float() if values.dtype == torch.float64 else values
+
+    def default_dtype(self) -> str:
+        return dtype_to_write(self._stored_dtypes, self._said_dtype)
 
     def fingerprint(self) -> str:
         return fingerprint(self.config, self.files(), read_companions(self.directory))
@@ -96,48 +91,64 @@ def open_hf(directory: Path) -> HFSource:
         raise InputError(f"{directory} does not exist or is no directory.")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
-    int8 = is_int8(read_json(directory / "config.json"))
+    fields = read_json(directory / "config.json")
+    int8 = is_int8(fields)
     config = read_config(directory / "config.json", quantized=int8)
-    holder = _hold(_weight_files(directory), config, SCALE_SUFFIX if int8 else "")
+    suffix = SCALE_SUFFIX if int8 else ""
+    holder = _hold(weight_files(directory, fields), config, suffix)
+    config = settle_head(config, holder, LM_HEAD.name + SCALE_SUFFIX)
     scales = {name for name in holder if int8 and name.endswith(SCALE_SUFFIX)}
     check_names(config, (name for name in holder if name not in scales), str(directory))
-    config = config.with_dtype(_check_tensors(config, holder, scales))
-    return (CompressedSource if int8 else HFSource)(directory, config, holder)
+    found = _check_tensors(config, holder, scales)
+    if "float64" in found:
+        note(f"{directory} holds tensors of float64, which are read as float32.")
+    config = config.with_dtype(widest(found))
+    return (CompressedSource if int8 else HFSource)(directory, config, holder, found, said_dtype(fields))
 
 
-def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, _Held]:
-    """Which file holds each tensor, computed buffers and a tied output head left out.
+def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, Held]:
+    """Where each tensor is that is a weight of such a model; what it doesn't need is left out, with a note.
 
-    The name of a weight may be followed by ``suffix``.
+    The name of a weight may be followed by ``suffix``. Raises UnmappedTensor for any other name, and DuplicateTensor
+    for a tensor that is held twice with different values.
     """
-    architecture = config.architecture
-    holder: dict[str, _Held] = {}
-    for file in files:
-        for stored in file.names():
-            name = _whole_name(stored, suffix, architecture)
-            weight = name.removesuffix(suffix)
-            if _COMPUTED.fullmatch(name) or (config.tie_word_embeddings and weight == LM_HEAD.name):
-                continue
-            if not is_known(weight, architecture):
-                title = architecture.title
-                raise UnmappedTensor(f"{file.path} holds the tensor {name}, which is not part of a model of {title}.")
-            if name in holder:
-                raise DuplicateTensor(f"The tensor {name} is held twice: by {holder[name].path} and by {file.path}.")
-            holder[name] = _Held(file, stored)
+    needed = {parameter.name for parameter in parameters(config)}
+    holder: dict[str, Held] = {}
+    computed, zeros, twice = [], [], []
+    for held in (Held(file, stored) for file in files for stored in file.names()):
+        name = _whole_name(held.name, suffix, config.architecture)
+        if is_computed(name):
+            computed.append(held.name)
+        elif name not in needed and is_known(biased_weight(name), config.architecture) and is_zero(held):
+            zeros.append(held.name)
+        elif not is_known(name.removesuffix(suffix), config.architecture):
+            title = config.architecture.title
+            raise UnmappedTensor(f"{held.path} holds the tensor {name}, which is not part of a model of {title}.")
+        elif name not in holder:
+            holder[name] = held
+        elif same_bytes(holder[name], held):
+            twice.append(held.name)
+        else:
+            raise DuplicateTensor(
+                f"The tensor {name} is held twice, with other values: by {holder[name].path} and by {held.path}."
+            )
+    note_left_out(computed, "buffers that follow from config.json")
+    note_left_out(zeros, "biases of zeros, which config.json doesn't ask for")
+    note_left_out(twice, "held twice, with the same values")
     return holder
 
 
 def _whole_name(stored: str, suffix: str, architecture: Architecture) -> str:
     """A tensor's name in a whole model: some, like OPT-66B's, were saved without the output head, or its prefix."""
     based = _BASE + stored
-    known = is_known(based.removesuffix(suffix), architecture) or _COMPUTED.fullmatch(based)
+    known = any(is_known(name, architecture) for name in (based.removesuffix(suffix), biased_weight(based)))
     return based if known else stored
 
 
-def _check_tensors(config: ModelConfig, holder: dict[str, _Held], scales: set[str]) -> str:
+def _check_tensors(config: ModelConfig, holder: dict[str, Held], scales: set[str]) -> set[str]:
     """Hold shapes and dtypes against the table; what has one of the ``scales`` is int8.
 
-    Returns the dtype of the weights that are not quantized (the widest of a mixed set).
+    Returns the dtypes of the weights that are not quantized.
     """
     found, left = set(), set(scales)
     for parameter in parameters(config):
@@ -147,15 +158,15 @@ def _check_tensors(config: ModelConfig, holder: dict[str, _Held], scales: set[st
             _check_tensor(holder[scale], scale, (parameter.shape[0], 1), DTYPES)
             _check_tensor(holder[parameter.name], parameter.name, parameter.shape, ("int8",))
         else:
-            found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, DTYPES))
+            found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, READ_DTYPES))
     for scale in left:
         raise UnexpectedTensor(f"{holder[scale].path} holds the scale {scale} of no weight of its configuration.")
-    return found.pop() if len(found) == 1 else "float32"
+    return found
 
 
-def _check_tensor(held: _Held, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
+def _check_tensor(held: Held, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
     """Hold one tensor's shape and dtype against what is expected. Returns the dtype."""
-    shape, dtype = held.file.shape(held.name), held.file.dtype(held.name)
+    shape, dtype = held.shape, held.dtype
     if shape != expected:
         raise InputError(
             f"{held.path}: the tensor {name} is of shape {list(shape)}, but config.json calls for {list(expected)}."
@@ -166,41 +177,3 @@ def _check_tensor(held: _Held, name: str, expected: tuple[int, ...], dtypes: tup
             "Convert the unquantized original."
         )
     return dtype
-
-
-def _weight_files(directory: Path) -> list[TensorFile]:
-    for candidate in _CANDIDATES:
-        path = directory / candidate
-        if path.is_file():
-            return _indexed_files(path) if path.suffix == ".json" else [open_tensor_file(path)]
-    raise InputError(f"{directory} is no whole checkpoint: it has none of {', '.join(_CANDIDATES)}.")
-
-
-def _indexed_files(index: Path) -> list[TensorFile]:
-    """The files that an index names, each opened, after holding what they contain against it."""
-    places = weight_map(index)
-    files = {}
-    for file_name in dict.fromkeys(places.values()):
-        path = index.parent / file_name
-        if not path.is_file():
-            raise InputError(f"{index} names the file {file_name}, which is not there. Fetch it, or convert again.")
-        files[file_name] = open_tensor_file(path)
-    names = {file_name: set(file.names()) for file_name, file in files.items()}
-    for name, file_name in places.items():
-        if name not in names[file_name]:
-            raise MissingTensor(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
-    return list(files.values())
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """An index's map from tensor to file, every name a plain one: an index must not reach out of its directory."""
-    content: Any = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise InputError(f"{index} has no weight_map; fetch or write it again.")
-    for name, file_name in places.items():
-        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file_name):
-            raise InputError(
-                f"{index} places the tensor {name[:80]} in {str(file_name)[:80]!r}; it must be a file beside it."
-            )
-    return places

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from converters.companions import MODEL, read_companions, with_tokenizer
 from converters.config import DTYPES, ModelConfig
+from converters.dtypes import dtype_to_write
 from converters.errors import InputError, MissingTensor, UnmappedTensor
 from converters.fingerprint import fingerprint
 from converters.interleaved import INTERLEAVED, interleaved_rows
@@ -81,6 +82,9 @@ class MetaSource:
         first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
         heads = merged_rows(self._parts, *stored, first, last)
         return heads[torch.from_numpy(interleaved_rows(start, stop, head_dim) - first)]
+
+    def default_dtype(self) -> str:
+        return dtype_to_write({self._parts[0].dtype(name) for name, _ in self._stored.values()}, said=None)
 
     def fingerprint(self) -> str:
         companions = read_companions(self._directory)

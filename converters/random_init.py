@@ -50,6 +50,9 @@ class RandomSource:
         values = _draw(self.seed, name, start * parameter.width, stop * parameter.width, _quantiles(self.config.dtype))
         return torch.from_numpy(values).view(dtype).view(shape)
 
+    def default_dtype(self) -> str:
+        return self.config.dtype
+
     def fingerprint(self) -> str:
         described = json.dumps([self.config.to_hf(), random_init_record(self.seed)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()

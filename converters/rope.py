@@ -8,10 +8,14 @@ from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from converters.errors import InputError, shown
+from converters.features import MAX_POSITIONS
+from converters.notes import note
 
 if TYPE_CHECKING:
     from converters.config import ModelConfig
 
+_THETA = 10000.0  # where config.json is silent
+_ORIGINAL = "original_max_position_embeddings"
 _MAX_FACTOR = 10**6
 _MAX_POSITIONS = 1 << 24
 
@@ -93,36 +97,70 @@ def rope_from_hf(fields: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     """The base of the frequencies (to be checked by the caller) and their scaling, from the fields of a config.json.
 
     Transformers up to version 4 writes ``rope_theta`` and ``rope_scaling`` (older: with ``type`` for ``rope_type``), 5
-    and later ``rope_parameters``, which holds both. Raises InputError for rules that are not implemented, by name.
+    and later ``rope_parameters``, which holds both. Where fields contradict each other, the one counts that counts in
+    transformers 5, with a note. Raises InputError for rules that are not implemented, by name.
     """
-    written = {key: fields[key] for key in ("rope_scaling", "rope_parameters") if fields.get(key)}
-    theta, scalings = fields.get("rope_theta"), []
-    for key, rope in written.items():
-        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise InputError(f"config.json has a {key} that is not one set of RoPE parameters for all layers.")
-        scalings.append(_read_scaling(rope, fields))
-        theta = rope.get("rope_theta", theta)
-    for place in (fields, *written.values()):
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = fields.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"config.json has a {key} that is not one set of RoPE parameters for all layers.")
+    for place in (fields, rope):
         if place.get("partial_rotary_factor") not in (None, 1):
             raise InputError("config.json asks for rotary embeddings of a part of each head (partial_rotary_factor).")
-    if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise InputError("config.json has a rope_scaling and a rope_parameters that contradict each other.")
-    return 10000.0 if theta is None else theta, scalings[0] if scalings else None
+    other = fields.get("rope_parameters")
+    if key == "rope_scaling" and isinstance(other, dict) and other and _plain(other, fields) != _plain(rope, fields):
+        note("config.json has a rope_scaling and another rope_parameters: rope_scaling counts, as in transformers.")
+    return _theta(rope, fields, key), _read_scaling(rope, fields)
+
+
+def _kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _plain(rope: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A set of RoPE parameters, the same for all ways to write the same."""
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or _THETA
+    return {**rope, "type": None, "rope_type": _kind(rope), "rope_theta": theta}
+
+
+def _theta(rope: dict[str, Any], fields: dict[str, Any], key: str) -> Any:
+    inner, outer = rope.get("rope_theta"), fields.get("rope_theta")
+    if None not in (inner, outer) and inner != outer:
+        note(f"config.json has rope_theta {shown(outer)}, and {shown(inner)} in {key}: {shown(inner)} counts.")
+    theta = outer if inner is None else inner
+    return _THETA if theta is None else theta
 
 
 def _read_scaling(rope: dict[str, Any], fields: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, older = _kind(rope), rope.get("type")
+    if older not in (None, kind):
+        note(f"config.json asks for RoPE of rope_type {shown(kind)} and of type {shown(older)}: the first counts.")
     if kind == "default":
         return None
     rule = _RULES.get(kind) if isinstance(kind, str) else None
     if rule is None:
         known = ", ".join(repr(name) for name in ("default", *_RULES))
         raise InputError(f"config.json asks for RoPE scaling of type {shown(kind)}; implemented: {known}.")
-    values = {field.name: rope.get(field.name, fields.get(field.name)) for field in dataclass_fields(rule)}
+    values = {field.name: rope.get(field.name) for field in dataclass_fields(rule)}
+    if _ORIGINAL in values:
+        values[_ORIGINAL] = _original_positions(values[_ORIGINAL], fields)
     absent = [name for name, value in values.items() if value is None]
     if absent:
         raise InputError(f"config.json asks for RoPE scaling of type {kind!r} without {', '.join(absent)}.")
     return rule(**values)
+
+
+def _original_positions(inner: Any, fields: dict[str, Any]) -> Any:
+    """The length that a scaling starts from: a field of config.json itself counts before the scaling's own."""
+    outer = fields.get(_ORIGINAL)
+    if outer is not None:
+        if inner not in (None, outer):
+            note(f"config.json has {_ORIGINAL} {shown(outer)}, and {shown(inner)} for RoPE: {shown(outer)} counts.")
+        return outer
+    if inner is None:
+        inner = fields.get("max_position_embeddings") or MAX_POSITIONS
+        note(f"config.json scales RoPE without {_ORIGINAL}: max_position_embeddings, {shown(inner)}, takes its place.")
+    return inner
 
 
 def _check_number(name: str, value: Any, low: float) -> None:

@@ -25,6 +25,10 @@ class TensorSource(Protocol):
 
     config: ModelConfig  # ``config.dtype`` is that of the weights; what is dequantized comes as float32
 
+    def default_dtype(self) -> str:
+        """The dtype to write where the user names none: that of the weights. May note why."""
+        ...
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor along its first axis, on the host. Raises InputError for unreadable data."""
         ...

@@ -29,6 +29,9 @@ class ShardsSource:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return dequantized_rows(self._shards, name, start, stop)
 
+    def default_dtype(self) -> str:
+        return self.config.dtype
+
     def fingerprint(self) -> str:
         """Over config.json, the manifest, which has the digest of every file, and the files that go along."""
         directory = self._shards.directory

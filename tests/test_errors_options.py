@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from invoke import invoke, invoke_error, refuse
-from models import write_hf
+from models import random_tensors, write_hf
 
 from converters.cli import command as convert
 from converters.config import PRESETS
@@ -29,7 +29,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory, untied and tied, and shards of it for 2 chips."""
     root = tmp_path_factory.mktemp("options")
     write_hf(root / "hf")
-    write_hf(root / "tied", tie_word_embeddings=True)
+    headless = {name: tensor for name, tensor in random_tensors().items() if name != "lm_head.weight"}
+    write_hf(root / "tied", headless, tie_word_embeddings=True)
     invoke(quantize, root / "hf", "--int8", "--chips", 2, "--out", root / "shards")
     return root
 

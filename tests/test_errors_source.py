@@ -55,7 +55,7 @@ def test_file_of_no_known_kind(tmp_path: Path) -> None:
 def test_folder_without_weights(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    refuse_source(tmp_path, "model.safetensors.index.json, model.safetensors, pytorch_model.bin")
+    refuse_source(tmp_path, "model.safetensors, model.safetensors.index.json, pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,8 @@ def test_duplicate_tensor(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", files=2)
     tensors = random_tensors()
     held = dict.fromkeys([*list(tensors)[1::2], Q_PROJ, next(iter(tensors))])
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"][-1, -1] += 1
     save_file({name: tensors[name] for name in held}, tmp_path / "hf" / "model-00002-of-00002.safetensors")
     refused_as(DuplicateTensor, tmp_path, "model.embed_tokens.weight", "00001-of-00002", "00002-of-00002")
 

@@ -105,6 +105,7 @@ LLAMA3_FIELDS = {
             {
                 "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
                 "rope_scaling": {"type": "linear", "factor": 4.0},
+                "rope_theta": 5e5,
             },
             LinearScaling(4.0),
         ),

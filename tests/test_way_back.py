@@ -86,7 +86,7 @@ def test_dequantized(model: str, chips: int, dtype: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("chips", [1, 3])
 def test_bfloat16_shards_give_the_checkpoint_back(chips: int, tmp_path: Path) -> None:
-    make_model(tmp_path / "hf", **MODELS["grouped"])
+    make_model(tmp_path / "hf", **MODELS["grouped"], dtype="bfloat16")
     invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "tokenizer.json").write_text("{}")
     invoke(quantize, tmp_path / "checkpoint", "--bf16", "--chips", chips, "--out", tmp_path / "out")
