@@ -114,6 +114,7 @@ def test_float64_is_read_as_float32(form: str, tmp_path: Path) -> None:
     assert "float64, which are read as float32" in printed.stderr
     for name, tensor in stored(tmp_path / "out").items():
         assert torch.equal(tensor, tensors[name].float()), name
+    assert open_source(tmp_path / "hf").rows(Q_PROJ, 1, 3).dtype == torch.float32
     for number, checkpoint in enumerate(("hf", "out")):
         invoke(quantize, tmp_path / checkpoint, "--int8", "--out", tmp_path / f"shards{number}")
     name = "chip-00-of-01.safetensors"
