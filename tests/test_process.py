@@ -21,52 +21,45 @@ def getpwuid(number):
     raise KeyError(f"getpwuid(): uid not found: {number}")
 pwd.getpwuid = getpwuid
 """
-ENTITLED = (
-    "PATH",
-    "PYTHONPATH",
-    "CUDA_VISIBLE_DEVICES",
-    "TMPDIR",
-)  # variables that a test needs, and say nothing of the user
+NEUTRAL = ("PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")  # variables that say nothing of the user
 
 
 def start(code: str, *arguments: object, folder: Path, **variables: str) -> str:
-    environment = {name: os.environ[name] for name in ENTITLED if name in os.environ} | variables
+    environment = {name: os.environ[name] for name in NEUTRAL if name in os.environ} | variables
     line = [sys.executable, "-c", NOBODY + code, *map(str, arguments)]
     done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-CACHES = """
+PROBE = """
 import getpass, json
 from pathlib import Path
 from converters.process import prepare_process
 before = dict(os.environ)
 prepare_process()
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
-print(json.dumps([getpass.getuser(), default_cache_dir(), str(Path.home()), sorted(changed)]))
+print(json.dumps([getpass.getuser(), str(Path.home()), sorted(changed)]))
 """
 
 
 def test_a_name_and_a_home_where_there_are_none(tmp_path: Path) -> None:
-    user, cache, home, changed = json.loads(start(CACHES, folder=tmp_path, TMPDIR=str(tmp_path)))
+    user, home, changed = json.loads(start(PROBE, folder=tmp_path, TMPDIR=str(tmp_path)))
     assert user == f"uid{os.getuid()}"
-    assert cache == str(tmp_path / f"torchinductor_{user}")
     assert home == str(tmp_path / f"llama-{user}")
     assert changed == ["HOME", "MPLCONFIGDIR", "TRITON_HOME", "USER"]
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:
     given = {"LOGNAME": "me", "HOME": str(tmp_path), "MPLCONFIGDIR": "here"}
-    user, _, home, changed = json.loads(start(CACHES, folder=tmp_path, **given))
+    user, home, changed = json.loads(start(PROBE, folder=tmp_path, **given))
     assert (user, home, changed) == ("me", str(tmp_path), [])
 
 
 def test_a_home_that_takes_nothing_stays_and_is_not_written_into(tmp_path: Path) -> None:
     """/ as docker has it, /proc for a root user, who may write anywhere else."""
     given = {"USER": "me", "HOME": "/proc/none", "TMPDIR": str(tmp_path)}
-    _, _, home, changed = json.loads(start(CACHES, folder=tmp_path, **given))
+    _, home, changed = json.loads(start(PROBE, folder=tmp_path, **given))
     assert (home, changed) == ("/proc/none", ["MPLCONFIGDIR", "TRITON_HOME"])
 
 
