@@ -64,7 +64,7 @@ def main() -> None:
         results = measure(Path(work), options.layers, options.repeat, names)
     print(table(results))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str,
         [SCRIPTS / "llama-convert", "--config", "7B", "--layers", layers, "--storage", "files", "--out", checkpoint],
         work,
     )
-    weights = json.loads((checkpoint / "model.safetensors.index.json").read_text())["metadata"]["total_parameters"]
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text("utf-8"))
+    weights = index["metadata"]["total_parameters"]
     if not importlib.util.find_spec("torchao"):
         names = [name for name in names if name != "torchao"]
     if LLAMA_CPP not in os.environ:

@@ -99,7 +99,7 @@ def make_gguf(folder: Path) -> Path:
 
     path = folder / "q8_0.gguf"
     if not path.with_suffix(".bytes").exists():
-        path.with_suffix(".bytes").write_text(str(write_gguf(_shards(folder, 1), path)))
+        path.with_suffix(".bytes").write_text(str(write_gguf(_shards(folder, 1), path)), "utf-8")
     return path
 
 
@@ -193,7 +193,7 @@ def main() -> None:
             kept.append({"model": model, "batch_size": batch_size, "prompt_len": prompt_len, "runs": runs})
             print("\n".join(table(setting, runs)), flush=True)
             if options.json:
-                options.json.write_text(json.dumps(kept) + "\n")
+                options.json.write_text(json.dumps(kept) + "\n", "utf-8")
     for peer in options.methods.split(","):
         if peer in lacking:
             print(f"Not run: {peer}, for want of {lacking[peer]}; --help says where it comes from.")

@@ -156,7 +156,7 @@ def llama_cpp(options: argparse.Namespace) -> dict[str, Any]:
     figures = generate(
         LlamaCpp(options.libraries, options.gguf, *sizes), drawn_prompts(options).tolist(), options.new_tokens
     )
-    return figures | {"bandwidth": {"step_bytes": int(options.gguf.with_suffix(".bytes").read_text())}}
+    return figures | {"bandwidth": {"step_bytes": int(options.gguf.with_suffix(".bytes").read_text("utf-8"))}}
 
 
 def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dict[str, Any]]:

@@ -71,14 +71,14 @@ class Compiled:
         self._layers, self._path = layers, path
         self._found: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
-            self._found = json.loads(path.read_text())
+            self._found = json.loads(path.read_text("utf-8"))
 
     def __call__(self, case: Case) -> dict[str, Any]:
         if case.key not in self._found:
             print(f"compiling {case.key}", file=sys.stderr, flush=True)
             self._found[case.key] = self._compile(case)
             if self._path is not None:
-                self._path.write_text(json.dumps(self._found, indent=1) + "\n")
+                self._path.write_text(json.dumps(self._found, indent=1) + "\n", "utf-8")
         return self._found[case.key]
 
     def _compile(self, case: Case) -> dict[str, Any]:

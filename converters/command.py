@@ -64,7 +64,9 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         _fail(error.format_message())
     except InputError as error:
         _fail(str(error))
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes it for the end of what a user types
+            _fail(_describe_fault(error.__cause__), _OWN_FAULT)
         _fail("Interrupted. Run the same command again; what can be resumed goes on.", _INTERRUPTED)
     except BrokenPipeError:
         drop_unwritten_output()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.convert import Conversion
@@ -16,6 +17,7 @@ from converters.hf import CompressedSource, HFSource
 from converters.layout import parameters
 from converters.preflight import available_memory
 from converters.source import row_blocks
+from converters.text_path import text_path
 from converters.units import format_bytes
 
 if TYPE_CHECKING:
@@ -142,14 +144,15 @@ def _configuration(conversion: Conversion) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def _load(path: Any, **options: Any) -> PreTrainedModel:
+def _load(path: Path, **options: Any) -> PreTrainedModel:
     """What transformers loads, in float32. Raises ValueError where it had to make up weights that it didn't find."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-    )
+    with text_path(path) as readable:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            readable, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found.get(problem):
             raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(map(str, found[problem]))}")

@@ -11,6 +11,7 @@ from converters.errors import DuplicateTensor, InputError
 from converters.files import DTYPE_NAMES
 from converters.mapped import file_offset, mappings
 from converters.streams import StreamReader
+from converters.text_path import text_path
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,8 @@ class PickleFile:
 
         self.path = path
         try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with text_path(path) as readable:
+                tensors = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
             self._file, self._mappings = StreamReader(path), mappings(path)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None

@@ -20,6 +20,14 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def parse_integers(text: str) -> tuple[int, ...]:
+    """``1,2,3`` -> (1, 2, 3). Raises ValueError for anything else, ``1_000`` too, which Python takes for a number."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
+        raise ValueError(text)
+    return tuple(map(int, parts))
+
+
 def format_bytes(count: int) -> str:
     """5000000000 -> ``5.00 GB``."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from converters.command import DISTRIBUTION, run
+from converters.units import parse_integers
 from runtime.bench_points import FIGURES, MAX_SEQ_LENS, PROMPT_LENS, fitting_sizes
 
 _BATCH_SIZES = (1, 2, 4, 8)
@@ -16,7 +17,7 @@ def _parse_sizes(context: click.Context, parameter: click.Parameter, text: str |
     if text is None:
         return None
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        sizes = parse_integers(text)
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):

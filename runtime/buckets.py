@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from converters.errors import InputError
+from converters.units import parse_integers
 
 
 class Section(NamedTuple):
@@ -20,7 +21,7 @@ class Section(NamedTuple):
 def parse_buckets(text: str) -> tuple[int, ...]:
     """``128,256`` -> (128, 256). Raises InputError for anything but ascending positive numbers."""
     try:
-        buckets = tuple(int(part) for part in text.split(","))
+        buckets = parse_integers(text)
     except ValueError:
         buckets = ()
     if not buckets or buckets[0] < 1 or any(a >= b for a, b in pairwise(buckets)):

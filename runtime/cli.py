@@ -9,15 +9,17 @@ from pathlib import Path
 import click
 
 from converters.command import DISTRIBUTION, run
+from converters.errors import shown
+from converters.units import parse_integers
 
 
 def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return parse_integers(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of token ids; write it like 1,2,3.") from None
+        raise click.BadParameter(f"{shown(text)} is no list of token ids; write it like 1,2,3.") from None
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

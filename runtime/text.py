@@ -61,6 +61,6 @@ def _not_text(surrogate: str) -> str:
     byte = ord(surrogate) - 0xDC00
     found = f"the byte 0x{byte:02X}, which is no character of" if 0x80 <= byte <= 0xFF else "half a character in"
     return (
-        f"The prompt is not text: it holds {found} {sys.getfilesystemencoding().upper()}. Convert it, say with: "
-        "iconv -f LATIN1 -t UTF-8."
+        f"The prompt is not text: it holds {found} {sys.getfilesystemencoding().upper()}. Convert it, for example "
+        "with: iconv -f LATIN1 -t UTF-8."
     )

@@ -62,6 +62,15 @@ def run_command(command: click.Command, *args: object) -> tuple[int | str | None
     return status, Result(*(stream.buffer.getvalue().decode() for stream in streams))
 
 
+class Killed(BaseException):
+    """Raised in the place of a SIGKILL: nothing of the command runs after it but what Python unwinds."""
+
+
+def kill(command: click.Command, *args: object) -> None:
+    """Run a command that a patch ends with ``Killed``."""
+    assert "Error: Killed" in invoke(command, *args, exit_code=1).stderr
+
+
 def refuse(root: Path, command: click.Command, *args: object, says: Iterable[str] = ()) -> str:
     """A command that must refuse, name what is wrong (``says``) and leave everything below ``root`` as it was."""
     before = snapshot(root)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from invoke import invoke, run_command
+from invoke import Killed, invoke, kill
 from models import make_model, snapshot
 
 from converters import journal, source
@@ -20,10 +20,6 @@ from converters.files import SafetensorsWriter
 from quantize.cli import command as quantize
 
 Run = tuple[click.Command, tuple[object, ...]]
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing of the command runs after it but what Python unwinds."""
 
 
 @pytest.fixture
@@ -86,8 +82,7 @@ def test_a_rerun_does_not_do_again_what_was_flushed(run: Run, share: float, tmp_
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         _Counted(patch, share * total.bytes)
-        with pytest.raises(Killed):
-            run_command(command, *arguments, "--out", out)
+        kill(command, *arguments, "--out", out)
     positions = json.loads((out / ".journal.json").read_text())["positions"]
     kept = sum(map(_values, out.glob("*.safetensors")))
     kept += sum(
@@ -116,8 +111,7 @@ def test_files_that_are_whole_are_not_made_again(run: Run, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
-        with pytest.raises(Killed):
-            run_command(command, *arguments, "--out", tmp_path / "out")
+        kill(command, *arguments, "--out", tmp_path / "out")
     rest = _Counted(monkeypatch)
     invoke(command, *arguments, "--out", tmp_path / "out")
     later = [path for path in (tmp_path / "out").glob("model-*.safetensors") if path.name not in files]

@@ -103,6 +103,8 @@ RUN_ERRORS = [
     (("--shards", "shards", "--prompt", "a"), "tokenizer.json"),
     (("--shards", "shards", "--prompt-ids", "1,x"), "'1,x' is no list of token ids"),
     (("--shards", "shards", "--prompt-ids", ""), "token ids"),
+    *((("--shards", "shards", "--prompt-ids", text), "token ids") for text in ("1_0", "1,", "\u0661", "1.0", "0x1")),
+    (("--shards", "shards", "--prompt-ids", "1," * 3000 + "x"), "... is no list of token ids"),
     (("--shards", "shards", "--prompt-ids", "1,50"), "Token id 50 is outside the vocabulary of 50"),
     (("--shards", "shards", "--prompt-ids", "-1"), "Token id -1 is outside"),
     (("--shards", "shards", "--prompt-ids", str(10**30)), f"{10**30} is outside"),

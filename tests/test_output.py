@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from invoke import error_line, invoke, refuse, run_command
+from invoke import Killed, error_line, invoke, kill, refuse, run_command
 from models import make_model, snapshot, write_hf
 
 from converters import files, output, preflight
@@ -138,15 +138,6 @@ def test_force_checks_the_disk_before_it_removes(
     refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force", says=["1.00 kB are free"])
 
 
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing of the command runs after it but what Python unwinds."""
-
-
-def _killed(command: click.Command, *arguments: object) -> None:
-    with pytest.raises(Killed):
-        run_command(command, *arguments)
-
-
 @pytest.mark.parametrize("at", range(12))
 def test_killed_while_force_clears(fill: Fill, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two removals: the same command again goes on, and ends as if nothing had happened."""
@@ -167,7 +158,7 @@ def test_killed_while_force_clears(fill: Fill, at: int, tmp_path: Path, monkeypa
     changed = (*arguments, "--layers", 1, "--out", out)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", stop)
-        _killed(command, *changed, "--force")
+        kill(command, *changed, "--force")
     assert ".in-progress.json" in snapshot(out)
     refuse(tmp_path, command, *arguments, "--out", out, says=["--force"])
     invoke(command, *changed, *(("--force",) if at % 2 else ()))
@@ -332,7 +323,7 @@ def test_a_source_changed_between_a_kill_and_its_rerun(
     arguments = ("--source", large) if command is convert else (large, "--int8")
     with monkeypatch.context() as patch:
         patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        _killed(command, *arguments, "--out", tmp_path / "out")
+        kill(command, *arguments, "--out", tmp_path / "out")
     _change_between_samples(large / "model.safetensors")
     refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["a source that has changed since"])
 
@@ -366,7 +357,7 @@ def test_storage_that_was_chosen_stays_chosen(
             publish(writer)
 
         patch.setattr(files.SafetensorsWriter, "publish", stop)
-        _killed(convert, *arguments)
+        kill(convert, *arguments)
     free(2000)
     refuse(tmp_path, convert, *arguments, says=["2.00 kB are free there"])
     free(10**9)
@@ -390,7 +381,7 @@ def test_a_rerun_needs_no_room_for_what_is_whole(
     with monkeypatch.context() as patch:
         # All bytes are there, and none has its name; before or after it was put down what they hold.
         patch.setattr(output.Output if stopped_at == "add" else files.SafetensorsWriter, stopped_at, _raise_killed)
-        _killed(command, *arguments, "--out", tmp_path / "out")
+        kill(command, *arguments, "--out", tmp_path / "out")
     free(0)
     invoke(command, *arguments, "--out", tmp_path / "out")
     free(10**9)
@@ -461,7 +452,7 @@ def test_adding_a_chip_killed_and_rerun(hf: Path, tmp_path: Path, monkeypatch: p
     first = (tmp_path / "out" / "chip-00-of-02.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        _killed(*arguments, *_chips(1), "--out", tmp_path / "out")
+        kill(*arguments, *_chips(1), "--out", tmp_path / "out")
     refuse(tmp_path, *arguments, "--out", tmp_path / "out", says=["was begun for other files", "--force"])
     assert (tmp_path / "out" / "chip-00-of-02.safetensors").read_bytes() == first
     invoke(*arguments, *_chips(1), "--out", tmp_path / "out")

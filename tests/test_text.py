@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,34 @@ def test_no_tokenizer_and_no_token(tmp_path: Path) -> None:
     _write(tmp_path)
     with pytest.raises(InputError, match="no token"):
         find_codec(tmp_path, 1000).encode("")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (os.fsdecode(b"caf\xe9"), "holds the byte 0xE9, which is no character of UTF-8"),
+        ("\ud83d", "holds half a character in UTF-8"),
+        ("a\udfff", "holds half a character"),
+    ],
+    ids=ascii,
+)
+def test_a_prompt_that_is_no_text(prompt: str, says: str, tmp_path: Path) -> None:
+    """Latin-1 under a UTF-8 locale, as the shell hands it over; and half of what UTF-16 has in two."""
+    _write(tmp_path)
+    with pytest.raises(InputError, match=f"{says}.*iconv"):
+        find_codec(tmp_path).encode(prompt)
+
+
+def test_a_prompt_with_a_nul(tmp_path: Path) -> None:
+    _write(tmp_path)
+    assert find_codec(tmp_path).continuation([], find_codec(tmp_path).encode("a\0b")) == "a\0b"
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    _write(tmp_path).rename(folder / "tokenizer.json")
+    assert find_codec(folder).encode("a")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"\xff\xfe", b"\x00" * 100])
