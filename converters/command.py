@@ -13,13 +13,11 @@ from typing import NoReturn
 
 import click
 
-from converters.errors import InputError
+from converters.errors import InputError, is_out_of_memory
 from converters.notes import forget_notes, print_notes
 
 DISTRIBUTION = "llama-tpu-toolchain"
 _USAGE_ERROR = 2
-# The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
 
 
@@ -44,10 +42,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         _fail(_describe(error))
-    except MemoryError:
-        _fail(_OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         _fail(_OUT_OF_MEMORY)
     finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from converters.errors import InputError
-from converters.files import write_whole
+from converters.files import partial_path, write_whole
 
 
 def check_json_out(json_out: str | None) -> None:
@@ -30,9 +31,22 @@ def check_folder(path: Path) -> None:
 
 
 def write_json_out(json_out: str, line: str) -> None:
-    """Write a line to the file that --json names: whole, through a link; into a pipe or a device as it is."""
+    """Write a line to the file that --json names: whole, through a link; into a pipe or a device as it is.
+
+    Raises InputError where that fails, the disk being full for instance.
+    """
     path, content = Path(os.path.realpath(json_out)), (line + "\n").encode()
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-    else:
-        write_whole(path, content)
+    is_file = path.is_file() or not path.exists()
+    try:
+        if is_file:
+            write_whole(path, content)
+        else:
+            path.write_bytes(content)
+    except OSError as error:
+        if is_file:
+            with suppress(OSError):
+                partial_path(path).unlink()
+        raise InputError(
+            f"--json {json_out} could not be written ({error.strerror or error}). Free some room or give another file, "
+            "and run the same command again."
+        ) from None
