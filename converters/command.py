@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from converters.errors import InputError
+from converters.errors import InputError, is_out_of_memory
 from converters.notes import forget_notes, print_notes
 from converters.process import prepare_process
 from converters.standard_streams import drop_unwritten_output, prepare_standard_streams
@@ -23,8 +23,6 @@ from converters.standard_streams import drop_unwritten_output, prepare_standard_
 DISTRIBUTION = "llama-tpu-toolchain"
 TRACEBACK_VARIABLE = "LLAMA_TRACEBACK"
 _OWN_FAULT, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
-# The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
 # Packages that not everyone has, and the extra that brings them.
 _EXTRAS = {
@@ -73,12 +71,10 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)  # whoever read our output has left, and wants no more of it
     except OSError as error:
         _fail(_describe(error))
-    except MemoryError:
-        _fail(_OUT_OF_MEMORY)
     except ImportError as error:
         _fail(_describe_import(error))
     except BaseException as error:  # a panic in a library written in Rust is no Exception
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
+        if is_out_of_memory(error):
             _fail(_OUT_OF_MEMORY)
         _fail(_describe_fault(error), _OWN_FAULT)
     finally:

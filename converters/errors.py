@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
+
 
 class InputError(Exception):
     """Something the user gave is wrong. The message says what it is and what to do about it."""
@@ -29,3 +32,10 @@ def shown(value: Any) -> str:
     """A value from a file, short enough for an error line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )

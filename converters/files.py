@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from converters.file_system import sync_file, sync_folder
@@ -43,6 +44,20 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         sync_file(file.fileno())
     publish(partial, path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file whole in a folder of the user's, where any name may be taken but the one that was given."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{token_hex(4)}{PARTIAL_SUFFIX}")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            sync_file(file.fileno())
+            publish(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX, FileRecord, partial_path, publish, write_whole
+from converters.files import PARTIAL_SUFFIX, FileRecord, json_bytes, partial_path, publish, write_whole
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
 from converters.lock import FILE_NAME as LOCK
@@ -124,7 +123,7 @@ class Output:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole, with a stable order and a final newline."""
-        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        self.write(name, json_bytes(value, indent=1))
 
     def check_sources(self) -> None:
         """Raise InputError where a file of the source has changed since the directory was claimed."""

@@ -26,6 +26,23 @@ def attend(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) 
     return _weighted(_scores(_products(q, cached[0]), cached, mask), cached)
 
 
+def attend_exactly(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """``attend``, but for queries of float32 by plain matrix products.
+
+    A TPU computes an einsum's products in bfloat16, whatever it is told of exact ones (``exact`` in backend.py). Heads
+    come before rows, in which order a chip's heads stay its own when the two become one axis.
+    """
+    if q.dtype != torch.float32:
+        return attend(q, cached, mask)
+    length, group = q.shape[1], q.shape[3]
+    queries = q.permute(2, 0, 3, 1, 4).flatten(2, 3)  # [H, B, G * T, D]
+    keys, values = (tensor.float().transpose(0, 1) for tensor in cached[:2])  # [H, B, S, D]
+    products = (queries @ keys.mT).unflatten(2, (group, length)).transpose(0, 1)  # [B, H, G, T, S]
+    weights = _weights(_scores(products, cached, mask), cached)
+    y = weights.transpose(0, 1).flatten(2, 3) @ values  # [H, B, G * T, D]
+    return y.unflatten(2, (group, length)).permute(1, 3, 0, 2, 4)
+
+
 def attend_by_vectors(
     q: torch.Tensor,
     cached: Sequence[torch.Tensor],
@@ -101,11 +118,14 @@ def _scores(products: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.
 
 def _weighted(scores: torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
     """The values' means, [B, T, H, G, D]."""
-    _, values, *scales = cached
+    return torch.einsum("bhgts,bhsd->bthgd", _weights(scores, cached), cached[1].float())
+
+
+def _weights(scores: torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the values [B, H, S, D], as the cache holds them, are multiplied by: [B, H, G, T, S]."""
+    _, _, *scales = cached
     weights = scores.softmax(-1)
-    if scales:
-        weights = weights * _by_slot(scales[1])
-    return torch.einsum("bhgts,bhsd->bthgd", weights, values.float())
+    return weights * _by_slot(scales[1]) if scales else weights
 
 
 def _by_slot(scale: torch.Tensor) -> torch.Tensor:

@@ -44,11 +44,12 @@ class Backend(Protocol):
         """A host tensor, whole on every chip."""
         ...
 
-    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
         """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
         The last results replace the tensors of the argument at place ``donates``, each that in its place, and may be
-        written over them: they are not to be used again.
+        written over them: they are not to be used again. With ``exact``, matrix products of float32 are computed as
+        such, also where the device would round what goes into them to bfloat16.
         """
         ...
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from converters.files import to_utf8, write_json, write_whole
+from converters.files import json_bytes, replace_file, to_utf8
 from converters.units import format_bytes, plural
 from runtime.baseline import INSTALL
 from runtime.bench_points import FIGURES, Figure, Point, Row
@@ -100,9 +100,9 @@ def _ratio(row: dict[str, Any], reference: dict[str, Any]) -> float | None:
 
 def write_report(out: Path, report: dict[str, Any], figures: Sequence[Figure]) -> None:
     """bench.json, bench.csv, bench.md and, where matplotlib is installed, figure-N.png."""
-    write_json(out / "bench.json", report)
-    write_whole(out / "bench.csv", to_utf8(to_csv(report)))
-    write_whole(out / "bench.md", to_utf8(to_markdown(report)))
+    replace_file(out / "bench.json", json_bytes(report, indent=1))
+    replace_file(out / "bench.csv", to_utf8(to_csv(report)))
+    replace_file(out / "bench.md", to_utf8(to_markdown(report)))
     if find_spec("matplotlib") is None:
         click.echo(f"No pictures: matplotlib is not installed. Install it and run the same again: {INSTALL}", err=True)
         return
@@ -110,7 +110,7 @@ def write_report(out: Path, report: dict[str, Any], figures: Sequence[Figure]) -
 
     for figure in report["figures"]:
         if any(row["runs"] for row in figure["rows"]):
-            write_whole(out / f"figure-{figure['figure']}.png", draw(figure, report))
+            replace_file(out / f"figure-{figure['figure']}.png", draw(figure, report))
 
 
 def to_csv(report: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import click
@@ -131,7 +130,7 @@ def command(
     from converters.units import plural
     from quantize.shards import Shards
     from runtime.buckets import parse_buckets
-    from runtime.json_out import STDOUT, check_folder, check_json_out, write_json_out
+    from runtime.json_out import check_folder, check_json_out, write_json_out
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
@@ -152,6 +151,7 @@ def command(
     from runtime.run import run as run_request
     from runtime.sampling import Sampling
 
+    output = _Stdout(json_out)
     done = run_request(
         Request(
             shards=shards,
@@ -168,14 +168,17 @@ def command(
             backend=backend,
             layers=layers,
             compile_cache=compile_cache,
-        )
+        ),
+        lambda token_ids, text: output.show(_answer(prompts, token_ids, text)),
     )
     if done is None:
         return 0
-    if json_out != STDOUT:
-        _show(done, prompts)
+    output.show(done.table())
     if json_out is not None:
         write_json_out(json_out, done.to_json())
+    output.end()
+    if done.measured.interrupted:
+        raise KeyboardInterrupt
     if done.recompilations:
         count = plural(done.recompilations, "graph")
         click.echo(f"Error: {count} compiled after warm-up, where none should be: don't trust these times.", err=True)
@@ -183,17 +186,38 @@ def command(
     return 0
 
 
-def _show(done, prompts: tuple[str, ...]) -> None:
-    """The generated text (or ids), then the table."""
-    for row, ids in enumerate(done.generation.token_ids):
-        if done.text is None:
-            click.echo(",".join(map(str, ids)))
-        else:
-            prompt = prompts[row % len(prompts)] if prompts else ""
-            click.echo(prompt + done.text[row])
-        click.echo()
-    click.echo(done.table())
-    sys.stdout.flush()
+class _Stdout:
+    """Standard output, for text. Where the figures also go to a file, a failure of stdout is kept until they have."""
+
+    def __init__(self, json_out: str | None) -> None:
+        """With ``-`` nothing is shown: stdout is for the JSON alone."""
+        self._is_quiet, self._keeps_failure = json_out == "-", json_out is not None
+        self._failure: OSError | None = None
+
+    def show(self, text: str) -> None:
+        """Print lines, at once."""
+        if self._is_quiet or self._failure:
+            return
+        try:
+            click.echo(text)
+        except OSError as error:
+            if not self._keeps_failure:
+                raise
+            self._failure = error
+
+    def end(self) -> None:
+        """Raise what was kept."""
+        if self._failure:
+            raise self._failure
+
+
+def _answer(prompts: tuple[str, ...], token_ids: list[list[int]], text: list[str] | None) -> str:
+    """Every row's prompt with the generated text (or the generated ids alone), and an empty line behind each."""
+    if text is None:
+        rows = [",".join(map(str, ids)) for ids in token_ids]
+    else:
+        rows = [(prompts[row % len(prompts)] if prompts else "") + part for row, part in enumerate(text)]
+    return "\n".join(f"{row}\n" for row in rows)
 
 
 def main() -> None:

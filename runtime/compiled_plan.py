@@ -145,19 +145,25 @@ def compile_plan(
 
 
 def trace_graph(
-    workload: Workload, chips: int, make: MakeGraph, tokens: int, least_rows: int = TPU_LEAST_ROWS
+    workload: Workload,
+    chips: int,
+    make: MakeGraph,
+    tokens: int,
+    least_rows: int = TPU_LEAST_ROWS,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> TracedGraph:
-    """A graph of ``graphs.py`` for a number of ``tokens`` in each row; bfloat16 throughout."""
+    """A graph of ``graphs.py`` for a number of ``tokens`` in each row; ``dtype`` is that of activations and cache."""
     config, rows = workload.config, workload.batch_size
     tracer = Tracer(chips, least_rows)
     with torch.no_grad():
         placed = placed_tensors(config, workload.scheme, chips, tracer.fuse_bytes)
         tensors = {tensor.name: tracer.load(config, tensor) for tensor in placed}
-        decoder = make_decoder(config, torch.bfloat16, tracer, tensors)
-        cache = make_cache(config, tracer, rows, workload.max_seq_len, torch.bfloat16)
+        decoder = make_decoder(config, dtype, tracer, tensors)
+        cache = make_cache(config, tracer, rows, workload.max_seq_len, dtype)
         shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
         arguments = [tracer.zeros(shape, torch.long, None) for shape in shapes]
-        return tracer.trace(make(decoder, tracer.cache_type), (*arguments, cache.layers), CACHE_ARGUMENT)
+        graph, exact = make(decoder, tracer.cache_type), dtype == torch.float32
+        return tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact)
 
 
 def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:

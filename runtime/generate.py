@@ -83,8 +83,9 @@ class Generator:
         self._buckets = usable_buckets(buckets, self.max_seq_len)
         self._layers = cache.layers
         self._sampled = sampled
+        exact = decoder.dtype == torch.float32
         self._fill, self._fill_later, self._step, self._logits = (
-            backend.compile(make(decoder, backend.cache_type), donates=CACHE_ARGUMENT)
+            backend.compile(make(decoder, backend.cache_type), donates=CACHE_ARGUMENT, exact=exact)
             for make in (fill_graph, later_fill_graph, sampled_graph if sampled else greedy_graph, logits_graph)
         )
 

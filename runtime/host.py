@@ -54,7 +54,8 @@ class HostBackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
 
-    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
+        """``exact`` or not, the host's products of float32 are exact: PyTorch's default, on CUDA too."""
         return function if self._mode == "eager" else capture(function, "inductor")
 
     def wait(self) -> None:

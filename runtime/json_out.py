@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from converters.errors import InputError
-from converters.files import json_bytes, write_whole
+from converters.files import json_bytes, replace_file
 
 STDOUT = "-"
 
@@ -37,14 +37,21 @@ def check_folder(path: Path) -> None:
 def write_json_out(json_out: str, value: Any) -> None:
     """Write a value on one line of JSON, in UTF-8 whatever the locale: to stdout, or to the file that --json names.
 
-    A file is written whole, through a link; a pipe or a device as it is.
+    A file is written whole, through a link; a pipe or a device as it is. Raises InputError where a file can't be
+    written, the disk being full for instance.
     """
     content = json_bytes(value)
     if json_out == STDOUT:
         click.echo(content, nl=False)
         return
     path = Path(os.path.realpath(json_out))
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-    else:
-        write_whole(path, content)
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+        else:
+            replace_file(path, content)
+    except OSError as error:
+        raise InputError(
+            f"--json {json_out} could not be written ({error.strerror or error}). Free some room or give another file, "
+            "and run the same command again."
+        ) from None

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 def load_decoder(
     shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
 ) -> tuple[Decoder, int]:
-    """The decoder on the device, and the bytes of parameters that each chip holds.
+    """The decoder on the device, and the bytes of parameters that each chip holds; as ``load_tensors``."""
+    tensors, bytes_per_chip = load_tensors(shards, config, backend, advance)
+    return make_decoder(config, dtype, backend, tensors), bytes_per_chip
+
+
+def load_tensors(
+    shards: Shards, config: ModelConfig, backend: Backend, advance: Advance
+) -> tuple[dict[str, torch.Tensor], int]:
+    """What ``make_decoder`` takes, on the device, and the bytes of it that each chip holds.
 
     ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are placed. Raises
     InputError where a file is missing or isn't what the manifest says.
@@ -36,7 +44,7 @@ def load_decoder(
         bytes_per_chip += tensor.nbytes // (1 if placed.shard is None else backend.chips)
         tensors[placed.name] = tensor
         advance(tensor.nbytes, placed.name)
-    return make_decoder(config, dtype, backend, tensors), bytes_per_chip
+    return tensors, bytes_per_chip
 
 
 def make_decoder(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from converters.config import ModelConfig
 from converters.units import format_bytes, format_count, plural
@@ -18,28 +18,14 @@ from runtime.sizing import parameter_count, post_cache_bytes, post_parameter_byt
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes per chip, and of the host process; ``device_peak_bytes`` is None where the device keeps no account."""
+class Sizes:
+    """Bytes that follow from the model, the cache and the chips; per chip, but for a step's."""
 
     parameter_bytes_per_chip: int
     padding_bytes_per_chip: int  # of the parameters: what splitting over these chips adds
     kv_cache_bytes_per_chip: int
     kv_cache_dtype: str
-    step_bytes_per_chip: int  # of weights and cache, that a decode step must read
-    device_peak_bytes: int | None
-    host_peak_rss_bytes: int
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """What a decode step must read, on all chips together, against what their memory was measured to give."""
-
-    step_bytes: int
-    read_bytes_per_s: float
-
-    def utilisation(self, step_s: float) -> float:
-        """Model bandwidth utilisation: the share of the measured bandwidth that steps of this time make use of."""
-        return self.step_bytes / step_s / self.read_bytes_per_s
+    step_bytes: int  # of weights and cache, that a decode step must read, on all chips together
 
 
 @dataclass(frozen=True)
@@ -63,10 +49,27 @@ class Formulas:
 
 @dataclass(frozen=True)
 class LogitError:
-    """Logits through a cache of one dtype against those through a cache of the activations' dtype."""
+    """Logits through a cache of one dtype against those through one of float32, all else being float32 in both."""
 
     max_abs: float
     relative: float  # the norm of the difference over the norm
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured after the generation. None is what doesn't apply, or failed: ``failures`` says why, by name."""
+
+    DEVICE_PEAK: ClassVar = "device peak"
+    HOST_PEAK: ClassVar = "host peak RSS"
+    BANDWIDTH: ClassVar = "bandwidth utilisation"
+    CACHE_ERROR: ClassVar = "logit error of the cache"
+
+    device_peak_bytes: int | None  # None also where the device keeps no account
+    host_peak_rss_bytes: int | None
+    read_bytes_per_s: float | None  # of the memory of all chips together
+    cache_logit_error: LogitError | None  # None also for a cache of the activations' dtype, or of float32
+    failures: dict[str, str]
+    interrupted: bool  # by the user
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,10 @@ class Run:
     load_s: float
     compile_s: float
     recompilations: int
-    memory: Memory
-    bandwidth: Bandwidth
+    sizes: Sizes
+    measured: Measured
     formulas: Formulas
     compile_cache: CacheUse | None  # None where none was asked for
-    cache_logit_error: LogitError | None  # None for a cache of the activations' dtype
     generation: Generation
     end_tokens: str | None  # None where config.json has them all
     text: list[str] | None
@@ -95,9 +97,15 @@ class Run:
         """The per-token latency T / L, in seconds."""
         return self.generation.decode_s / self.generation.steps
 
+    @property
+    def utilisation(self) -> float | None:
+        """Model bandwidth utilisation: the share of the measured bandwidth that the steps make use of."""
+        bandwidth = self.measured.read_bytes_per_s
+        return None if bandwidth is None else self.sizes.step_bytes / self.step_s / bandwidth
+
     def to_json(self) -> dict[str, Any]:
         """The run under the keys that scripts rely on; times in the units that the keys name."""
-        generation, memory = self.generation, self.memory
+        generation, sizes, measured = self.generation, self.sizes, self.measured
         return {
             "model": self.model,
             "platform": self.platform,
@@ -116,18 +124,18 @@ class Run:
             "compile_cache": self.compile_cache and self.compile_cache._asdict(),
             "recompilations": self.recompilations,
             "bandwidth": {
-                "step_bytes": self.bandwidth.step_bytes,
-                "read_bytes_per_s": self.bandwidth.read_bytes_per_s,
-                "utilisation": self.bandwidth.utilisation(self.step_s),
+                "step_bytes": sizes.step_bytes,
+                "read_bytes_per_s": measured.read_bytes_per_s,
+                "utilisation": self.utilisation,
             },
             "memory": {
-                "parameter_bytes_per_chip": memory.parameter_bytes_per_chip,
-                "kv_cache_bytes_per_chip": memory.kv_cache_bytes_per_chip,
-                "kv_cache_dtype": memory.kv_cache_dtype,
-                "device_peak_bytes": memory.device_peak_bytes,
-                "host_peak_rss_bytes": memory.host_peak_rss_bytes,
+                "parameter_bytes_per_chip": sizes.parameter_bytes_per_chip,
+                "kv_cache_bytes_per_chip": sizes.kv_cache_bytes_per_chip,
+                "kv_cache_dtype": sizes.kv_cache_dtype,
+                "device_peak_bytes": measured.device_peak_bytes,
+                "host_peak_rss_bytes": measured.host_peak_rss_bytes,
             },
-            "kv_cache_logit_error": self.cache_logit_error and asdict(self.cache_logit_error),
+            "kv_cache_logit_error": measured.cache_logit_error and asdict(measured.cache_logit_error),
             "formulas": asdict(self.formulas),
             "token_ids": generation.token_ids,
             "text": self.text,
@@ -135,8 +143,7 @@ class Run:
 
     def table(self) -> str:
         """The figures as lines of text."""
-        memory, generation = self.memory, self.generation
-        peak = "not reported" if memory.device_peak_bytes is None else format_bytes(memory.device_peak_bytes)
+        generation, sizes, measured = self.generation, self.sizes, self.measured
         rows = [
             ("model", self.model),
             ("platform", f"{self.platform}, {plural(self.chips, 'chip')}"),
@@ -146,34 +153,37 @@ class Run:
             ("latency (T)", f"{generation.decode_s:.3f} s"),
             ("per-token latency (T/L)", f"{1000 * self.step_s:.2f} ms"),
             ("throughput (B*L/T)", f"{self.batch_size / self.step_s:.2f} tokens/s"),
-            ("bandwidth utilisation", self._utilisation()),
+            (Measured.BANDWIDTH, self._utilisation()),
             ("prefill", f"{1000 * generation.prefill_s:.1f} ms, {plural(generation.prefill_executions, 'execution')}"),
             ("first token after", f"{1000 * generation.first_token_s:.1f} ms"),
             ("load", f"{self.load_s:.2f} s"),
             ("compile (warm-up)", f"{self.compile_s:.2f} s"),
             *self._cache_rows(),
             ("recompilations", self.recompilations),
-            ("parameters per chip", _parameters(memory)),
-            ("KV cache per chip", f"{format_bytes(memory.kv_cache_bytes_per_chip)}, {memory.kv_cache_dtype}"),
-            *([("end tokens", self.end_tokens)] if self.end_tokens else []),
-            ("device peak", peak),
-            ("host peak RSS", format_bytes(memory.host_peak_rss_bytes)),
+            ("parameters per chip", _parameters(sizes)),
+            ("KV cache per chip", f"{format_bytes(sizes.kv_cache_bytes_per_chip)}, {sizes.kv_cache_dtype}"),
+            ("end tokens", self.end_tokens),
+            (Measured.DEVICE_PEAK, _bytes(measured.device_peak_bytes)),
+            (Measured.HOST_PEAK, _bytes(measured.host_peak_rss_bytes)),
             *self._formula_rows(),
+            (Measured.CACHE_ERROR, self._cache_error()),
         ]
-        if self.cache_logit_error is not None:
-            error = self.cache_logit_error
-            rows.append(
-                ("logit error of the cache", f"{100 * error.relative:.2f}% of the norm, {error.max_abs:.3f} at most")
-            )
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+        failed = {name: f"not measured ({why})" for name, why in measured.failures.items()}
+        shown = [(label, failed.get(label, value)) for label, value in rows]
+        width = max(len(label) for label, value in shown if value is not None)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in shown if value is not None)
 
-    def _utilisation(self) -> str:
-        share, bandwidth = self.bandwidth.utilisation(self.step_s), self.bandwidth
+    def _utilisation(self) -> str | None:
+        if self.utilisation is None:
+            return None
         return (
-            f"{100 * share:.0f}%: {format_bytes(bandwidth.step_bytes)} a step, memory read at "
-            f"{format_bytes(round(bandwidth.read_bytes_per_s))}/s"
+            f"{100 * self.utilisation:.0f}%: {format_bytes(self.sizes.step_bytes)} a step, memory read at "
+            f"{format_bytes(round(self.measured.read_bytes_per_s))}/s"
         )
+
+    def _cache_error(self) -> str | None:
+        error = self.measured.cache_logit_error
+        return error and f"{100 * error.relative:.2f}% of the norm, {error.max_abs:.3f} at most, all else in float32"
 
     def _cache_rows(self) -> list[tuple[str, str]]:
         if self.compile_cache is None:
@@ -184,9 +194,9 @@ class Run:
 
     def _formula_rows(self) -> list[tuple[str, str]]:
         """Facts of all chips together next to the post's formulas, which count bfloat16."""
-        formulas, memory = self.formulas, self.memory
-        weights = format_bytes(self.chips * memory.parameter_bytes_per_chip)
-        cache = format_bytes(self.chips * memory.kv_cache_bytes_per_chip)
+        formulas, sizes = self.formulas, self.sizes
+        weights = format_bytes(self.chips * sizes.parameter_bytes_per_chip)
+        cache = format_bytes(self.chips * sizes.kv_cache_bytes_per_chip)
         return [
             ("model's parameters", _beside(format_count(formulas.parameters), format_count(formulas.post_parameters))),
             ("parameters, all chips", _beside(weights, format_bytes(formulas.post_parameter_bytes))),
@@ -198,11 +208,13 @@ def _beside(fact: str, formula: str) -> str:
     return f"{fact}; the post's formula: {formula}"
 
 
-def _parameters(memory: Memory) -> str:
-    padding = (
-        f", of which padding {format_bytes(memory.padding_bytes_per_chip)}" if memory.padding_bytes_per_chip else ""
-    )
-    return format_bytes(memory.parameter_bytes_per_chip) + padding
+def _bytes(count: int | None) -> str:
+    return "not reported" if count is None else format_bytes(count)
+
+
+def _parameters(sizes: Sizes) -> str:
+    padding = f", of which padding {format_bytes(sizes.padding_bytes_per_chip)}" if sizes.padding_bytes_per_chip else ""
+    return format_bytes(sizes.parameter_bytes_per_chip) + padding
 
 
 def host_peak_rss_bytes() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,15 +14,16 @@ from converters.companions import read_companions
 from converters.config import ModelConfig
 from converters.end_tokens import all_ends
 from converters.errors import InputError
+from converters.notes import note
 from converters.progress import progress, spinner
 from quantize.scheme import padding_bytes, stored_tensors
 from quantize.shards import Shards
 from runtime.backend import Backend
-from runtime.decoder import Decoder
 from runtime.generate import Generator, check_prompts
 from runtime.kv_cache import scale_bytes
-from runtime.load import load_decoder, make_cache
-from runtime.metrics import Bandwidth, Formulas, LogitError, Memory, Run, host_peak_rss_bytes
+from runtime.later import Measurements, reason
+from runtime.load import load_tensors, make_cache, make_decoder
+from runtime.metrics import Formulas, LogitError, Measured, Run, Sizes, host_peak_rss_bytes
 from runtime.sampling import Sampling
 from runtime.sizing import cache_bytes_per_chip, decode_bytes_per_chip
 from runtime.text import TextCodec, find_codec
@@ -46,11 +49,15 @@ class Request:
     compile_cache: Path | None
 
 
-def run(request: Request) -> Run | None:
+Tell = Callable[[list[list[int]], list[str] | None], None]
+
+
+def run(request: Request, tell: Tell) -> Run | None:
     """Generate from the shards. Returns None in the processes of a multi-host slice that don't speak for it.
 
-    All that can be wrong with the input is found out before the device is brought up, but for missing chips' files:
-    which of them this host needs, the device tells.
+    ``tell`` is given every row's tokens, and their text where there is a tokenizer, as soon as they are there: what is
+    measured after that may fail, or end the process. All that can be wrong with the input is found out before the
+    device is brought up, but for missing chips' files: which of them this host needs, the device tells.
     """
     shards = Shards(request.shards)
     config = shards.config.cut(request.layers)
@@ -65,10 +72,12 @@ def run(request: Request) -> Run | None:
     backend = _backend(request, shards)
     begin = time.perf_counter()
     with torch.no_grad():
-        decoder, parameter_bytes = _load(request, shards, config, backend)
+        tensors, parameter_bytes = _load(shards, config, backend)
+        decoder = make_decoder(config, request.dtype, backend, tensors)
         cache = make_cache(config, backend, len(prompts), request.max_seq_len, request.kv_cache_dtype)
         backend.wait()
         loaded = time.perf_counter()
+        sizes = _sizes(request, shards, config, backend, len(prompts), parameter_bytes)
         generator = Generator(config, decoder, cache, backend, request.buckets, not request.sampling.greedy)
         del cache  # its first tensors are to go as soon as a graph has written over them
         with spinner("Compiling"):
@@ -78,12 +87,11 @@ def run(request: Request) -> Run | None:
         before = backend.compilations()
         generation = generator.generate(prompts, min(room, request.max_new_tokens), request.sampling)
         recompilations = backend.compilations() - before
-        del generator  # and its cache: what is measured from here on may need the room
-        memory = _memory(request, shards, config, backend, len(prompts), parameter_bytes)
-        logit_error = None
-        if request.kv_cache_dtype != request.dtype:
-            logit_error = _cache_error(request, config, decoder, backend, prompts)
-        bandwidth = Bandwidth(memory.step_bytes_per_chip * backend.chips, backend.read_bandwidth())
+        text = _text(codec, prompts, generation.token_ids)
+        if backend.leader:
+            tell(generation.token_ids, text)
+        del generator, decoder  # and the cache: what is measured from here on may need the room
+        measured = _measure(request, config, backend, tensors, prompts)
     if not backend.leader:
         return None
     return Run(
@@ -95,14 +103,13 @@ def run(request: Request) -> Run | None:
         load_s=loaded - begin,
         compile_s=compiled - loaded,
         recompilations=recompilations,
-        memory=memory,
-        bandwidth=bandwidth,
+        sizes=sizes,
+        measured=measured,
         formulas=Formulas.of(config, len(prompts), request.max_seq_len),
         compile_cache=cache_use,
-        cache_logit_error=logit_error,
         generation=generation,
         end_tokens=_shown_ends(config, stated, codec),
-        text=[codec.continuation(*row) for row in zip(prompts, generation.token_ids, strict=True)] if codec else None,
+        text=text,
     )
 
 
@@ -119,42 +126,86 @@ def _shown_ends(config: ModelConfig, stated: tuple[int, ...], codec: TextCodec |
     return ", ".join(f"{i} {codec.token(i) if codec else ''}".rstrip() for i in config.eos_token_ids)
 
 
-def _load(request: Request, shards: Shards, config: ModelConfig, backend: Backend) -> tuple[Decoder, int]:
-    """The decoder, and the bytes of parameters that each chip holds."""
+def _load(shards: Shards, config: ModelConfig, backend: Backend) -> tuple[dict[str, torch.Tensor], int]:
+    """The decoder's tensors, and the bytes of parameters that each chip holds."""
     total = sum(stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, shards.manifest.scheme))
     with progress("Loading", total * backend.chips) as advance:
-        return load_decoder(shards, config, request.dtype, backend, advance)
+        return load_tensors(shards, config, backend, advance)
 
 
-def _memory(
+def _text(codec: TextCodec | None, prompts: list[list[int]], token_ids: list[list[int]]) -> list[str] | None:
+    """What the tokens of every row stand for; None, with a note, where the tokenizer can't say."""
+    if codec is None:
+        return None
+    try:
+        return [codec.continuation(*row) for row in zip(prompts, token_ids, strict=True)]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics are no Exception
+        note(f"The tokenizer can't turn these tokens into text ({reason(error)}); their ids stand in its place.")
+        return None
+
+
+def _sizes(
     request: Request, shards: Shards, config: ModelConfig, backend: Backend, batch_size: int, parameter_bytes: int
-) -> Memory:
+) -> Sizes:
     scheme, cache_dtype = shards.manifest.scheme, request.kv_cache_dtype
     cache = (batch_size, request.max_seq_len, cache_dtype.itemsize, scale_bytes(cache_dtype))
-    return Memory(
+    return Sizes(
         parameter_bytes_per_chip=parameter_bytes,
         padding_bytes_per_chip=padding_bytes(config, scheme, backend.chips) // backend.chips,
         kv_cache_bytes_per_chip=cache_bytes_per_chip(config, backend.chips, *cache),
         kv_cache_dtype=str(cache_dtype).removeprefix("torch."),
-        step_bytes_per_chip=decode_bytes_per_chip(config, scheme, backend.chips, *cache),
-        device_peak_bytes=backend.peak_bytes(),
-        host_peak_rss_bytes=host_peak_rss_bytes(),
+        step_bytes=decode_bytes_per_chip(config, scheme, backend.chips, *cache) * backend.chips,
     )
 
 
+def _measure(
+    request: Request,
+    config: ModelConfig,
+    backend: Backend,
+    tensors: Mapping[str, torch.Tensor],
+    prompts: list[list[int]],
+) -> Measured:
+    """What is measured when the generation is over: first the peaks, which the rest may raise."""
+    later = Measurements()
+    device_peak = later.attempt(Measured.DEVICE_PEAK, backend.peak_bytes)
+    host_peak = later.attempt(Measured.HOST_PEAK, host_peak_rss_bytes)
+    bandwidth = later.attempt(Measured.BANDWIDTH, backend.read_bandwidth)
+    error = None
+    if request.kv_cache_dtype not in (request.dtype, torch.float32):
+        error = later.attempt(
+            Measured.CACHE_ERROR, lambda: _cache_error(request, config, backend, tensors, prompts[:1])
+        )
+    return Measured(device_peak, host_peak, bandwidth, error, later.failures, later.interrupted)
+
+
 def _cache_error(
-    request: Request, config: ModelConfig, decoder: Decoder, backend: Backend, prompts: list[list[int]]
+    request: Request,
+    config: ModelConfig,
+    backend: Backend,
+    tensors: Mapping[str, torch.Tensor],
+    prompts: list[list[int]],
 ) -> LogitError:
-    """What the cache's dtype costs: the first prompt's logits against those through one of the activations' dtype."""
+    """What the cache's dtype costs: logits [B, V] through it against those through one of float32.
+
+    Both are computed in float32, of the same weights, so that they differ by nothing but the cache: in bfloat16 the
+    rounding of activations, which the difference carries along, would be larger than what is looked for. Compiles
+    graphs of its own.
+    """
+    decoder = make_decoder(config, torch.float32, backend, tensors)
 
     def logits(dtype: torch.dtype) -> torch.Tensor:
-        cache = make_cache(config, backend, 1, request.max_seq_len, dtype)
-        return Generator(config, decoder, cache, backend, request.buckets).logits(prompts[:1]).float()
+        cache = make_cache(config, backend, len(prompts), request.max_seq_len, dtype)
+        return Generator(config, decoder, cache, backend, request.buckets).logits(prompts)
 
-    with spinner("Measuring the cache's error"):
-        exact = logits(request.dtype)
+    with spinner("Measuring the cache's error: compiling in float32"):
+        exact = logits(torch.float32)
         error = logits(request.kv_cache_dtype) - exact
-    return LogitError(error.abs().max().item(), (error.norm() / exact.norm()).item())
+    found = LogitError(error.abs().max().item(), (error.norm() / exact.norm()).item())
+    if not math.isfinite(found.max_abs + found.relative):
+        raise ArithmeticError("the logits are not all finite")
+    return found
 
 
 def _prompts(request: Request, config: ModelConfig, codec: TextCodec | None) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from converters.units import format_bytes, plural
 from quantize.targets import SLICES, Slice
@@ -57,6 +58,13 @@ def describe(slice_: Slice) -> str:
     )
 
 
-def libtpu_topology(slice_: Slice) -> str:
-    """What libtpu's ahead-of-time compiler takes for a slice: ``v4:2x2x2``."""
-    return f"{slice_.generation}:{slice_.topology}"
+def libtpu_topology(slice_: Slice) -> tuple[str, dict[str, Any]]:
+    """What libtpu's ahead-of-time compiler takes for a slice: its name, ``v4:2x2x2``, and the options beside it."""
+    options: dict[str, Any] = {}
+    if slice_.generation == "v4":
+        # v4's and v5p's chips have two cores; "megacore" makes them one device, as torch_xla has it on a TPU. v5p's is
+        # so by default.
+        options["chip_config_name"] = "megacore"
+    if slice_.chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # by default a host has 2x2, more than the whole slice
+    return f"{slice_.generation}:{slice_.topology}", options

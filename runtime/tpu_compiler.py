@@ -65,11 +65,9 @@ class TPUCompiler:
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
         from jax.experimental import topologies
 
-        # v4's and v5p's chips have two cores; "megacore" makes them one device, as torch_xla has it on a TPU. v5p's is
-        # so by default.
-        options = {"chip_config_name": "megacore"} if target.generation == "v4" else {}
+        name, options = libtpu_topology(target)
         try:
-            topology = topologies.get_topology_desc(topology_name=libtpu_topology(target), platform="tpu", **options)
+            topology = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
         except Exception as error:
             raise InputError(f"libtpu can't compile for {target.name}: {_first_line(error)}") from None
         self._devices = topology.devices

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from converters.config import ModelConfig
 from converters.errors import InputError
 from quantize.shards import Shards
-from runtime.attend import attend_by_products, attend_by_vectors
+from runtime.attend import attend_by_products, attend_by_vectors, attend_exactly
 from runtime.backend import CacheUse
 from runtime.bandwidth import measure_read_bandwidth
 from runtime.cpu_process import prepare_cpu_process
@@ -34,7 +34,10 @@ from runtime.tiles import TiledLinear, Tiles, cut
 TPU_LEAST_ROWS = 2  # what the matrix unit is given; one row goes to the vector unit
 TPU_FUSE_BYTES = 24_000_000  # a larger weight is not fetched to the chip's own memory ahead of its use
 _CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
-_BANDWIDTH_BYTES = 1 << 30  # read on each chip to measure its memory
+PROBE_SIZE = 11520  # of a square matrix of bfloat16, 253 MiB on each chip: more than its own faster memories hold
+PROBE_READS = 16  # by one program, which is to take far longer than starting it does
+_PROBE_ROWS = 8
+_PROBE_RUNS, _PROBE_REPEATS = 4, 5  # runs under way at once, for each time that is taken
 _SHARDING_CHECKS = 4  # calls after which a program's inputs, mostly its own results, won't change their sharding
 
 
@@ -77,7 +80,7 @@ class XLABackend:
             by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
             self.form = Form(self._tiled_linear, attend_one=by_vectors, attend_many=attend_by_products, keep=self._keep)
         else:
-            self.form = Form(least_rows=TPU_LEAST_ROWS if kind == "TPU" else 1)
+            self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = xr.process_index() == 0
         self._ones: dict[int, torch.Tensor] = {}  # by length
@@ -105,9 +108,9 @@ class XLABackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._place([tensor] * len(self.local_chips), None)
 
-    def compile(self, function: Callable[..., Any], donates: int) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
         """``function`` traced and compiled by XLA, once per shape and sharding of its inputs."""
-        return _Compiled(function, donates)
+        return _Compiled(function, donates, exact)
 
     def wait(self) -> None:
         """Wait until the chips have done all that was asked of them."""
@@ -127,18 +130,18 @@ class XLABackend:
     def read_bandwidth(self) -> float:
         if self.platform.startswith("cpu"):  # virtual chips share the host's memory
             return measure_read_bandwidth(torch.device("cpu"))
-        part = torch.zeros(_BANDWIDTH_BYTES, dtype=torch.int8)
-        values = self._place([part] * len(self.local_chips), 0)
-        largest = _Compiled(lambda values, _: values.amax(), donates=1)
-        largest(values, [])
+        values = self.zeros((self.chips, PROBE_SIZE, PROBE_SIZE), torch.bfloat16, 0)
+        program = self.compile(read_repeatedly, donates=1)
+        program(values, [])
         seconds = []
-        for _ in range(5):
+        for _ in range(_PROBE_REPEATS):
             self.wait()
             begin = time.perf_counter()
-            largest(values, [])
+            for _ in range(_PROBE_RUNS):
+                program(values, [])
             self.wait()
             seconds.append(time.perf_counter() - begin)
-        return _BANDWIDTH_BYTES * self.chips / statistics.median(seconds)
+        return _PROBE_RUNS * PROBE_READS * values.nbytes / statistics.median(seconds)
 
     def peak_bytes(self) -> int | None:
         """None: torch_xla 2.9 has no memory account of the one device that SPMD shows."""
@@ -176,6 +179,24 @@ class XLABackend:
         mesh = xs.Mesh(np.arange(self.chips), (self.chips,), ("tp",))
         sharding = mesh.get_op_sharding(tuple("tp" if d == axis else None for d in range(len(shape))))
         return _XLAC._global_tensor_from_cpu_shards([part.contiguous() for part in parts], sharding, shape)
+
+
+def read_repeatedly(values: torch.Tensor, _: list[torch.Tensor]) -> torch.Tensor:
+    """Some rows of each chip's matrix in ``values`` [chips, N, N] times its transpose, again and again: [chips, 8, N].
+
+    Every product reads the whole matrix and needs the one before it, and no other chip's. Products, for by the
+    compiler's estimate they come nearest to the memory's speed: the vector unit takes twice as long for a sum or a
+    maximum. (And ``amax`` without an axis torch_xla 2.9 turns into a copy.)
+    """
+    rows = values[:, :_PROBE_ROWS]
+    for _ in range(PROBE_READS):
+        rows = rows @ values.mT
+    return rows
+
+
+def _chip_form(least_rows: int) -> Form:
+    """The form for chips with a matrix unit."""
+    return Form(least_rows=least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
 
 
 # What floats are held as in XLA:CPU's cache, and back.
@@ -238,8 +259,8 @@ class _Compiled:
     same programs; its capture took two thirds of the warm-up and several milliseconds of every call.
     """
 
-    def __init__(self, function: Callable[..., Any], donates: int) -> None:
-        self._function, self._donates = function, donates
+    def __init__(self, function: Callable[..., Any], donates: int, exact: bool = False) -> None:
+        self._function, self._donates, self._exact = function, donates, exact
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -248,8 +269,25 @@ class _Compiled:
         program = self._programs.get(key)
         if program is None or not program.takes(tensors):
             donated = pytree.tree_leaves(args[self._donates])
-            program = self._programs[key] = _Program(self._function, tensors, structure, donated)
+            with _precision(self._exact):
+                program = self._programs[key] = _Program(self._function, tensors, structure, donated)
         return program(tensors)
+
+
+@contextmanager
+def _precision(exact: bool) -> Iterator[None]:
+    """Whether graphs given to XLA within have their float32 products made of as many bfloat16 ones as it takes.
+
+    A TPU makes one of each by default. torch_xla has one setting for the process, and heeds it when it turns a graph
+    into XLA's; of products it passes over those of einsum.
+    """
+    from torch_xla import _XLAC
+
+    _XLAC._xla_set_mat_mul_precision("highest" if exact else "default")
+    try:
+        yield
+    finally:
+        _XLAC._xla_set_mat_mul_precision("default")
 
 
 class _Trace:
@@ -354,7 +392,7 @@ class Tracer:
     def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS) -> None:
         os.environ["PJRT_DEVICE"] = "CPU"  # even beside a TPU, which others may be using
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self.chips, self.form = chips, Form(least_rows=least_rows)
+        self.chips, self.form = chips, _chip_form(least_rows)
         self._axes: dict[int, int | None] = {}
 
     def load(self, config: ModelConfig, tensor: PlacedTensor) -> torch.Tensor:
@@ -375,14 +413,18 @@ class Tracer:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.zeros(tensor.shape, tensor.dtype, None)
 
-    def trace(self, function: Callable[..., Any], args: tuple[Any, ...], donates: int) -> TracedGraph:
+    def trace(
+        self, function: Callable[..., Any], args: tuple[Any, ...], donates: int, exact: bool = False
+    ) -> TracedGraph:
         """``function`` of the arguments as ``XLABackend.compile`` would give it to XLA."""
         import torch_xla
         from torch_xla import _XLAC
 
         tensors, structure = pytree.tree_flatten(args)
         trace = _Trace(function, tensors, structure, pytree.tree_leaves(args[donates]))
-        graph = TracedGraph(trace.hlo(), [self._axes.get(key) for key in trace.ids], trace.aliases)
+        with _precision(exact):
+            hlo = trace.hlo()
+        graph = TracedGraph(hlo, [self._axes.get(key) for key in trace.ids], trace.aliases)
         _XLAC._clear_pending_irs(str(torch_xla.device()))
         return graph
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from runtime import attend as forms
-from runtime.attend import Attend, attend, attend_by_products, attend_by_vectors, attend_fused
+from runtime.attend import Attend, attend, attend_by_products, attend_by_vectors, attend_exactly, attend_fused
 from runtime.kv_cache import quantize_tokens
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4
-FORMS = [attend, attend_by_products, attend_fused]
+FORMS = [attend, attend_exactly, attend_by_products, attend_fused]
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 

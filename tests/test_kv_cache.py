@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from invoke import invoke, invoke_error
 from models import make_model, write_hf
-from parity import decode, relative
+from parity import decode, reference, relative
+from transformers import DynamicCache
 
 from converters.cli import command as convert
 from quantize.cli import command as quantize
@@ -70,8 +75,6 @@ def test_bytes_are_the_tensors_own(tmp_path: Path, dtype: str, scale: int) -> No
 
 
 def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:
-    import json
-
     head_dim = Shards(shards := _shards(tmp_path)).config.head_dim
     fixed = ("--shards", shards, "--backend", "eager", "--prompt-ids", "3,4,5,6,7,8", "--dtype", "float32")
     fixed += ("--max-new-tokens", 4, "--json", "-")
@@ -85,6 +88,57 @@ def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:
     sizes = [figures["memory"]["kv_cache_bytes_per_chip"] for figures in (plain, small)]
     assert sizes[0] * (head_dim + 4) == sizes[1] * 4 * head_dim
     assert small["bandwidth"]["step_bytes"] == plain["bandwidth"]["step_bytes"] - sizes[0] + sizes[1]
+
+
+class QuantizedCache(DynamicCache):
+    """transformers' cache, but every token's keys and values of a head are rounded to 255 steps of their largest."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps = [tensor.abs().amax(-1, keepdim=True) / 127 for tensor in (keys, values)]
+        rounded = [(each / step).round() * step for each, step in zip((keys, values), steps, strict=True)]
+        return super().update(*rounded, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("backend", "chips", "dtype"),
+    [
+        ("eager", 1, "float32"),
+        ("eager", 1, "bfloat16"),
+        pytest.param("inductor", 1, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("xla", 2, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_the_reported_error_is_the_cache_s_alone(backend: str, chips: int, dtype: str, tmp_path: Path) -> None:
+    """As transformers computes it in float64, whatever the activations' dtype: 8 times less than bfloat16's own."""
+    ids = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]
+    make_model(tmp_path / "hf", heads=4, kv_heads=2, hidden=64, head_dim=16)
+    invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / "out")
+    model = reference(tmp_path / "hf", tmp_path / "out", torch.float64)
+    with torch.no_grad():
+        exact, rounded = (
+            model(torch.tensor([ids]), past_key_values=cache).logits[0, -1]
+            for cache in (DynamicCache(config=model.config), QuantizedCache(config=model.config))
+        )
+    # In a process of its own: torch_xla takes its number of chips once.
+    words = [sys.executable, "-c", "from runtime.cli import main; main()", "--shards", tmp_path / "out"]
+    words += [
+        "--backend",
+        backend,
+        "--dtype",
+        dtype,
+        "--kv-cache-dtype",
+        "int8",
+        "--prompt-ids",
+        ",".join(map(str, ids)),
+    ]
+    words += ["--max-new-tokens", 2, "--max-seq-len", 32, "--buckets", 8, "--json", "-"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["recompilations"] == 0
+    error = found["kv_cache_logit_error"]
+    assert error["relative"] == pytest.approx(((rounded - exact).norm() / exact.norm()).item(), rel=0.01)
+    assert error["max_abs"] == pytest.approx((rounded - exact).abs().max().item(), rel=0.01)
 
 
 def test_an_unknown_cache_dtype_is_refused(tmp_path: Path) -> None:

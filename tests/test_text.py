@@ -63,19 +63,19 @@ def test_a_prompt_that_is_no_text(prompt: str, says: str, tmp_path: Path) -> Non
     """Latin-1 under a UTF-8 locale, as the shell hands it over; and half of what UTF-16 has in two."""
     _write(tmp_path)
     with pytest.raises(InputError, match=f"{says}.*iconv"):
-        find_codec(tmp_path).encode(prompt)
+        find_codec(tmp_path, 1000).encode(prompt)
 
 
 def test_a_prompt_with_a_nul(tmp_path: Path) -> None:
     _write(tmp_path)
-    assert find_codec(tmp_path).continuation([], find_codec(tmp_path).encode("a\0b")) == "a\0b"
+    assert find_codec(tmp_path, 1000).continuation([], find_codec(tmp_path, 1000).encode("a\0b")) == "a\0b"
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     _write(tmp_path).rename(folder / "tokenizer.json")
-    assert find_codec(folder).encode("a")
+    assert find_codec(folder, 1000).encode("a")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"\xff\xfe", b"\x00" * 100])

@@ -1,0 +1,48 @@
+"""Every slice of the table against libtpu's own description of it, and the smallest ones compiled for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from invoke import invoke
+
+from quantize.targets import SLICES
+from runtime.plan_cli import command as plan
+
+DESCRIBE = """
+import json
+from quantize.targets import SLICES
+from runtime.tpu_compiler import TPUCompiler
+described = {}
+for each in SLICES:
+    devices = TPUCompiler(each)._devices
+    extent = [1 + max(device.coords[axis] for device in devices) for axis in range(3)]
+    described[each.name] = [len(devices), extent, devices[0].device_kind]
+print(json.dumps(described))
+"""
+KINDS = {"v4": "TPU v4", "v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+
+
+def test_libtpu_knows_every_slice() -> None:
+    """A device for each chip, wired up as the table has it."""
+    done = subprocess.run([sys.executable, "-c", DESCRIBE], check=True, capture_output=True, text=True, timeout=300)
+    described = json.loads(done.stdout)
+    assert len(SLICES) == 38
+    for each in SLICES:
+        shape = [*each.shape, *[1] * (3 - len(each.shape))]
+        assert described[each.name] == [each.chips, shape, KINDS[each.generation]], each.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e-1", "v6e-1"])
+def test_a_slice_of_one_chip_is_compiled_for(target: str) -> None:
+    wanted = ("--config", "tiny", "--int8", "--target", target, "--compile", "--json", "-")
+    found = json.loads(invoke(plan, *wanted).stdout)
+    held = found["per_chip"]["parameter_bytes"] + found["per_chip"]["cache_bytes"]
+    assert found["chips"] == 1
+    assert found["compiled"]["fits"]
+    assert found["compiled"]["argument_bytes"] == pytest.approx(held, rel=0.01)
+    assert found["compiled"]["collectives"] == {}
