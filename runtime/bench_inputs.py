@@ -113,8 +113,8 @@ def check_out(request: Request) -> None:
         raise InputError(f"--out {out} is an input. Give another directory; an input is never changed.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Give --out a directory.")
-    if request.force or is_journal(out / JOURNAL):
+    if is_journal(out / JOURNAL):
         return
     for name in (*REPORT_FILES, CACHE_FOLDER, *([BF16_FOLDER] if request.makes_bf16_shards else [])):
         if (out / name).exists():
-            raise InputError(f"{out / name} was not written by a bench in {out}. Give --force, or another --out.")
+            raise InputError(f"{out / name} was not written by a bench in {out}. Move it away, or give another --out.")

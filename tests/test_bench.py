@@ -334,14 +334,17 @@ def test_bf16_shards_are_made_only_for_runs_that_are_left(root: Path, tmp_path: 
 def test_files_of_no_bench_are_kept(
     root: Path, tmp_path: Path, quick: list[Point], name: str, journal: str | None
 ) -> None:
-    """Whatever stands in runs.jsonl, unless its first line is a bench's; --force replaces no other runs.jsonl."""
+    """Whatever stands in runs.jsonl, unless its first line is a bench's, and whatever is forced."""
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
     if journal is not None:
         (out / "runs.jsonl").write_text(journal)
     arguments = ("--shards", root / "shards", "--figures", "3,5", *SIZES, "--out", out)
-    refuse(tmp_path, bench, *arguments, says=[name.partition("/")[0], "was not written by a bench", "--force"])
+    for force in ((), ("--force",)):
+        refuse(tmp_path, bench, *arguments, *force, says=[name.partition("/")[0], "was not written by a bench"])
+    (out / name).unlink()
+    (out / name).parent.rmdir() if name.count("/") else None
     if journal:
         refuse(tmp_path, bench, *arguments, "--force", says=["runs.jsonl was not written by llama-bench"])
     assert not quick
