@@ -52,6 +52,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     if _TRACEBACK not in command.params:
         command.params.append(_TRACEBACK)
     _want_traceback(False)
+    forget_notes()
     try:
         status = command.main(args=args, standalone_mode=False)
         print_notes()

@@ -22,6 +22,12 @@ from runtime.tpu_compiler import CompiledProgram, OutOfMemory, TPUCompiler
 from runtime.xla import TPU_LEAST_ROWS, TracedGraph, Tracer
 
 _HALF_PRECISION = ("bf16", "f16", "f32")
+# Of a compiled graph as JSON.
+_KEYS = (
+    "fits", "out_of_memory", "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "all_reduce",
+    "all_gather", "collectives", "dequantized_weights", "estimated_ms", "compile_s", "by_kind_ms",
+    "unpriced_instructions", "complete",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,32 +51,35 @@ class CompiledGraph:
         return sum(count for count, _ in self.collectives.values())
 
     def to_json(self, hbm_bytes: int) -> dict[str, Any]:
-        """The verdict under the keys that scripts rely on; all but ``fits`` None where the program doesn't compile."""
-        if self.program is None:
-            figures = ("argument_bytes", "temp_bytes", "alias_bytes", "all_reduce", "all_gather", "estimated_ms")
-            return {"fits": False, "out_of_memory": self.out_of_memory} | dict.fromkeys((*figures, "compile_s"))
-        program = self.program
-        content = {
-            "fits": program.peak_bytes <= hbm_bytes,
-            "argument_bytes": program.argument_bytes,
-            "output_bytes": program.output_bytes,
-            "alias_bytes": program.alias_bytes,
-            "temp_bytes": program.temp_bytes,
-            "peak_bytes": program.peak_bytes,
-            "all_reduce": self.collectives.get("all-reduce", (0, 0))[0],
-            "all_gather": self.collectives.get("all-gather", (0, 0))[0],
-            "collectives": {name: {"count": c, "bytes": b} for name, (c, b) in self.collectives.items()},
-            "dequantized_weights": self.dequantized_weights,
-            "estimated_ms": self.estimated_ms,
-            "compile_s": program.compile_s,
-        }
-        if self.estimate is not None:
+        """The verdict under the keys that scripts rely on, the same in every case.
+
+        All but ``fits`` and ``out_of_memory`` are None where the program doesn't compile, and what is made of the
+        compiler's estimate where there is none.
+        """
+        program, priced = self.program, self.estimate
+        content = dict.fromkeys(_KEYS) | {"fits": False, "out_of_memory": self.out_of_memory}
+        if program is not None:
+            content |= {
+                "fits": program.peak_bytes <= hbm_bytes,
+                "argument_bytes": program.argument_bytes,
+                "output_bytes": program.output_bytes,
+                "alias_bytes": program.alias_bytes,
+                "temp_bytes": program.temp_bytes,
+                "peak_bytes": program.peak_bytes,
+                "all_reduce": self.collectives.get("all-reduce", (0, 0))[0],
+                "all_gather": self.collectives.get("all-gather", (0, 0))[0],
+                "collectives": {name: {"count": c, "bytes": b} for name, (c, b) in self.collectives.items()},
+                "dequantized_weights": self.dequantized_weights,
+                "estimated_ms": self.estimated_ms,
+                "compile_s": program.compile_s,
+            }
+        if priced is not None:
             content["by_kind_ms"] = {
                 kind.value: {"estimated": 1000 * share.estimated_s, "roofline": 1000 * share.roofline_s}
-                for kind, share in self.estimate.shares.items()
+                for kind, share in priced.shares.items()
             }
-            content["unpriced_instructions"] = self.estimate.unpriced
-            content["complete"] = self.estimate.complete
+            content["unpriced_instructions"] = priced.unpriced
+            content["complete"] = priced.complete
         return content
 
 

@@ -74,6 +74,23 @@ def test_the_command_reports_it(tmp_path: Path) -> None:
     assert "later sections of longer prompts, 32 tokens: fits" in text
 
 
+@pytest.mark.parametrize("target", ["v5e-1", "v6e-1"])
+def test_a_program_that_no_chip_holds_has_every_key(target: str) -> None:
+    """As where it fits, null where nothing is known; v6e has no estimate in either case."""
+    wanted = ("--config", "tiny", "--int8", "--target", target, "--compile", "--json", "-")
+    sizes = ((), ("--batch-size", 2048, "--max-seq-len", 8192))
+    fits, refused = (json.loads(invoke(plan, *wanted, *each).stdout) for each in sizes)
+    assert (fits["compiled"]["fits"], refused["compiled"]["fits"]) == (True, False)
+    assert fits.keys() == refused.keys()
+    assert fits["compiled"].keys() == refused["compiled"].keys()
+    known = {key: value for key, value in refused["compiled"].items() if value is not None}
+    assert known.keys() == {"fits", "out_of_memory"}
+    assert "Ran out of memory" in known["out_of_memory"]
+    assert fits["compiled"]["out_of_memory"] is None
+    no_estimate = {"estimated_ms", "by_kind_ms", "unpriced_instructions", "complete"} if target == "v6e-1" else set()
+    assert {key for key, value in fits["compiled"].items() if value is None} == {"out_of_memory"} | no_estimate
+
+
 def test_what_the_prediction_is_fitted_on_is_what_the_compiler_says() -> None:
     """The figures kept in latency.py against two graphs of full depth, compiled now."""
     for point in PUBLISHED[:2]:

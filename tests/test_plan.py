@@ -338,3 +338,24 @@ def test_compile_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     line = invoke_error(plan, "--config", "7B", "--target", "v4-8", "--compile")
     assert "libtpu is not installed" in line
     assert "pip install 'llama-tpu-toolchain[tpu]'" in line
+
+
+def test_a_verdict_has_the_same_keys_in_every_case() -> None:
+    """Compiled with an estimate, without one, and refused; what is not known is null."""
+    from runtime.compiled_plan import CompiledGraph
+    from runtime.estimate import Estimate, Kind, Share
+    from runtime.tpu_compiler import CompiledProgram
+
+    program = CompiledProgram("", 80, 20, 10, 5, 1.5)
+    priced = Estimate({Kind.REST: Share(0.002, 0.001, 3)}, {}, {"copy": 1}, 0.0, {})
+    estimated, unclocked, refused = (
+        CompiledGraph(*parts).to_json(95)
+        for parts in ((program, priced, {}, 0), (program, None, {}, 0), (None, None, {}, 0, "Ran out of memory"))
+    )
+    assert estimated.keys() == unclocked.keys() == refused.keys()
+    assert (estimated["fits"], estimated["peak_bytes"], estimated["estimated_ms"]) == (True, 95, 2.0)
+    assert estimated["by_kind_ms"] == {"rest": {"estimated": 2.0, "roofline": 1.0}}
+    unknown = {key for key, value in unclocked.items() if value is None}
+    assert unknown == {"out_of_memory", "estimated_ms", "by_kind_ms", "unpriced_instructions", "complete"}
+    known = {key: value for key, value in refused.items() if value is not None}
+    assert known == {"fits": False, "out_of_memory": "Ran out of memory"}

@@ -93,7 +93,7 @@ with open(sys.argv[1], "wb") as file:
     assert file.fileno() > 2
     os.write(1, b"printed below Python")
     os.write(2, b"printed below Python")
-    os.system("echo printed by a child; echo printed by a child >&2")
+    assert os.system("echo printed by a child && echo printed by a child >&2") == 0
     print("printed")
     print("printed", file=sys.stderr)
     assert sys.stdin.read() == ""
