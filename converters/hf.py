@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from converters.errors import DuplicateTensor, InputError, MissingTensor, Unexpe
 from converters.files import CODES, TensorSpec
 from converters.fingerprint import fingerprint
 from converters.layout import LM_HEAD, check_names, is_known, parameters
+from converters.notes import note
 from converters.tensor_files import TensorFile, open_tensor_file
 
 if TYPE_CHECKING:
@@ -65,25 +67,33 @@ class CompressedSource(HFSource):
     """Weights in the compressed-tensors layout (compressed.py) under the Int8Source protocol."""
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        values = self.stored_rows(name, start, stop)
+        values = super().rows(name, start, stop)
         scale = name + SCALE_SUFFIX
-        return dequantize(values, self.stored_rows(scale, start, stop)) if scale in self._holder else values
+        return dequantize(values, super().rows(scale, start, stop)) if scale in self._holder else values
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
-        specs = []
+        specs, quantized = [], self._quantized(config)
         for parameter in parameters(config):
-            scale = parameter.name + SCALE_SUFFIX
-            quantized = scale in self._holder
-            specs.append(TensorSpec(parameter.name, CODES["int8" if quantized else config.dtype], parameter.shape))
-            if quantized:
-                specs.append(TensorSpec(scale, CODES["float32"], (parameter.shape[0], 1)))
+            is_int8 = parameter.name in quantized
+            specs.append(TensorSpec(parameter.name, CODES["int8" if is_int8 else config.dtype], parameter.shape))
+            if is_int8:
+                specs.append(TensorSpec(parameter.name + SCALE_SUFFIX, CODES["float32"], (parameter.shape[0], 1)))
         return specs
 
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return super().rows(name, start, stop)
+        return self.rows(name, start, stop) if name in self._looked_up else super().rows(name, start, stop)
 
-    def quantization_fields(self) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(self.config, LM_HEAD.name + SCALE_SUFFIX in self._holder)}
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(config, self._quantized(config))}
+
+    def _quantized(self, config: ModelConfig) -> set[str]:
+        """The names of the linears' weights that are int8."""
+        return {p.name for p in parameters(config) if p.row.is_linear and p.name + SCALE_SUFFIX in self._holder}
+
+    @cached_property
+    def _looked_up(self) -> set[str]:
+        """The names of the int8 tables that are no linears' weights, such as the embedding: they are dequantized."""
+        return {p.name for p in parameters(self.config) if p.row.looked_up and p.name + SCALE_SUFFIX in self._holder}
 
 
 def open_hf(directory: Path) -> HFSource:
@@ -96,7 +106,7 @@ def open_hf(directory: Path) -> HFSource:
         raise InputError(f"{directory} does not exist or is no directory.")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
-    int8 = is_int8(read_json(directory / "config.json"))
+    int8 = is_int8(read_json(directory / "config.json"), str(directory))
     config = read_config(directory / "config.json", quantized=int8)
     holder = _hold(_weight_files(directory), config, SCALE_SUFFIX if int8 else "")
     scales = {name for name in holder if int8 and name.endswith(SCALE_SUFFIX)}
@@ -142,14 +152,16 @@ def _check_tensors(config: ModelConfig, holder: dict[str, _Held], scales: set[st
     found, left = set(), set(scales)
     for parameter in parameters(config):
         scale = parameter.name + SCALE_SUFFIX
-        if scale in scales:
+        if scale in scales and len(parameter.shape) == 2:
             left.remove(scale)
             _check_tensor(holder[scale], scale, (parameter.shape[0], 1), DTYPES)
             _check_tensor(holder[parameter.name], parameter.name, parameter.shape, ("int8",))
+            if not parameter.row.is_linear:
+                note(f"{holder[scale].path} holds {parameter.name} in int8. It is dequantized: int8 is for linears.")
         else:
             found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, DTYPES))
     for scale in left:
-        raise UnexpectedTensor(f"{holder[scale].path} holds the scale {scale} of no weight of its configuration.")
+        raise UnexpectedTensor(f"{holder[scale].path} holds {scale}, the scale of no matrix of its configuration.")
     return found.pop() if len(found) == 1 else "float32"
 
 

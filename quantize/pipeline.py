@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from converters.compressed import quantization_config
 from converters.config import ModelConfig
 from converters.files import (
     SafetensorsWriter,
@@ -32,7 +31,7 @@ from quantize.blocks import Block, BlockSource
 from quantize.manifest import FILE_NAME, FileRecord, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
-from quantize.scheme import Scheme, StoredParameter, chip_specs, stored_parameters
+from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
 from quantize.shards import Shards
 
 
@@ -91,10 +90,7 @@ def write_shards(sharding: Sharding, source: BlockSource, out: Path, advance: Ad
         records = _write_chips(sharding, source, out, journal, advance)
         for name, content in source.small_files().items():
             write_whole(out / name, content)
-        fields = config.to_hf()
-        if scheme.name == "int8":
-            fields["quantization_config"] = quantization_config(config, scheme.quantize_lm_head)
-        write_json(out / "config.json", fields)
+        write_json(out / "config.json", config.to_hf() | quantization_fields(config, scheme))
         tensors = describe_tensors(config, scheme, chips)
         Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records).write(out)
 
