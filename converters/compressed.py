@@ -6,10 +6,13 @@ The layout (format "int-quantized", https://github.com/vllm-project/compressed-t
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Any
 
 from converters.config import ModelConfig
-from converters.layout import LM_HEAD, PROJECT_IN, PROJECT_OUT
+from converters.errors import InputError, shown
+from converters.layout import LM_HEAD, parameters
+from converters.notes import note
 
 if TYPE_CHECKING:
     import torch
@@ -17,16 +20,23 @@ if TYPE_CHECKING:
 SCALE_SUFFIX = "_scale"  # behind the name of the weight
 _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+# What a field of ``weights`` is where it isn't given, and fields that say how the scales were found.
+_WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+_HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+# Fields around it that change nothing in what a weight stands for. Its own tensors tell whether a linear is quantized,
+# so what is said of that (targets, ignore, quantization_status) is not needed.
+_HARMLESS = ("quant_method", "format", "config_groups", "ignore", "quantization_status", "global_compression_ratio",
+             "run_compressed", "version")  # fmt: skip
+_HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
 
 
-def quantization_config(config: ModelConfig, quantized_lm_head: bool) -> dict[str, Any]:
-    """The ``quantization_config`` of a config.json for weights of this layout, but for the linears outside the blocks.
+def quantization_config(config: ModelConfig, quantized: Container[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json where the weights of the names in ``quantized`` are of this layout.
 
-    Of those only the output head may be quantized.
+    Every other linear is listed as ignored, an output head that is tied to the embedding as well.
     """
-    ignored = [] if quantized_lm_head else [LM_HEAD.name]
-    if config.word_embed_proj_dim is not None:
-        ignored += [config.architecture.prefix + row.name for row in (PROJECT_IN, PROJECT_OUT)]
+    linears = [LM_HEAD.name, *(parameter.name for parameter in parameters(config) if parameter.row.is_linear)]
+    ignored = [name for name in dict.fromkeys(linears) if name not in quantized]
     return {
         "quant_method": _METHOD,
         "format": _FORMAT,
@@ -36,22 +46,75 @@ def quantization_config(config: ModelConfig, quantized_lm_head: bool) -> dict[st
     }
 
 
-def is_int8(fields: Any) -> bool:
-    """Whether a config.json's fields describe weights of this layout; what they say of activations is no matter.
+def is_int8(fields: Any, where: str) -> bool:
+    """Whether the fields of the config.json in the folder ``where`` describe weights of this layout.
 
-    Which linears are quantized is told by their tensors, not by ``ignore``.
+    Raises InputError, by name, for what else they ask of compressed-tensors; other methods are left to whoever reads
+    the rest of config.json.
     """
     described = fields.get("quantization_config") if isinstance(fields, dict) else None
     if not isinstance(described, dict) or described.get("quant_method") != _METHOD:
         return False
+    _check(where, {"format": described.get("format")}, {"format": (_FORMAT,)})
+    _check_rest(where, described, _HARMLESS)
     groups = described.get("config_groups")
-    if described.get("format") != _FORMAT or not isinstance(groups, dict) or len(groups) != 1:
-        return False
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
-    return isinstance(weights, dict) and all(weights.get(key) == value for key, value in _WEIGHTS.items())
+    if not isinstance(groups, dict) or not groups:
+        raise _refusal(where, f"config_groups {shown(groups)}")
+    for name, group in groups.items():
+        _check_group(where, name, group if isinstance(group, dict) else {})
+    return True
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 [out, in]: int8 values [out, in] times their scale [out, 1]."""
     return values.float() * scale.float()
+
+
+def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise _refusal(where, f"weights {shown(weights)} in {name}")
+    given = {key: value for key, value in weights.items() if value is not None}
+    if given.get("group_size") == -1:  # another way to say it
+        given |= {"strategy": given.get("strategy", "channel")}
+        del given["group_size"]
+    _check(where, _WEIGHT_DEFAULTS | {"strategy": None} | given, {key: (value,) for key, value in _WEIGHTS.items()})
+    _check_rest(where, given, (*_WEIGHTS, *_HOW_MADE))
+    _check(where, {"format": group.get("format")}, {"format": (None, _FORMAT)})
+    _check_rest(where, group, _HARMLESS_IN_GROUP)
+    activations = group.get("input_activations")
+    if not activations:
+        return
+    if not isinstance(activations, dict) or activations.get("dynamic") is not True:
+        raise _refusal(where, "input_activations by scales that are stored (not dynamic)")
+    note(
+        f"{where} asks for activations in {shown(activations.get('num_bits'))} bits too (input_activations); that is "
+        "left out: the weights are as they would be, activations are not quantized."
+    )
+
+
+def _check(where: str, values: dict[str, Any], valid: dict[str, tuple[Any, ...]]) -> None:
+    """Raise InputError for a field with another value than those that are ``valid`` for it."""
+    for key, allowed in valid.items():
+        value = values.get(key)
+        if not any(value == each and type(value) is type(each) for each in allowed):
+            raise _refusal(where, f"{key} {shown(value)}")
+
+
+def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise InputError for a field beside the ``known`` ones that switches something on."""
+    for key, value in fields.items():
+        if key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense":
+            continue
+        if key == "transform_config" and isinstance(value, dict) and not any(value.values()):
+            continue
+        if key not in known and value not in (None, False, {}, []):
+            raise _refusal(where, f"{key} {shown(value)}")
+
+
+def _refusal(where: str, what: str) -> InputError:
+    return InputError(
+        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. Of that this "
+        f"tool reads {_FORMAT!r}: symmetric int8, one scale per output channel, nothing else. Convert the unquantized "
+        "original."
+    )

@@ -40,7 +40,7 @@ def floating_form(source: TensorSource, config: ModelConfig) -> Form:
 
 def int8_form(source: Int8Source, config: ModelConfig) -> Form:
     """The int8 values and scales as the source has them, and the other parameters in ``config.dtype``."""
-    return Form(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields())
+    return Form(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
 
 
 def block_tasks(form: Form, wanted: tuple[TensorSpec, ...]) -> Iterator[Callable[[], tuple[TensorSpec, int, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +61,33 @@ class CompressedSource(HFSource):
     """Weights in the compressed-tensors layout (compressed.py) under the Int8Source protocol."""
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        values = self.stored_rows(name, start, stop)
+        values = super().rows(name, start, stop)
         scale = name + SCALE_SUFFIX
-        return dequantize(values, self.stored_rows(scale, start, stop)) if scale in self._holder else values
+        return dequantize(values, super().rows(scale, start, stop)) if scale in self._holder else values
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
-        specs = []
+        specs, quantized = [], self._quantized(config)
         for parameter in parameters(config):
-            scale = parameter.name + SCALE_SUFFIX
-            quantized = scale in self._holder
-            specs.append(TensorSpec(parameter.name, CODES["int8" if quantized else config.dtype], parameter.shape))
-            if quantized:
-                specs.append(TensorSpec(scale, CODES["float32"], (parameter.shape[0], 1)))
+            is_int8 = parameter.name in quantized
+            specs.append(TensorSpec(parameter.name, CODES["int8" if is_int8 else config.dtype], parameter.shape))
+            if is_int8:
+                specs.append(TensorSpec(parameter.name + SCALE_SUFFIX, CODES["float32"], (parameter.shape[0], 1)))
         return specs
 
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return super().rows(name, start, stop)
+        return self.rows(name, start, stop) if name in self._looked_up else super().rows(name, start, stop)
 
-    def quantization_fields(self) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(self.config, LM_HEAD.name + SCALE_SUFFIX in self._holder)}
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(config, self._quantized(config))}
+
+    def _quantized(self, config: ModelConfig) -> set[str]:
+        """The names of the linears' weights that are int8."""
+        return {p.name for p in parameters(config) if p.row.is_linear and p.name + SCALE_SUFFIX in self._holder}
+
+    @cached_property
+    def _looked_up(self) -> set[str]:
+        """The names of the int8 tables that are no linears' weights, such as the embedding: they are dequantized."""
+        return {p.name for p in parameters(self.config) if p.row.looked_up and p.name + SCALE_SUFFIX in self._holder}
 
 
 def open_hf(directory: Path) -> HFSource:
@@ -92,7 +101,7 @@ def open_hf(directory: Path) -> HFSource:
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
     fields = read_json(directory / "config.json")
-    int8 = is_int8(fields)
+    int8 = is_int8(fields, str(directory))
     config = read_config(directory / "config.json", quantized=int8)
     suffix = SCALE_SUFFIX if int8 else ""
     holder = _hold(weight_files(directory, fields), config, suffix)
@@ -153,14 +162,16 @@ def _check_tensors(config: ModelConfig, holder: dict[str, Held], scales: set[str
     found, left = set(), set(scales)
     for parameter in parameters(config):
         scale = parameter.name + SCALE_SUFFIX
-        if scale in scales:
+        if scale in scales and len(parameter.shape) == 2:
             left.remove(scale)
             _check_tensor(holder[scale], scale, (parameter.shape[0], 1), DTYPES)
             _check_tensor(holder[parameter.name], parameter.name, parameter.shape, ("int8",))
+            if not parameter.row.is_linear:
+                note(f"{holder[scale].path} holds {parameter.name} in int8. It is dequantized: int8 is for linears.")
         else:
             found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, READ_DTYPES))
     for scale in left:
-        raise UnexpectedTensor(f"{holder[scale].path} holds the scale {scale} of no weight of its configuration.")
+        raise UnexpectedTensor(f"{holder[scale].path} holds {scale}, the scale of no matrix of its configuration.")
     return found
 
 

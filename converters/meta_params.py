@@ -8,6 +8,7 @@ from typing import Any
 
 from converters.config import ModelConfig, read_json
 from converters.errors import InputError, shown
+from converters.notes import note
 from converters.rope import Llama3Scaling
 
 FILE_NAME = "params.json"
@@ -15,10 +16,10 @@ _MAX_SIZE = 1 << 24
 _MAX_MULTIPLIER = 1 << 10
 _LLAMA_3_VOCAB = 128256
 _CODE_LLAMA_THETA = 1e6
-# LLaMA 3.1's scaling of RoPE is a switch in params.json, its factor is in the code that goes with it: 8, but 32 for
-# LLaMA 3.2's 1B and 3B, told by (dim, n_layers).
+# LLaMA 3.1's scaling of RoPE is a switch in params.json, its factor is in the code that goes with it: 8 for 3.1 and
+# 3.3, and 32 for LLaMA 3.2's 1B and 3B, told by (dim, n_layers).
 _ROPE_FACTOR = 8.0
-_ROPE_FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}
+_ROPE_FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
 _IGNORED = ("max_seq_len", "max_batch_size")  # limits of a run, no part of the model
 
 
@@ -70,8 +71,7 @@ class Params:
             raise InputError(f"vocab_size is {self.vocab_size} and the embedding has {vocab_size} rows.")
         scaling = None
         if self.use_scaled_rope:
-            factor = _ROPE_FACTORS.get((self.dim, self.n_layers), _ROPE_FACTOR)
-            scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
+            scaling = Llama3Scaling(self._rope_factor(), 1.0, 4.0, 8192)
         third = vocab_size == _LLAMA_3_VOCAB
         unscaled = 8192 if third else 16384 if self.rope_theta == _CODE_LLAMA_THETA else 2048
         return ModelConfig(
@@ -91,6 +91,18 @@ class Params:
             bos_token_id=128000 if third else 1,
             eos_token_ids=_end_tokens(third, scaled=scaling is not None),
         )
+
+    def _rope_factor(self) -> float:
+        """Of a published model's dimensions its own; of others LLaMA 3.1's, which is noted."""
+        known = _ROPE_FACTORS.get((self.dim, self.n_layers))
+        if known is not None:
+            return known
+        note(
+            f"{FILE_NAME} switches scaled RoPE on (use_scaled_rope) without a factor, and no published model has dim "
+            f"{self.dim} and n_layers {self.n_layers}: {_ROPE_FACTOR:g} is taken, as in LLaMA 3.1. If it is another, "
+            "set rope_scaling.factor in the config.json of the checkpoint."
+        )
+        return _ROPE_FACTOR
 
 
 def _end_tokens(third: bool, scaled: bool) -> tuple[int, ...]:

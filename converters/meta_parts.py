@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import InputError, MissingTensor
+from converters.notes import note
 from converters.tensor_files import PickleFile
+from converters.units import plural
 
 if TYPE_CHECKING:
     import torch
 
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")
+# By how much of a value the parts' copies of a tensor may differ. LLaMA 3 70B's norms differ in the last bits of
+# bfloat16: each part trained a copy of its own. A difference of 1/16 is 8 units in bfloat16's last place, above all
+# rounding and drift of copies that saw the same gradients; norms of different models differ by more somewhere.
+_DRIFT = 1 / 16
 
 
 def part_name(number: int) -> str:
@@ -84,18 +90,42 @@ def check_shapes(parts: list[PickleFile], name: str, axis: int | None, whole: tu
 
 
 def check_replicas(parts: list[PickleFile], names: Iterable[str]) -> None:
-    """Raise InputError where a tensor that every part holds whole isn't the same in all, bit for bit."""
+    """Note where what every part holds whole, of which the first part's is taken, isn't the same in all.
+
+    Raises InputError where a value differs by more than ``_DRIFT``.
+    """
+    largest, differing = 0.0, []
+    for name in names:
+        apart = max((_apart(parts[0], part, name) for part in parts[1:]), default=0.0)
+        if apart:
+            differing.append(name)
+            largest = max(largest, apart)
+    if differing:
+        note(
+            f"{parts[0].path.parent}: the parts differ in {plural(len(differing), 'tensor')} that each holds whole "
+            f"({differing[0]}, for one), by up to {largest:.2g} of a value; those of {parts[0].path.name} are taken."
+        )
+
+
+def _apart(first: PickleFile, part: PickleFile, name: str) -> float:
+    """The largest difference between two copies of a tensor, over the larger value or the tensor's root mean square.
+
+    Raises InputError where that is more than ``_DRIFT``.
+    """
     import torch
 
-    for name in names:
-        length = parts[0].shape(name)[0]
-        first = parts[0].rows(name, 0, length).view(torch.uint8)
-        for part in parts[1:]:
-            if not torch.equal(part.rows(name, 0, length).view(torch.uint8), first):
-                raise InputError(
-                    f"{part.path} holds another {name} than {parts[0].path.name}, though every part has it whole; "
-                    "they are parts of different checkpoints. Fetch them again."
-                )
+    ours, theirs = (each.rows(name, 0, each.shape(name)[0]) for each in (first, part))
+    if torch.equal(ours, theirs):
+        return 0.0
+    ours, theirs = ours.double(), theirs.double()
+    unit = torch.maximum(torch.maximum(ours.abs(), theirs.abs()), ours.square().mean().sqrt())
+    apart = ((ours - theirs).abs() / unit).max().item()
+    if not apart <= _DRIFT:  # NaN neither
+        raise InputError(
+            f"{part.path} holds another {name} than {first.path.name}, though every part has it whole; they are parts "
+            "of different checkpoints. Put parts of one checkpoint there."
+        )
+    return apart
 
 
 def merged_rows(parts: list[PickleFile], name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:

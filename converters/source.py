@@ -61,8 +61,8 @@ class Int8Source(TensorSource, Protocol):
         """Rows [start, stop) of such a tensor, on the host."""
         ...
 
-    def quantization_fields(self) -> dict[str, Any]:
-        """What config.json has to say of the tensors: its ``quantization_config``."""
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        """What config.json has to say of these tensors: its ``quantization_config``."""
         ...
 
 

@@ -8,14 +8,20 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from converters.config import ModelConfig
 from converters.errors import InputError
+from converters.files import CODES
 from converters.form import check_finite
-from converters.source import TensorSource
+from converters.layout import LM_HEAD
+from converters.notes import note
+from converters.source import Int8Source, TensorSource
 from quantize.int8 import RowErrors, quantize_rows
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
-from quantize.scheme import StoredParameter
+from quantize.scheme import Scheme, StoredParameter, stored_parameters
 from quantize.shards import Shards
+
+_SHOWN_NAMES = 3  # of many, in a note
 
 
 class Block(NamedTuple):
@@ -53,14 +59,33 @@ class BlockSource(Protocol):
 
 
 class Quantizer:
-    """Blocks of a checkpoint, quantized as they are read. Scales see whole rows, so chips never change them."""
+    """Blocks of a checkpoint, quantized as they are read. Scales see whole rows, so chips never change them.
+
+    What the checkpoint holds as int8 values and scales already is taken as it is.
+    """
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
+        self._kept = _int8_names(source)
         self.report = Report()
+
+    def note_int8(self, config: ModelConfig, scheme: Scheme) -> None:
+        """Say what becomes of an int8 source's weights: kept, dequantized, or quantized here beside the kept ones."""
+        stored = stored_parameters(config, scheme)
+        held = self._kept & {each.weight.name for each in stored}
+        wanted = {each.weight.name for each in stored if each.scale is not None}
+        if held & wanted:
+            note(f"int8 values and scales are kept as the source has them: {_listed(held & wanted)}.")
+        if held and wanted - held:
+            note(f"Quantized here, since the source does not hold them in int8: {_listed(wanted - held)}.")
+        if held - wanted:
+            hint = " --quantize-lm-head keeps lm_head.weight." if wanted and LM_HEAD.name in held else ""
+            note(f"Dequantized from the source's int8 to {config.dtype}: {_listed(held - wanted)}.{hint}")
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
         name = stored.weight.name
+        if stored.scale is not None and name in self._kept:
+            return self._as_it_is(name, stored.scale.name, start, stop)
         weight = self._source.rows(name, start, stop)
         if stored.scale is None:
             weight = weight.to(getattr(torch, stored.weight.dtype))
@@ -69,6 +94,14 @@ class Quantizer:
         quantized, errors = quantize_rows(weight)
         check_finite(quantized.scale, name)
         return Block(*quantized, errors)
+
+    def _as_it_is(self, name: str, scale_name: str, start: int, stop: int) -> Block:
+        """int8 rows of the source and their scales in float32; nothing is lost by it."""
+        assert isinstance(self._source, Int8Source)
+        values, scale = (self._source.stored_rows(each, start, stop) for each in (name, scale_name))
+        check_finite(scale, scale_name)
+        nothing = torch.zeros(stop - start, dtype=torch.float64)
+        return Block(values, scale.float(), RowErrors(nothing, nothing, nothing))
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
         if stored.scale is not None:
@@ -87,6 +120,18 @@ class Quantizer:
 
     def small_files(self) -> dict[str, bytes]:
         return self._source.companions() | {REPORT: (json.dumps(self.report.content(), indent=1) + "\n").encode()}
+
+
+def _int8_names(source: TensorSource) -> set[str]:
+    """The names of the weights that a source holds as int8 values and scales."""
+    specs = source.stored_specs(source.config) if isinstance(source, Int8Source) else []
+    return {spec.name for spec in specs if spec.code == CODES["int8"]}
+
+
+def _listed(names: set[str]) -> str:
+    """The first names, and how many there are."""
+    first, more = sorted(names)[:_SHOWN_NAMES], len(names) - _SHOWN_NAMES
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 class Resharder:

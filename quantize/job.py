@@ -86,6 +86,8 @@ def _plan(request: Request) -> tuple[Sharding, BlockSource]:
     if scheme.name == "bf16":
         config = config.with_dtype("bfloat16")
     scheme.check(config)
+    if isinstance(source, Quantizer):
+        source.note_int8(config, scheme)
     return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint), source
 
 

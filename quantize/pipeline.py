@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from converters.compressed import quantization_config
 from converters.config import ModelConfig
 from converters.files import (
     SafetensorsWriter,
@@ -28,7 +27,7 @@ from quantize.blocks import Block, BlockSource
 from quantize.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.partition import Segment, parameter_segments
 from quantize.report import FILE_NAME as REPORT
-from quantize.scheme import Scheme, StoredParameter, chip_specs, stored_parameters
+from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
 from quantize.shards import Shards
 
 
@@ -87,10 +86,7 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
     _write_chips(sharding, source, output, advance)
     for name, content in source.small_files().items():
         output.write(name, content)
-    fields = config.to_hf()
-    if scheme.name == "int8":
-        fields["quantization_config"] = quantization_config(config, scheme.quantize_lm_head)
-    output.write_json("config.json", fields)
+    output.write_json("config.json", config.to_hf() | quantization_fields(config, scheme))
     tensors = describe_tensors(config, scheme, chips)
     numbers = {chip_file(chip, chips): chip for chip in range(chips)}
     records = {numbers[name]: record for name, record in output.files.items() if name in numbers}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from converters.compressed import quantization_config
 from converters.config import ModelConfig
 from converters.errors import InputError
 from converters.files import CODES, ITEM_BYTES, TensorSpec
@@ -73,6 +75,12 @@ def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParamet
         scale = make_parameter(parameter.row.scale(), config, prefix, parameter.in_block)
         stored.append(StoredParameter(StoredTensor(parameter, "int8"), StoredTensor(scale, "float32")))
     return stored
+
+
+def quantization_fields(config: ModelConfig, scheme: Scheme) -> dict[str, Any]:
+    """What config.json says beside the model's dimensions: its ``quantization_config`` where there are int8 weights."""
+    quantized = {stored.weight.name for stored in stored_parameters(config, scheme) if stored.scale is not None}
+    return {"quantization_config": quantization_config(config, quantized)} if quantized else {}
 
 
 def stored_tensors(config: ModelConfig, scheme: Scheme) -> list[StoredTensor]:

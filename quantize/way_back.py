@@ -6,13 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.compressed import quantization_config
 from converters.config import ModelConfig
 from converters.files import CODES, TensorSpec
 from converters.source import Int8Source, TensorSource
 from quantize.dequantize import dequantized_rows
 from quantize.manifest import FILE_NAME
-from quantize.scheme import stored_tensors
+from quantize.scheme import quantization_fields, stored_tensors
 from quantize.shards import Shards
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ class Int8ShardsSource(ShardsSource):
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._shards.rows(name, start, stop)
 
-    def quantization_fields(self) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(self.config, self._shards.manifest.scheme.quantize_lm_head)}
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        return quantization_fields(config, self._shards.manifest.scheme)
 
 
 def open_shards(directory: Path) -> TensorSource | Int8Source:

@@ -62,6 +62,12 @@ def run_command(command: click.Command, *args: object) -> tuple[int | str | None
     return status, Result(*(stream.buffer.getvalue().decode() for stream in streams))
 
 
+def notes(result: Result) -> list[str]:
+    """The notes on stderr, without that on a tokenizer: most models of tests have none."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
+    return [line.removeprefix("Note: ") for line in lines if "gives no tokenizer.json" not in line]
+
+
 class Killed(BaseException):
     """Raised in the place of a SIGKILL: nothing of the command runs after it but what Python unwinds."""
 

@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf_files import random_tensors as gguf_tensors
 from gguf_files import write as write_gguf
-from invoke import Result, invoke
+from invoke import Result, invoke, notes
 from meta_format import edit_part, write_meta
 from models import edit_json, make_model, make_opt, random_tensors, write_hf
 from parity import count_greedy, decode, logits_after, reference, relative
@@ -25,11 +25,6 @@ from quantize.shards import Shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-
-
-def _notes(stderr: str) -> list[str]:
-    """The notes but for that on the tokenizer, which these sources don't have."""
-    return [line for line in stderr.splitlines() if "gives no tokenizer.json" not in line]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +48,7 @@ def converted(root: Path, source: Path, *options: object) -> tuple[set[torch.dty
 def test_no_value_changes_by_default(make: Any, form: str, dtype: str, tmp_path: Path) -> None:
     model = make(tmp_path / "hf", dtype=dtype, form=form, tied=False)
     found, said, printed = converted(tmp_path, tmp_path / "hf")
-    assert (found, said, _notes(printed.stderr)) == ({DTYPES[dtype]}, dtype, [])
+    assert (found, said, notes(printed)) == ({DTYPES[dtype]}, dtype, [])
     assert f"parameters, {dtype}, 1 file" in printed.stdout
     for name, tensor in stored(tmp_path / "out").items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -72,7 +67,7 @@ def test_the_tensors_dtype_counts_before_the_configurations(config_says: str | N
     assert (found, said) == ({torch.float16}, "float16")
     words = {None: "", "auto": "'auto', which is none of"}.get(config_says, f"config.json says {config_says}")
     assert words in printed.stderr
-    assert len(_notes(printed.stderr)) == (config_says is not None)
+    assert len(notes(printed)) == (config_says is not None)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from invoke import invoke, refuse_source
+from invoke import invoke, notes, refuse_source
 from meta_format import edit_part, meta_logits, meta_tensors, params_of, write_meta
 from models import edit_json, make_model, snapshot
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from converters.checkpoint import open_source
@@ -210,11 +212,22 @@ def test_params_of_published_models_are_the_presets(name: str) -> None:
     assert config == preset
 
 
-@pytest.mark.parametrize(("dim", "layers", "factor"), [(4096, 32, 8.0), (2048, 16, 32.0), (3072, 28, 32.0)])
+@pytest.mark.parametrize(
+    ("dim", "layers", "factor"), [(4096, 32, 8.0), (2048, 16, 32.0), (3072, 28, 32.0), (48, 2, 8.0)]
+)
 def test_rope_scaling_of_llama_3_1_and_3_2(dim: int, layers: int, factor: float) -> None:
     params = Params(dim, layers, 8, rope_theta=5e5, use_scaled_rope=True)
     assert params.config("x", 128256).rope_scaling == Llama3Scaling(factor, 1.0, 4.0, 8192)
     assert params.config("x", 128256).max_position_embeddings == 131072
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_factor_of_unknown_dimensions_is_said_to_be_a_guess(
+    scaled: bool, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    write_meta(tmp_path / "meta", model, 1, use_scaled_rope=scaled)
+    said = invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out").stderr
+    assert ("Note: " in said and "dim 48 and n_layers 2: 8 is taken" in said) == scaled
 
 
 @pytest.mark.parametrize(
@@ -301,12 +314,65 @@ def test_part_of_another_split(model: LlamaForCausalLM, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.1.attention_norm.weight", "layers.0.ffn_norm.weight"])
 def test_part_of_another_checkpoint(name: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
-    """The same sizes, but what every part holds whole isn't the same: one value, by one bit."""
+    """The same sizes, but what every part holds whole isn't the same: one value, by a tenth."""
     write_meta(tmp_path / "meta", model, 4)
     norm = torch.load(tmp_path / "meta" / "consolidated.02.pth", weights_only=True)[name]
-    norm.view(torch.int32)[-1] ^= 1
+    norm[norm.abs().argmax()] *= 0.9
     edit_part(tmp_path / "meta", 2, **{name.replace(".", "__"): norm})
     opening_raises(InputError, tmp_path, f"consolidated.02.pth holds another {name} than consolidated.00.pth")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "largest"),
+    [
+        (
+            torch.float32,
+            lambda norm: norm.view(torch.int32)[-1:].bitwise_xor_(1),
+            (1e-8, 2.4e-7),
+        ),  # the last bit of one value
+        (
+            torch.bfloat16,
+            lambda norm: norm.view(torch.int16).add_(1),
+            (2**-8, 2**-7),
+        ),  # a unit in the last place of all
+        (torch.bfloat16, lambda norm: norm.view(torch.int16)[::3].sub_(2), (2**-7, 2**-6)),
+        (torch.float16, lambda norm: norm.view(torch.int16)[1::2].add_(2), (2**-10, 2**-9)),
+        (torch.float32, lambda norm: norm.mul_(1.03), (0.0285, 0.0295)),  # more than rounding
+        (torch.float32, lambda norm: norm[:1].add_(0.01 * norm.norm() / len(norm) ** 0.5), (0.001, 0.011)),
+        (torch.float32, lambda norm: norm[:1].fill_(0), None),
+        (torch.float32, lambda norm: norm[:1].fill_(torch.nan), None),
+        (torch.float32, lambda norm: norm[:1].fill_(torch.inf), None),
+        (torch.float32, lambda norm: norm.neg_(), None),
+        (torch.bfloat16, lambda norm: norm.mul_(1.1), None),
+    ],
+)
+def test_norms_that_drifted_apart(
+    dtype: torch.dtype, change: Callable[[torch.Tensor], object], largest: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    """Small differences, as between LLaMA 3 70B's parts: the first part's norms are taken, and one line says so."""
+    expected = model_of(tmp_path, kv_heads=4, dtype=dtype).state_dict()["model.layers.0.input_layernorm.weight"]
+    write_meta(tmp_path / "meta", model_of(tmp_path, kv_heads=4, dtype=dtype), 4)
+    for number in (1, 3):
+        part = torch.load(tmp_path / "meta" / f"consolidated.{number:02d}.pth", weights_only=True)
+        norms = {name: part[name].clone() for name in part if name.endswith("norm.weight")}
+        for norm in norms.values():
+            change(norm)
+        edit_part(tmp_path / "meta", number, **{name.replace(".", "__"): norm for name, norm in norms.items()})
+    if largest is None:
+        opening_raises(InputError, tmp_path, "consolidated.01.pth holds another", "parts of different checkpoints")
+        return
+    (line,) = notes(invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out"))
+    assert "differ in 5 tensors" in line
+    assert largest[0] <= float(line.split("by up to ")[1].split()[0]) <= largest[1]
+    written = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert same_bits(written, expected.to(written.dtype))
+
+
+def test_frequencies_of_the_parts_may_differ(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """rope.freqs is no weight: it follows from the configuration."""
+    write_meta(tmp_path / "meta", model, 2)
+    edit_part(tmp_path / "meta", 1, rope__freqs=torch.zeros(3))
+    assert not notes(invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out"))
 
 
 def test_part_in_another_dtype(model: LlamaForCausalLM, tmp_path: Path) -> None:
