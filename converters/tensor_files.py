@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
 from converters.files import DTYPE_NAMES
+from converters.legacy_pickle import is_zip, mapped_tensors
 from converters.mapped import file_offset, mappings
 from converters.streams import StreamReader
 from converters.text_path import text_path
@@ -92,7 +94,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A .bin or .pth of torch.save; only tensors and plain containers are unpickled (weights_only=True).
+    """A .bin or .pth of torch.save, of any age; only tensors and plain containers are unpickled (weights_only=True).
 
     The file is mapped to be unpickled; values are read from where they lie in it, so that little becomes resident.
     """
@@ -102,15 +104,20 @@ class PickleFile:
 
         self.path = path
         try:
-            with text_path(path) as readable:
-                tensors = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
+            with text_path(path) as readable, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols; what can't be read raises
+                if is_zip(path):
+                    tensors = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
+                else:
+                    tensors = mapped_tensors(readable)
             self._file, self._mappings = StreamReader(path), mappings(path)
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
         except Exception as error:  # unpickling damaged or hostile bytes can raise anything
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"{path} can't be loaded safely ({reason}). Save it as safetensors, or with torch.save."
+                f"{path} can't be loaded safely ({reason}). If it came whole, it holds more than tensors: save these "
+                "alone, as safetensors."
             ) from None
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()

@@ -78,16 +78,19 @@ def test_pickle_that_would_run_a_program(zipped: bool, tmp_path: Path) -> None:
     assert (tmp_path / "owned").exists()  # the payload is real: only we did not run it
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_pickle_that_holds_an_odd_tensor(tmp_path: Path) -> None:
+def test_pickle_that_holds_an_odd_tensor(zipped: bool, tmp_path: Path) -> None:
     for odd in (torch.eye(16).to_sparse(), torch.eye(16).to_sparse_csr(), torch.empty(16, 16, device="meta")):
-        path = write_bin(tmp_path, random_tensors() | {Q_PROJ: odd})
+        path = write_bin(tmp_path, random_tensors() | {Q_PROJ: odd}, _use_new_zipfile_serialization=zipped)
         refuse_source(tmp_path, str(path), Q_PROJ)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"state_dict": {"a": 1}}, {1: torch.ones(2)}, "text", None])
-def test_pickle_of_something_else(content: Any, tmp_path: Path) -> None:
-    refuse_source(tmp_path, str(write_bin(tmp_path, content)), "does not hold a dictionary of tensors")
+def test_pickle_of_something_else(content: Any, zipped: bool, tmp_path: Path) -> None:
+    path = write_bin(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    refuse_source(tmp_path, str(path), "does not hold a dictionary of tensors")
 
 
 @pytest.mark.parametrize("size", [0, 1, 10, 500, 3000])

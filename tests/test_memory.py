@@ -50,12 +50,15 @@ def test_quantizing_resharding_and_the_way_back(checkpoint: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_converting_a_pickle(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+def test_converting_a_pickle(zipped: bool, checkpoint: Path, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with safe_open(checkpoint / "model-00001-of-00001.safetensors", "pt") as file:
-        torch.save({name: file.get_tensor(name) for name in file.keys()}, hf / "pytorch_model.bin")  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    torch.save(tensors, hf / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    del tensors
     _run("llama-convert", "--source", hf, "--out", tmp_path / "out")
     for part in ("out", "hf"):
         for path in (tmp_path / part).iterdir():
