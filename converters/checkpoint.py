@@ -24,6 +24,7 @@ from converters.record import WRITTEN, read_file_record, read_record, verify_fil
 from converters.registry import find_opener
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.source import TensorSource
+from converters.source_file import find_gguf, open_file
 
 # What is kept in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
 _CONVERSION = "conversion"
@@ -49,13 +50,7 @@ def open_source(path: Path) -> TensorSource:
     Nothing but headers is read. Raises InputError where the path holds no such thing.
     """
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise InputError(
-                f"{path} is a file of no known kind. Give a .gguf file, or a directory of Hugging Face's or Meta's."
-            )
-        from converters.gguf import open_gguf
-
-        return open_gguf(path)
+        return open_file(path)
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a .gguf file, or a directory of Hugging Face's or Meta's.")
     registered = find_opener(path)
@@ -69,6 +64,8 @@ def open_source(path: Path) -> TensorSource:
     check_finished(path, "llama-convert", INDEX)
     if (path / random_init.FILE_NAME).exists():
         return random_init.open_random_init(path)
+    if path.is_dir() and (gguf := find_gguf(path)):
+        return open_file(gguf)
     return open_meta(path) if is_meta(path) else open_hf(path)
 
 

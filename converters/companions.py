@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from converters.architecture import OPT
 from converters.config import ModelConfig
 from converters.end_tokens import GENERATION
+from converters.errors import InputError
 from converters.gpt2_files import read_gpt2
 from converters.notes import note
 from converters.rope import Llama3Scaling
 from converters.sentencepiece_model import read_sentencepiece
+from converters.stand_ins import stand_in
 from converters.tiktoken_model import is_tiktoken, read_tiktoken
 from converters.tokenizer_json import Vocabulary, add_template, add_tokens
 from converters.tokenizer_reader import TOKENIZER
@@ -52,7 +54,11 @@ def read_companions(directory: Path) -> dict[str, bytes]:
     folder = directory / TEMPLATES
     templates = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     names = (*COMPANIONS, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
-    return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    for name in (TOKENIZER, MODEL):  # large enough to be kept elsewhere
+        if what := stand_in(files.get(name, b"")):
+            raise InputError(f"{directory / name} is {what}")
+    return files
 
 
 def note_without_tokenizer(files: dict[str, bytes], source: str) -> None:

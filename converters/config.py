@@ -19,6 +19,7 @@ from converters.notes import note
 from converters.opt import LAYER_NORM_EPS, opt_from_hf, opt_to_hf
 from converters.opt import REQUIRED as OPT_REQUIRED
 from converters.rope import Llama3Scaling, RopeScaling
+from converters.stand_ins import check_itself
 
 # Far above any model, low enough that a damaged config.json can't ask for endless work.
 _MAX_DIMENSION = 1 << 24
@@ -203,6 +204,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
     except (UnicodeDecodeError, ValueError, RecursionError):
+        check_itself(path)
         raise InputError(f"{path} is not valid JSON; fetch or write it again.") from None
 
 

@@ -19,7 +19,7 @@ from converters.gguf_rope import rope_scaling
 from converters.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 from converters.interleaved import INTERLEAVED, interleaved_rows
 from converters.layout import Parameter, check_names, parameters
-from converters.model_name import is_name
+from converters.model_name import is_name, name_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +190,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
     ids = special_ids(metadata, vocab_size)
     name = " ".join(metadata.text("general.name", "").split())
     config = ModelConfig(
-        name=name if is_name(name) else path.stem,
+        name=name if is_name(name) else name_of_file(path),
         hidden_size=hidden,
         intermediate_size=metadata.whole("llama.feed_forward_length"),
         num_layers=metadata.whole("llama.block_count"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from converters.streams import StreamReader
 if TYPE_CHECKING:
     import numpy as np
 
-_PART = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)  # without .gguf
+_PART = re.compile(
+    r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?:\.gguf)?)", re.DOTALL | re.IGNORECASE
+)
 _MAX_PARTS = 1000
 
 
@@ -80,10 +83,19 @@ def open_parts(path: Path) -> Parts:
     return Parts(paths, opened[0][0], together, b"".join(head for _, _, head in opened))
 
 
+def first_parts(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, of a split model's only the first."""
+    models: dict[object, Path] = {}
+    for path in sorted(paths):
+        name = _PART.fullmatch(path.name)
+        models.setdefault((name["model"], name["count"]) if name else path, path)
+    return list(models.values())
+
+
 def _names(metadata: Metadata, count: int) -> list[Path]:
     """The paths of all parts, by the name of one."""
     path, number = metadata.path, metadata.whole("split.no")
-    name = _PART.fullmatch(path.stem)
+    name = _PART.fullmatch(path.name)
     if count > _MAX_PARTS or not 0 <= number < count:
         raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
@@ -91,7 +103,7 @@ def _names(metadata: Metadata, count: int) -> list[Path]:
             f"{path} is part {number + 1} of {count} of a split model; name it so, and the others like it: "
             f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
         )
-    return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{path.suffix}") for i in range(1, count + 1)]
+    return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]
 
 
 def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -> None:

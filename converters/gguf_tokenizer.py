@@ -41,18 +41,23 @@ _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
     """The ids of special tokens by their GGUF names: bos, eos, eot, eom, unknown, padding; absent ones left out.
 
-    Raises InputError for an id outside the vocabulary.
+    An id outside the vocabulary stands for none, with a note: converters write -1, as 4294967295 too, for a model
+    without such a token. As in llama.cpp, what the kind of tokenizer has by default then holds.
     """
+    tokens = metadata.array("tokenizer.ggml.tokens", (str,), default=None)
+    count = vocab_size if tokens is None else min(len(tokens), vocab_size)
     defaults = _LLAMA_IDS if metadata.text("tokenizer.ggml.model", None) == "llama" else {}
-    ids = {}
+    ids = {name: i for name, i in defaults.items() if i < count}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
-        value = metadata.whole(key, defaults.get(name))
+        value = metadata.whole(key, None)
         if value is None:
             continue
-        if not 0 <= value < vocab_size:
-            raise InputError(f"{metadata.path} gives {value} for {key}; its vocabulary has {vocab_size} tokens.")
-        ids[name] = value
+        if 0 <= value < count:
+            ids[name] = value
+        else:
+            instead = f"its default, {ids[name]}, holds" if name in ids else "the model is taken to have none"
+            note(f"{metadata.path} gives {value} for {key}; its vocabulary has {count} tokens: {instead}.")
     return ids
 
 
@@ -92,11 +97,12 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
         vocabulary = replace(vocabulary, pieces=frozenset(marked))
         tokenizer, add_bos = _sentencepiece(metadata, vocabulary), True
     add_tokens(tokenizer, vocabulary)
-    bos, eos = (
-        metadata.flag("tokenizer.ggml.add_bos_token", add_bos),
-        metadata.flag("tokenizer.ggml.add_eos_token", False),
-    )
-    add_template(tokenizer, vocabulary, bos, eos)
+    around = {"bos": add_bos, "eos": False}
+    wanted = {name: metadata.flag(f"tokenizer.ggml.add_{name}_token", on) for name, on in around.items()}
+    for name in [name for name, on in wanted.items() if on and name not in vocabulary.ids]:
+        note(f"{metadata.path} puts a {name} token around texts and doesn't say which it is: none is put there.")
+        wanted[name] = False
+    add_template(tokenizer, vocabulary, **wanted)
     config = _tokenizer_config(metadata, vocabulary)
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
@@ -106,8 +112,7 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
 
 def _vocabulary(metadata: Metadata, vocab_size: int) -> Vocabulary:
     tokens = metadata.array("tokenizer.ggml.tokens", (str,))
-    ids = {name: i for name, i in special_ids(metadata, vocab_size).items() if i < len(tokens)}
-    vocabulary = Vocabulary(str(metadata.path), tokens, [NORMAL] * len(tokens), ids)
+    vocabulary = Vocabulary(str(metadata.path), tokens, [NORMAL] * len(tokens), special_ids(metadata, vocab_size))
     vocabulary.check_size(vocab_size)
     return replace(vocabulary, types=_types(metadata, tokens))
 

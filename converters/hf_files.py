@@ -9,6 +9,7 @@ from typing import Any
 from converters.config import read_json
 from converters.errors import InputError, MissingTensor, shown
 from converters.notes import note
+from converters.stand_ins import check_itself
 from converters.surplus import is_computed
 from converters.tensor_files import TensorFile, open_tensor_file
 
@@ -26,7 +27,7 @@ def weight_files(directory: Path, fields: dict[str, Any]) -> list[TensorFile]:
     a tensor that no file holds.
     """
     path = directory / _choose(directory, fields)
-    return _indexed_files(path) if path.suffix == ".json" else [open_tensor_file(path)]
+    return _indexed_files(path) if path.suffix == ".json" else [_open(path)]
 
 
 def _choose(directory: Path, fields: dict[str, Any]) -> str:
@@ -62,12 +63,17 @@ def _indexed_files(index: Path) -> list[TensorFile]:
         path = index.parent / file_name
         if not path.is_file():
             raise InputError(f"{index} names the file {file_name}, which is not there. Fetch it, or convert again.")
-        files[file_name] = open_tensor_file(path)
+        files[file_name] = _open(path)
     held = {name for file in files.values() for name in file.names()}
     for name, file_name in places.items():
         if name not in held and not is_computed(name):
             raise MissingTensor(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
     return list(files.values())
+
+
+def _open(path: Path) -> TensorFile:
+    check_itself(path)
+    return open_tensor_file(path)
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 # Such a cache keeps a repository's files in models--OWNER--NAME/snapshots/REVISION; not all names have an owner.
 _REPOSITORY = re.compile(r"models--(?:.+?--)?(.+)")
 _SNAPSHOTS = "snapshots"
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_BLOBS = "blobs"  # and beside the snapshots the files themselves, by their hash
+_HASH = re.compile(r"(?:sha256[-:])?(?:[0-9a-f]{40}|[0-9a-f]{64})")  # as such caches, and Ollama's, name files
+_GGUF = re.compile(r"(?:-\d{5}-of-\d{5})?\.gguf(?:\.\w+)*$|-\d{5}-of-\d{5}$", re.IGNORECASE)
 
 
 def is_name(text: str) -> bool:
@@ -31,3 +33,13 @@ def name_in_path(path: str) -> str:
 def name_of_directory(directory: Path) -> str:
     """The name by a directory's own path, or by where a link leads, where its own says none."""
     return name_in_path(os.path.abspath(directory)) or name_in_path(str(directory.resolve()))
+
+
+def name_of_file(path: Path) -> str:
+    """The name that a GGUF file's own says, or the cache that it is in; empty where neither does."""
+    name = _GGUF.sub("", path.name)
+    if is_name(name):
+        return name
+    *_, repository, folder, _ = ("", "", *path.absolute().parts)
+    cached = _REPOSITORY.fullmatch(repository) if folder == _BLOBS else None
+    return cached[1] if cached else ""

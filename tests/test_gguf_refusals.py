@@ -60,7 +60,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"llama.attention.head_count": 0}, ["0 attention heads"]),
         ({"llama.context_length": 7.5}, ["7.5", "context_length"]),
         ({"llama.rope.freq_base": "big"}, ["freq_base", "a number"]),
-        ({"tokenizer.ggml.eos_token_id": VOCAB}, ["eos_token_id", str(VOCAB)]),
+        ({"tokenizer.ggml.eos_token_id": 2.0}, ["eos_token_id", "whole number"]),
         ({"tokenizer.ggml.model": "bert"}, ["'bert'", "'gpt2' and 'llama'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from converters.errors import InputError
 from converters.gguf import open_gguf
-from converters.gguf_tokenizer import PRE_TOKENIZERS, Metadata, special_ids, tokenizer_files
+from converters.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
+from converters.notes import forget_notes, print_notes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -418,8 +419,63 @@ def test_special_ids() -> None:
     assert special_ids(metadata, 10) == {"eos": 3, "eot": 4}
     llama = Metadata(Path("model.gguf"), {"tokenizer.ggml.model": "llama", "tokenizer.ggml.eos_token_id": 3})
     assert special_ids(llama, 10) == {"bos": 1, "eos": 3, "unknown": 0}
-    with pytest.raises(InputError, match=r"gives 4 for tokenizer\.ggml\.eot_token_id; its vocabulary has 4"):
-        special_ids(metadata, 4)
+    assert special_ids(llama, 4) == {"bos": 1, "eos": 3, "unknown": 0}
+    assert special_ids(llama, 1) == {"unknown": 0}
+
+
+ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "cls", "mask", "fim_pre", "prefix")
+READ = ROLES[:6]
+
+
+@pytest.mark.parametrize("value", [4294967295, -1, "tokens", 1 << 31])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_ids_out_of_range_stand_for_none(
+    kind: str, value: Any, byte_level: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As without the key, with a note; rows of embeddings beyond the tokens make no id right."""
+    base = sentencepiece() if kind == "llama" else {**byte_level, "tokenizer.ggml.pre": "llama-bpe"}
+    tokens = len(base["tokenizer.ggml.tokens"])
+    value = tokens if value == "tokens" else value
+    for role in ROLES:
+        key = f"tokenizer.ggml.{role}_token_id"
+        without = {"llama.context_length": 64} | {name: given for name, given in base.items() if name != key}
+        results = []
+        for values in (without, {**without, key: value}):
+            forget_notes()
+            metadata = Metadata(Path("model.gguf"), values)
+            results.append((tokenizer_files(metadata, tokens + 8), end_tokens(metadata, tokens + 8)))
+        assert results[0] == results[1]
+        print_notes()
+        said = capsys.readouterr().err
+        assert (f"Note: model.gguf gives {value} for {key}; its vocabulary has {tokens} tokens" in said) == (
+            role in READ
+        )
+    forget_notes()
+
+
+def test_ids_out_of_range_leave_the_end_of_texts(byte_level: dict[str, Any]) -> None:
+    """SentencePiece's kind has ids by default, as in llama.cpp; of the other kind, tokens are known by their text."""
+    bad = {f"tokenizer.ggml.{role}_token_id": 4294967295 for role in READ}
+    sp = Metadata(Path("model.gguf"), sentencepiece() | bad)
+    assert (special_ids(sp, 400), end_tokens(sp, 400)) == ({"bos": 1, "eos": 2, "unknown": 0}, (2,))
+    bpe = Metadata(Path("model.gguf"), byte_level | bad)
+    assert (special_ids(bpe, 2000), end_tokens(bpe, 2000)) == ({}, (0,))
+    tokenizer, _ = files(sentencepiece() | bad)
+    for text, ids in SENTENCEPIECE_IDS.items():
+        assert tokenizer.encode(text).ids == [1, *ids]
+
+
+@pytest.mark.parametrize("role", ["bos", "eos"])
+def test_a_token_around_texts_that_is_not_named(
+    role: str, byte_level: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = byte_level | {"tokenizer.ggml.pre": "gpt-2", f"tokenizer.ggml.add_{role}_token": True}
+    assert len(files(values)[0].encode("a").ids) == 2
+    forget_notes()
+    assert len(files(values | {f"tokenizer.ggml.{role}_token_id": 4294967295})[0].encode("a").ids) == 1
+    print_notes()
+    assert f"puts a {role} token around texts and doesn't say which" in capsys.readouterr().err
+    forget_notes()
 
 
 BYTES = plain_bytes(sorted(pre_tokenizers.ByteLevel.alphabet())) | {"tokenizer.ggml.pre": "gpt-2"}
@@ -435,7 +491,6 @@ BYTES = plain_bytes(sorted(pre_tokenizers.ByteLevel.alphabet())) | {"tokenizer.g
         ({**BYTES, "tokenizer.ggml.merges": ["ab"]}, "joins tokens that its vocabulary lacks"),
         ({**BYTES, "tokenizer.ggml.merges": None}, "lacks the metadata key tokenizer.ggml.merges"),
         ({**BYTES, "tokenizer.ggml.merges": "a b"}, "merges; it must be an array"),
-        ({**BYTES, "tokenizer.ggml.add_bos_token": True}, "asks for a bos token"),
         ({**BYTES, "tokenizer.ggml.add_bos_token": 1}, "it must be true or false"),
         (sentencepiece(tokens=["a", "b", "a"]), "gives tokens 0 and 2 the same text"),
         (sentencepiece(tokens=[]), "0 tokens"),
@@ -443,7 +498,6 @@ BYTES = plain_bytes(sorted(pre_tokenizers.ByteLevel.alphabet())) | {"tokenizer.g
         (sentencepiece(tokens=["x" * 300, "b", "c"], scores=[0.0] * 3, token_type=[1] * 3), "more than 256 characters"),
         (sentencepiece(scores=[0.0]), "1 values in tokenizer.ggml.scores for 335 tokens"),
         (sentencepiece(token_type=[1, 2]), "2 values in tokenizer.ggml.token_type"),
-        (sentencepiece(bos_token_id=-1), "gives -1 for tokenizer.ggml.bos_token_id"),
         (sentencepiece(eos_token_id="x"), "it must be a whole number"),
     ],
 )
