@@ -27,6 +27,7 @@ _HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 # so what is said of that (targets, ignore, quantization_status) is not needed.
 _HARMLESS = ("quant_method", "format", "config_groups", "ignore", "quantization_status", "global_compression_ratio",
              "run_compressed", "version")  # fmt: skip
+_MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # other empty objects get compressed-tensors' defaults
 _HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
 
 
@@ -83,7 +84,7 @@ def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
     _check(where, {"format": group.get("format")}, {"format": (None, _FORMAT)})
     _check_rest(where, group, _HARMLESS_IN_GROUP)
     activations = group.get("input_activations")
-    if not activations:
+    if activations is None:
         return
     if not isinstance(activations, dict) or activations.get("dynamic") is not True:
         raise _refusal(where, "input_activations by scales that are stored (not dynamic)")
@@ -108,7 +109,9 @@ def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> Non
             continue
         if key == "transform_config" and isinstance(value, dict) and not any(value.values()):
             continue
-        if key not in known and value not in (None, False, {}, []):
+        if key in _MAY_BE_EMPTY and value == {}:
+            continue
+        if key not in known and value not in (None, False, []):
             raise _refusal(where, f"{key} {shown(value)}")
 
 

@@ -9,6 +9,8 @@ weights_only=True; where the values lie follows from the storages' sizes.
 from __future__ import annotations
 
 import struct
+import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -33,6 +35,14 @@ def is_zip(path: Path) -> bool:
     """Whether a file is of torch.save's zip format. Raises OSError where it can't be read."""
     with path.open("rb") as file:
         return file.read(len(_ZIP)) == _ZIP
+
+
+def check_byte_order(path: Path) -> None:
+    """Raise ValueError where a zip file says that its values are of the other byte order: they are read as they lie."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/byteorder") and archive.read(name).decode() != sys.byteorder:
+                raise ValueError("its values were written by a machine of another byte order")
 
 
 def mapped_tensors(path: Path) -> Any:

@@ -16,10 +16,18 @@ _MAX_SIZE = 1 << 24
 _MAX_MULTIPLIER = 1 << 10
 _LLAMA_3_VOCAB = 128256
 _CODE_LLAMA_THETA = 1e6
-# LLaMA 3.1's scaling of RoPE is a switch in params.json, its factor is in the code that goes with it: 8 for 3.1 and
-# 3.3, and 32 for LLaMA 3.2's 1B and 3B, told by (dim, n_layers).
+# LLaMA 3.1's scaling of RoPE is a switch in params.json. Where that doesn't say the factor too, it is in the code that
+# goes with the model: 8, but 32 for LLaMA 3.2's 1B and 3B, told by (dim, n_layers).
 _ROPE_FACTOR = 8.0
-_ROPE_FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
+_ROPE_FACTORS = {
+    (4096, 32): _ROPE_FACTOR,
+    (8192, 80): _ROPE_FACTOR,
+    (16384, 126): _ROPE_FACTOR,
+    (2048, 16): 32.0,
+    (3072, 28): 32.0,
+}
+_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_POSITIONS = 1.0, 4.0, 8192
+_SCALING_FIELDS = ("rope_scaling_factor", "rope_high_freq_factor")
 _IGNORED = ("max_seq_len", "max_batch_size")  # limits of a run, no part of the model
 
 
@@ -37,6 +45,8 @@ class Params:
     vocab_size: int = -1  # not known: the tokenizer's, so the embedding's
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    rope_high_freq_factor: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size"):
@@ -49,6 +59,10 @@ class Params:
         multiplier = self.ffn_dim_multiplier
         if multiplier is not None and (type(multiplier) not in (int, float) or not 0 < multiplier <= _MAX_MULTIPLIER):
             raise InputError(f"ffn_dim_multiplier is {shown(multiplier)}; it must be a positive number.")
+        for name in _SCALING_FIELDS:
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 1 <= value <= _MAX_MULTIPLIER):
+                raise InputError(f"{name} is {shown(value)}; it must be a number from 1 to {_MAX_MULTIPLIER}.")
         if type(self.use_scaled_rope) is not bool:
             raise InputError(f"use_scaled_rope is {shown(self.use_scaled_rope)}; it must be true or false.")
 
@@ -69,9 +83,7 @@ class Params:
         """
         if self.vocab_size not in (-1, vocab_size):
             raise InputError(f"vocab_size is {self.vocab_size} and the embedding has {vocab_size} rows.")
-        scaling = None
-        if self.use_scaled_rope:
-            scaling = Llama3Scaling(self._rope_factor(), 1.0, 4.0, 8192)
+        scaling = self._rope_scaling()
         third = vocab_size == _LLAMA_3_VOCAB
         unscaled = 8192 if third else 16384 if self.rope_theta == _CODE_LLAMA_THETA else 2048
         return ModelConfig(
@@ -92,17 +104,24 @@ class Params:
             eos_token_ids=_end_tokens(third, scaled=scaling is not None),
         )
 
-    def _rope_factor(self) -> float:
-        """Of a published model's dimensions its own; of others LLaMA 3.1's, which is noted."""
-        known = _ROPE_FACTORS.get((self.dim, self.n_layers))
-        if known is not None:
-            return known
-        note(
-            f"{FILE_NAME} switches scaled RoPE on (use_scaled_rope) without a factor, and no published model has dim "
-            f"{self.dim} and n_layers {self.n_layers}: {_ROPE_FACTOR:g} is taken, as in LLaMA 3.1. If it is another, "
-            "set rope_scaling.factor in the config.json of the checkpoint."
-        )
-        return _ROPE_FACTOR
+    def _rope_scaling(self) -> Llama3Scaling | None:
+        """By what params.json says itself, or else by the model's size; notes what is ignored or guessed."""
+        factor, high = self.rope_scaling_factor, self.rope_high_freq_factor
+        if not self.use_scaled_rope:
+            for name in _SCALING_FIELDS:
+                if getattr(self, name) is not None:
+                    note(f"{FILE_NAME} has {name} without use_scaled_rope; it is ignored, as by Meta's code.")
+            return None
+        if factor is None:
+            factor = _ROPE_FACTORS.get((self.dim, self.n_layers))
+        if factor is None:
+            factor = _ROPE_FACTOR
+            note(
+                f"{FILE_NAME} has use_scaled_rope without rope_scaling_factor, and no LLaMA is known with dim "
+                f"{self.dim} and n_layers {self.n_layers}: RoPE is scaled by {factor:g}, as in LLaMA 3.1. If the model "
+                f"was trained with another factor, put rope_scaling_factor into {FILE_NAME}."
+            )
+        return Llama3Scaling(factor, _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR if high is None else high, _ORIGINAL_POSITIONS)
 
 
 def _end_tokens(third: bool, scaled: bool) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.errors import DuplicateTensor, InputError
 from converters.files import DTYPE_NAMES
-from converters.legacy_pickle import is_zip, mapped_tensors
+from converters.legacy_pickle import check_byte_order, is_zip, mapped_tensors
 from converters.mapped import file_offset, mappings
 from converters.streams import StreamReader
 from converters.text_path import text_path
@@ -107,6 +107,7 @@ class PickleFile:
             with text_path(path) as readable, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of pickle protocols; what can't be read raises
                 if is_zip(path):
+                    check_byte_order(path)
                     tensors = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
                 else:
                     tensors = mapped_tensors(readable)

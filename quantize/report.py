@@ -57,14 +57,13 @@ class Report:
         return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": tensors}
 
     def summary(self) -> str:
-        """One line for the user; empty where nothing was quantized."""
-        content = self.content()
-        if content["worst"] is None:
+        """One line on what was quantized here, without tensors that were kept as they are; empty where nothing was."""
+        self._close()
+        errors = {name: sums.entry()["relative_error"] for name, sums in self._tensors.items() if sums.squared_weight}
+        if not errors:
             return ""
-        worst = content["tensors"][content["worst"]]["relative_error"]
-        errors = [entry["relative_error"] for entry in content["tensors"].values()]
-        mean = sum(errors) / len(errors)
-        return f"Relative error of the int8 weights: mean {mean:.2%}, worst {worst:.2%} ({content['worst']})"
+        mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
+        return f"Relative error of the int8 weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
 
     def _close(self) -> None:
         """Sum up the rows that have been coming."""

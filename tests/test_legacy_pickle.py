@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,14 @@ def test_a_storage_of_another_size_than_its_tensors_say(tmp_path: Path) -> None:
     path.write_bytes(content.replace(count, (35).to_bytes(8, "little")))
     with pytest.raises(InputError, match="can't be loaded safely"):
         PickleFile(path)
+
+
+def test_values_of_the_other_byte_order_are_refused(tmp_path: Path) -> None:
+    """torch.load swaps them; rows are read as they lie."""
+    torch.save({"w": torch.arange(3.0)}, tmp_path / "little.bin")
+    with zipfile.ZipFile(tmp_path / "little.bin") as little, zipfile.ZipFile(tmp_path / "big.bin", "w") as big:
+        for name in little.namelist():
+            big.writestr(name, b"big" if name.endswith("/byteorder") else little.read(name))
+    assert PickleFile(tmp_path / "little.bin").names() == ["w"]
+    with pytest.raises(InputError, match="another byte order"):
+        PickleFile(tmp_path / "big.bin")

@@ -16,7 +16,8 @@ from invoke import invoke, notes, refuse_source
 from meta_format import edit_part, meta_logits, meta_tensors, params_of, write_meta
 from models import edit_json, make_model, snapshot
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
@@ -221,13 +222,39 @@ def test_rope_scaling_of_llama_3_1_and_3_2(dim: int, layers: int, factor: float)
     assert params.config("x", 128256).max_position_embeddings == 131072
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_the_factor_of_unknown_dimensions_is_said_to_be_a_guess(
-    scaled: bool, model: LlamaForCausalLM, tmp_path: Path
-) -> None:
-    write_meta(tmp_path / "meta", model, 1, use_scaled_rope=scaled)
-    said = invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out").stderr
-    assert ("Note: " in said and "dim 48 and n_layers 2: 8 is taken" in said) == scaled
+@pytest.mark.parametrize(
+    ("fields", "scaling", "says"),
+    [
+        ({}, None, None),
+        ({"use_scaled_rope": True}, (8.0, 4.0), "no LLaMA is known with dim 48 and n_layers 2: RoPE is scaled by 8"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 16}, (16.0, 4.0), None),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 32.0, "rope_high_freq_factor": 2}, (32.0, 2.0), None),
+        ({"use_scaled_rope": True, "rope_high_freq_factor": 2}, (8.0, 2.0), "RoPE is scaled by 8"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": None}, (8.0, 4.0), "RoPE is scaled by 8"),
+        ({"rope_scaling_factor": 16}, None, "has rope_scaling_factor without use_scaled_rope; it is ignored"),
+        ({"use_scaled_rope": False, "rope_high_freq_factor": 2}, None, "rope_high_freq_factor without"),
+    ],
+    ids=str,
+)
+def test_rope_factors_of_params_json(
+    fields: dict[str, Any], scaling: tuple[float, float] | None, says: str | None, tmp_path: Path,
+    model: LlamaForCausalLM,
+) -> None:  # fmt: skip
+    """What params.json says counts; a factor that is guessed is said. The frequencies are held against transformers."""
+    write_meta(tmp_path / "meta", model, 2, **fields)
+    printed = invoke(convert, "--source", tmp_path / "meta", "--out", tmp_path / "out").stderr
+    assert says in printed if says else "params.json" not in printed
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    rotary = LlamaRotaryEmbedding(config).inv_freq.double()
+    plain = 10000.0 ** -(torch.arange(0, 6, 2).double() / 6)
+    torch.testing.assert_close(rotary, plain if scaling is None else _scaled(plain, *scaling))
+
+
+def _scaled(frequencies: torch.Tensor, factor: float, high: float) -> torch.Tensor:
+    """Meta's rule, by wave lengths: those below 8192 / high stay, those above 8192 are ``factor`` times as long."""
+    lengths = 2 * torch.pi / frequencies
+    smooth = ((8192 / lengths - 1) / (high - 1)).clamp(0, 1)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
 
 
 @pytest.mark.parametrize(
@@ -251,7 +278,10 @@ def test_the_factor_of_unknown_dimensions_is_said_to_be_a_guess(
         ({"dim": 32}, ["consolidated.00.pth", "24 rows of", "can't be a part of 32"]),
         ({"moe": {"num_experts": 8}}, ["'moe'", "Hugging Face"]),
         ({"sliding_window": 4096}, ["'sliding_window'"]),
-        ({"rope_scaling_factor": 16}, ["'rope_scaling_factor'"]),
+        ({"rope_scaling_factor": 0.5}, ["rope_scaling_factor is 0.5"]),
+        ({"use_scaled_rope": True, "rope_scaling_factor": "16"}, ["rope_scaling_factor is '16'"]),
+        ({"use_scaled_rope": True, "rope_high_freq_factor": 1}, ["params.json", "high_freq_factor 1"]),
+        ({"use_scaled_rope": True, "rope_low_freq_factor": 2}, ["'rope_low_freq_factor'"]),
     ],
     ids=str,
 )
