@@ -6,6 +6,7 @@ The layout (format "int-quantized", https://github.com/vllm-project/compressed-t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,32 @@ def is_int8(fields: Any, where: str) -> bool:
     for name, group in groups.items():
         _check_group(where, name, group if isinstance(group, dict) else {})
     return True
+
+
+def note_ignored(fields: dict[str, Any], where: str, linears: Iterable[str], quantized: Container[str]) -> None:
+    """Note which ``linears`` (names of weights) are held otherwise than ``ignore`` says; what is stored counts.
+
+    Raises InputError where ``ignore`` is no list of names and of regular expressions behind ``re:``.
+    """
+    patterns = fields["quantization_config"].get("ignore") or []
+    if not isinstance(patterns, list):
+        raise _refusal(where, f"ignore {shown(patterns)}")
+    try:
+        ignored = [_pattern(pattern) for pattern in patterns]
+    except (AttributeError, TypeError, re.error):
+        raise _refusal(where, f"ignore {shown(patterns)}") from None
+    for name in linears:
+        said = any(pattern.match(name.removesuffix(".weight")) for pattern in ignored)
+        if said and name in quantized:
+            note(f"{where}: config.json has {name} in ignore, but it is stored in int8, and so it is read.")
+        elif not said and name not in quantized:
+            note(f"{where}: {name} is not stored in int8, though config.json doesn't have it in ignore.")
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A module's name, or a regular expression for its beginning, as compressed-tensors matches them."""
+    expression = text.removeprefix("re:")
+    return re.compile(expression if expression != text else re.escape(text) + r"\Z")
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

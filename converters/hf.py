@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.architecture import Architecture
 from converters.companions import read_companions, with_tokenizer
-from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, quantization_config
+from converters.compressed import SCALE_SUFFIX, dequantize, is_int8, note_ignored, quantization_config
 from converters.config import ModelConfig, read_config, read_json
 from converters.dtypes import DTYPES, READ_DTYPES, dtype_to_write, said_dtype, widest
 from converters.errors import DuplicateTensor, InputError, UnexpectedTensor, UnmappedTensor
@@ -112,6 +112,9 @@ def open_hf(directory: Path) -> HFSource:
     if "float64" in found:
         note(f"{directory} holds tensors of float64, which are read as float32.")
     config = config.with_dtype(widest(found))
+    if int8:
+        linears = [parameter.name for parameter in parameters(config) if parameter.row.is_linear]
+        note_ignored(fields, str(directory), linears, {scale.removesuffix(SCALE_SUFFIX) for scale in scales})
     return (CompressedSource if int8 else HFSource)(directory, config, holder, found, said_dtype(fields))
 
 

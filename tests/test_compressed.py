@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from invoke import invoke, notes, refuse
+from invoke import invoke, notes, refuse, refuse_source
 from models import edit_json, make_model, write_hf
 from parity import decode, logits_after, relative
 from safetensors import safe_open
@@ -292,3 +292,29 @@ def test_what_leaves_the_weights_as_they_are_is_read(
 def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", quantization_config={"quant_method": method, "bits": 8})
     refuse(tmp_path, convert, "--source", tmp_path / "hf", "--out", tmp_path / "out", says=[f"quantized by '{method}'"])
+
+
+@pytest.mark.parametrize(
+    ("ignore", "words"),
+    [
+        (["lm_head"], []),
+        (["re:lm_.*"], []),
+        ([], ["lm_head.weight is not stored in int8"]),
+        (["lm_head", "model.layers.0.mlp.up_proj"], ["up_proj.weight in ignore, but it is stored in int8"]),
+        (["lm_head", "re:.*layers.0.mlp.(up|down)_proj"], ["down_proj.weight in ignore", "up_proj.weight in ignore"]),
+        (["lm_head", "model.layers.0.mlp"], []),  # no module of linears: a name is the whole name
+    ],
+    ids=str,
+)
+def test_what_is_stored_counts_before_ignore(ignore: list[str], words: list[str], tmp_path: Path) -> None:
+    source = write_described(tmp_path, top(ignore=ignore))
+    said = notes(invoke(convert, "--source", source, "--out", tmp_path / "out"))
+    assert len(said) == len(words)
+    for word in words:
+        assert any(word in line for line in said)
+
+
+@pytest.mark.parametrize("ignore", ["lm_head", [3], ["re:["], {"a": 1}], ids=str)
+def test_an_ignore_that_is_none_is_refused(ignore: Any, tmp_path: Path) -> None:
+    write_described(tmp_path, top(ignore=ignore))
+    refuse_source(tmp_path, "ignore", source="int8")
