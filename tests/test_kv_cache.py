@@ -124,7 +124,7 @@ class QuantizedCache(DynamicCache):
     ],
 )
 def test_the_reported_error_is_the_cache_s_alone(backend: str, chips: int, dtype: str, tmp_path: Path) -> None:
-    """As transformers computes it in float64, whatever the activations' dtype; in bfloat16 their own rounding would drown it."""
+    """As transformers computes it in float64, whatever the activations' dtype."""
     ids = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]
     make_model(tmp_path / "hf", heads=4, kv_heads=2, hidden=64, head_dim=16)
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / "out")
