@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -144,7 +145,7 @@ def table(setting: Setting, runs: dict[str, list[dict[str, Any]]]) -> Iterator[s
         prefill = _median(each, lambda run: rate / run["prefill_ms"])  # noqa: B023 (called here)
         read = _median(each, lambda run: run["bandwidth"]["step_bytes"] / run["per_token_latency_ms"] / 1e6)
         share = _median(each, _share)
-        rss = _median(each, lambda run: run["memory"]["host_peak_rss_bytes"] / 1e9)
+        rss = _median(each, lambda run: (run["memory"]["host_peak_rss_bytes"] or math.nan) / 1e9)
         ratio = f"{latency[method] / min(ours):.2f}" if ours else ""
         yield (
             f"| {method} | {latency[method]:.2f} | {min(times):.2f} - {max(times):.2f} | {ratio} | {prefill:.0f} | "
@@ -228,11 +229,13 @@ def _agreeing(run: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str
 
 def _share(run: dict[str, Any]) -> float:
     read = run["bandwidth"]["step_bytes"] / (run["per_token_latency_ms"] / 1000)
-    return read / run["bandwidth"]["read_bytes_per_s"]
+    return read / (run["bandwidth"]["read_bytes_per_s"] or math.nan)
 
 
 def _median(runs: list[dict[str, Any]], figure: Any) -> float:
-    return statistics.median(map(figure, runs))
+    """Of the runs in which it could be measured; nan of none."""
+    values = [value for value in map(figure, runs) if not math.isnan(value)]
+    return statistics.median(values) if values else math.nan
 
 
 def _shards(folder: Path, chips: int) -> Path:

@@ -90,6 +90,21 @@ def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:
     assert small["bandwidth"]["step_bytes"] == plain["bandwidth"]["step_bytes"] - sizes[0] + sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "costs"),
+    [("bfloat16", "float32", False), ("bfloat16", "bfloat16", False), ("float32", "bfloat16", True)],
+)
+def test_a_cache_that_rounds_no_more_than_the_activations_has_no_error(
+    dtype: str, cache_dtype: str, costs: bool, tmp_path: Path
+) -> None:
+    fixed = ("--shards", _shards(tmp_path), "--backend", "eager", "--prompt-ids", "3,4,5,6,7,8", "--json", "-")
+    found = json.loads(invoke(run, *fixed, "--dtype", dtype, "--kv-cache-dtype", cache_dtype).stdout)
+    assert found["memory"]["kv_cache_dtype"] == cache_dtype
+    assert (found["kv_cache_logit_error"] is not None) == costs
+    if costs:
+        assert 0 < found["kv_cache_logit_error"]["relative"] < 2**-8
+
+
 class QuantizedCache(DynamicCache):
     """transformers' cache, but every token's keys and values of a head are rounded to 255 steps of their largest."""
 
@@ -109,7 +124,7 @@ class QuantizedCache(DynamicCache):
     ],
 )
 def test_the_reported_error_is_the_cache_s_alone(backend: str, chips: int, dtype: str, tmp_path: Path) -> None:
-    """As transformers computes it in float64, whatever the activations' dtype: 8 times less than bfloat16's own."""
+    """As transformers computes it in float64, whatever the activations' dtype."""
     ids = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]
     make_model(tmp_path / "hf", heads=4, kv_heads=2, hidden=64, head_dim=16)
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", chips, "--out", tmp_path / "out")
