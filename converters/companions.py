@@ -23,7 +23,7 @@ from converters.sentencepiece_model import read_sentencepiece
 from converters.stand_ins import stand_in
 from converters.tiktoken_model import is_tiktoken, read_tiktoken
 from converters.tokenizer_json import Vocabulary, add_template, add_tokens
-from converters.tokenizer_reader import TOKENIZER
+from converters.tokenizer_reader import TOKENIZER, note_beyond
 from converters.tokenizer_settings import CONFIG, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
         place = folder
         note(f"{directory} has no {MODEL}: the one of the folder above it, {folder / MODEL}, goes along.")
         files[MODEL] = (folder / MODEL).read_bytes()
-    if TOKENIZER in files or not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
+    if TOKENIZER in files:
+        note_beyond(files[TOKENIZER], str(directory), config.vocab_size)
+        return files
+    if not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
         return files
     settings = read_settings(files, str(directory))
     if MODEL in files:
