@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from converters.architecture import OPT
 from converters.config import ModelConfig
 from converters.end_tokens import GENERATION
-from converters.errors import InputError
+from converters.errors import InputError, advising
 from converters.gpt2_files import read_gpt2
 from converters.notes import note
 from converters.rope import Llama3Scaling
@@ -89,6 +89,12 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
         return files
     if not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
         return files
+    with advising("Correct or replace it, or take it away: without a tokenizer, llama-run takes --prompt-ids."):
+        return files | _make(files, directory, place, config)
+
+
+def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelConfig) -> dict[str, bytes]:
+    """The files that are made of a tokenizer.model, which is in ``place``, or of GPT-2's."""
     settings = read_settings(files, str(directory))
     if MODEL in files:
         tokenizer, vocabulary = _read_model(files[MODEL], str(place / MODEL), config, settings)
@@ -97,7 +103,7 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
         tokenizer, vocabulary = read_gpt2(files[VOCAB], files[MERGES], str(directory), settings.add_prefix_space)
         bos = bool(settings.add_bos)
     else:
-        return files  # the two files alone don't say how text is cut
+        return {}  # the two files alone don't say how text is cut
     vocabulary.check_size(config.vocab_size)
     vocabulary = settings.complete(vocabulary, config.vocab_size)
     add_tokens(tokenizer, vocabulary)
@@ -106,7 +112,7 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
     if CONFIG not in files:
         fields = vocabulary.config() | {"model_max_length": config.max_position_embeddings}
         made[CONFIG] = json.dumps(fields, indent=2, ensure_ascii=False).encode()
-    return files | made
+    return made
 
 
 def _folder_above(directory: Path) -> Path | None:

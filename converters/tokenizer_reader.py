@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from converters.errors import InputError, shown
+from converters.errors import BadTokenizer, shown
 from converters.notes import note
 from converters.tokenizer_json import SPACE, Added
 from converters.tokenizer_settings import Settings, read_settings
@@ -36,7 +36,7 @@ def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[T
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception for what the library can't read; a panic is not even that
-        raise InputError(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}). Fetch it again.") from None
+        raise BadTokenizer(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}).") from None
     settings = read_settings(files, where)
     tokenizer.encode_special_tokens = settings.split_special
     return tokenizer, beyond + _add(tokenizer, settings, rows, set(beyond))

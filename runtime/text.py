@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from converters.companions import read_companions
-from converters.errors import InputError, shown
+from converters.errors import InputError, advising, shown
 from converters.notes import note
 from converters.tokenizer_reader import TOKENIZER, read_tokenizer
 
@@ -16,7 +16,8 @@ class TextCodec:
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
+        with advising("Put the model's own there, or take it away and give --prompt-ids."):
+            self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,

@@ -138,7 +138,7 @@ def test_tokens_of_a_gguf_file(more: int, tmp_path: Path) -> None:
     change = {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {"tokenizer.ggml.eot_token_id": None}
     source = write_gguf(tmp_path / "model.gguf", change=change)
     if more > 0:
-        says = [f"has {count} tokens but {VOCAB} rows of embeddings", "give another file of the model"]
+        says = [f"has {count} tokens but {VOCAB} rows of embeddings", "Give another file of the model"]
         refuse(tmp_path, convert, "--source", source, "--out", tmp_path / "out", says=says)
         return
     shards_of(source, tmp_path)
