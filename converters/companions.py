@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from converters.architecture import OPT
 from converters.config import ModelConfig
 from converters.end_tokens import GENERATION
-from converters.errors import InputError
+from converters.errors import InputError, advising
 from converters.gpt2_files import read_gpt2
 from converters.notes import note
 from converters.rope import Llama3Scaling
@@ -23,7 +23,7 @@ from converters.sentencepiece_model import read_sentencepiece
 from converters.stand_ins import stand_in
 from converters.tiktoken_model import is_tiktoken, read_tiktoken
 from converters.tokenizer_json import Vocabulary, add_template, add_tokens
-from converters.tokenizer_reader import TOKENIZER
+from converters.tokenizer_reader import TOKENIZER, note_beyond
 from converters.tokenizer_settings import CONFIG, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -84,8 +84,17 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
         place = folder
         note(f"{directory} has no {MODEL}: the one of the folder above it, {folder / MODEL}, goes along.")
         files[MODEL] = (folder / MODEL).read_bytes()
-    if TOKENIZER in files or not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
+    if TOKENIZER in files:
+        note_beyond(files[TOKENIZER], str(directory), config.vocab_size)
         return files
+    if not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
+        return files
+    with advising("Correct or replace it, or take it away: without a tokenizer, llama-run takes --prompt-ids."):
+        return files | _make(files, directory, place, config)
+
+
+def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelConfig) -> dict[str, bytes]:
+    """The files that are made of a tokenizer.model, which is in ``place``, or of GPT-2's."""
     settings = read_settings(files, str(directory))
     if MODEL in files:
         tokenizer, vocabulary = _read_model(files[MODEL], str(place / MODEL), config, settings)
@@ -94,7 +103,7 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
         tokenizer, vocabulary = read_gpt2(files[VOCAB], files[MERGES], str(directory), settings.add_prefix_space)
         bos = bool(settings.add_bos)
     else:
-        return files  # the two files alone don't say how text is cut
+        return {}  # the two files alone don't say how text is cut
     vocabulary.check_size(config.vocab_size)
     vocabulary = settings.complete(vocabulary, config.vocab_size)
     add_tokens(tokenizer, vocabulary)
@@ -103,7 +112,7 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
     if CONFIG not in files:
         fields = vocabulary.config() | {"model_max_length": config.max_position_embeddings}
         made[CONFIG] = json.dumps(fields, indent=2, ensure_ascii=False).encode()
-    return files | made
+    return made
 
 
 def _folder_above(directory: Path) -> Path | None:

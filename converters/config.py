@@ -203,9 +203,10 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist.") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, ValueError, RecursionError):
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         check_itself(path)
-        raise InputError(f"{path} is not valid JSON; fetch or write it again.") from None
+        place = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path} is not valid JSON{place}; correct it, or fetch it again.") from None
 
 
 def _name(fields: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def _generation_ends(files: Mapping[str, bytes], where: str) -> tuple[int, ...]:
     except (UnicodeDecodeError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{where}/{GENERATION} holds no JSON object; fetch it again.")
+        raise InputError(f"{where}/{GENERATION} holds no JSON object; correct it, or take it away.")
     return token_ids(content.get("eos_token_id"), f"eos_token_id in {where}/{GENERATION}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
@@ -26,6 +28,19 @@ class MissingTensor(InputError):
 
 class DuplicateTensor(InputError):
     """A tensor that the source holds twice."""
+
+
+class BadTokenizer(InputError):
+    """A tokenizer that can't be read. What to do depends on where it is from: see ``advising``."""
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Have ``advice`` follow what is wrong with a tokenizer."""
+    try:
+        yield
+    except BadTokenizer as error:
+        raise InputError(f"{error} {advice}") from None
 
 
 def shown(value: Any) -> str:

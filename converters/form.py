@@ -63,7 +63,9 @@ def check_finite(block: torch.Tensor, name: str) -> None:
     """Raise InputError, naming the tensor, where a block of weights holds NaN or an infinity."""
     if block.abs().amax().isfinite():  # several times as fast as isfinite of every value
         return
-    narrow = " (or values too large for float16)" if str(block.dtype) == "torch.float16" else ""
-    raise InputError(
-        f"The tensor {name} holds NaN or infinite values{narrow}. Fetch the source again, or give a wider --dtype."
-    )
+    if str(block.dtype) == "torch.float16":
+        raise InputError(
+            f"The tensor {name} holds NaN, or values that are infinite or too large for float16. Convert it with "
+            "--dtype bfloat16, or give another source."
+        )
+    raise InputError(f"The tensor {name} holds NaN or infinite values. Fetch the source again, or give another.")

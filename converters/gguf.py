@@ -179,7 +179,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
     vocab_size = tensors[embedding].shape[0] if tensors[embedding].shape else 0
     hidden, heads = metadata.whole("llama.embedding_length"), metadata.whole("llama.attention.head_count")
     if heads < 1:
-        raise InputError(f"{path} has {heads} attention heads; fetch it again.")
+        raise InputError(f"{path} has {heads} attention heads; give another file of the model.")
     head_dim = metadata.whole("llama.attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.whole(f"llama.{key}", head_dim) != head_dim:

@@ -51,9 +51,11 @@ class Metadata:
         if value is default:
             return value
         if not all(type(item) in of for item in value):
-            raise InputError(f"{self.path} holds values of the wrong type in {key}; fetch it again.")
+            raise InputError(f"{self.path} holds values of the wrong type in {key}; give another file of the model.")
         if length is not None and len(value) != length:
-            raise InputError(f"{self.path} holds {len(value)} values in {key} for {length} tokens; fetch it again.")
+            raise InputError(
+                f"{self.path} holds {len(value)} values in {key} for {length} tokens; give another file of the model."
+            )
         return value
 
     def _get(self, key: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
@@ -66,7 +68,7 @@ class Metadata:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not a readable GGUF file: {why}; fetch it again.")
+    return InputError(f"{path} is not a readable GGUF file: {why}; fetch it again, or give another file of the model.")
 
 
 class _Tensor(NamedTuple):

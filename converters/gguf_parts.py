@@ -76,7 +76,7 @@ def open_parts(path: Path) -> Parts:
         if told != (number, count, total):
             raise InputError(
                 f"{each.path} is no part of the same model as {paths[0].name}: its split.no, split.count and "
-                f"split.tensors.count are {told}, not {(number, count, total)}. Fetch all parts again."
+                f"split.tensors.count are {told}, not {(number, count, total)}. Fetch all parts from one place."
             )
     together = [tensor for _, part, _ in opened for tensor in part]
     _check_tensors(paths, together, total)
@@ -117,7 +117,7 @@ def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -
     if len(tensors) != total:
         raise InputError(
             f"{paths[0]} and the other parts hold {len(tensors)} tensors; split.tensors.count says {total}. A part is "
-            "of another model: fetch all parts again."
+            "of another model: fetch all parts from one place."
         )
 
 

@@ -79,5 +79,5 @@ def _divisors(table: StoredTensor, head_dim: int) -> list[float]:
         )
     divisors = table.raw(0, head_dim // 2).tolist()
     if not all(math.isfinite(divisor) and divisor >= 1 for divisor in divisors):
-        raise InputError(f"{table.path} holds {TABLE} with values below 1; fetch it again.")
+        raise InputError(f"{table.path} holds {TABLE} with values below 1; give another file of the model.")
     return divisors

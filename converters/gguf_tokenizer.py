@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.cuts import PRE_TOKENIZERS, Cut
 from converters.end_tokens import ends_by_text, is_surely_control, union
-from converters.errors import InputError
+from converters.errors import BadTokenizer, InputError, advising
 from converters.gguf_header import Metadata
 from converters.notes import note
 from converters.tokenizer_json import (
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 _WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # no part of a text
 # The ids that a SentencePiece vocabulary has unless the file says otherwise.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+
+_ADVICE = (
+    "Give another file of the model, or convert it without a tokenizer, from a copy: gguf-new-metadata "
+    "--remove-metadata tokenizer.ggml.model INPUT OUTPUT."
+)
 
 
 def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
@@ -80,11 +85,16 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
 
     Raises InputError for a kind of tokenizer that is not converted, and for a vocabulary that contradicts itself.
     """
+    with advising(_ADVICE):
+        return _make(metadata, vocab_size)
+
+
+def _make(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
     kind = metadata.text("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
         return {}
     if kind not in ("gpt2", "llama"):
-        raise InputError(f"{metadata.path} has a tokenizer of kind {kind!r}; this tool converts 'gpt2' and 'llama'.")
+        raise BadTokenizer(f"{metadata.path} has a tokenizer of kind {kind!r}; this tool converts 'gpt2' and 'llama'.")
     vocabulary = _vocabulary(metadata, vocab_size)
     if kind == "gpt2":
         cut = _cut(metadata)

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from converters.cuts import GPT2
-from converters.errors import InputError
+from converters.errors import BadTokenizer
 from converters.tokenizer_json import NORMAL, Vocabulary, byte_level, read_merges
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read_gpt2(
     try:
         lines = merges_txt.decode().split("\n")
     except UnicodeDecodeError:
-        raise InputError(f"{where}/merges.txt is no text in UTF-8; fetch it again.") from None
+        raise BadTokenizer(f"{where}/merges.txt is no text in UTF-8.") from None
     # A first line may name the format's version. "#" itself is a letter of merges, so only this is left out.
     kept = lines[1:] if lines[0].startswith("#version") else lines
     merges = read_merges((line.rstrip("\r") for line in kept if line.strip()), vocab, f"{where}/merges.txt")
@@ -42,9 +42,9 @@ def _vocab(content: bytes, where: str) -> dict[str, int]:
     try:
         vocab = json.loads(content)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise InputError(f"{where} is not valid JSON; fetch it again.") from None
+        raise BadTokenizer(f"{where} is not valid JSON.") from None
     if not isinstance(vocab, dict) or not vocab or any(type(i) is not int for i in vocab.values()):
-        raise InputError(f"{where} doesn't give every token an id; fetch it again.")
+        raise BadTokenizer(f"{where} doesn't give every token an id.")
     if sorted(vocab.values()) != list(range(len(vocab))):
-        raise InputError(f"{where} leaves out ids, or gives one to two tokens; fetch it again.")
+        raise BadTokenizer(f"{where} leaves out ids, or gives one to two tokens.")
     return vocab

@@ -62,13 +62,20 @@ def _indexed_files(index: Path) -> list[TensorFile]:
     for file_name in dict.fromkeys(places.values()):
         path = index.parent / file_name
         if not path.is_file():
-            raise InputError(f"{index} names the file {file_name}, which is not there. Fetch it, or convert again.")
+            raise InputError(f"{index} names the file {file_name}, which is not there. Fetch it{_instead(index)}.")
         files[file_name] = _open(path)
     held = {name for file in files.values() for name in file.names()}
     for name, file_name in places.items():
         if name not in held and not is_computed(name):
             raise MissingTensor(f"{index} says that {file_name} holds the tensor {name}, but it does not.")
     return list(files.values())
+
+
+def _instead(index: Path) -> str:
+    """What else to do where an index's files can't be had."""
+    later = _CANDIDATES[_CANDIDATES.index(index.name) + 1 :] if index.name in _CANDIDATES else ()
+    there = [name for name in later if (index.parent / name).is_file()]
+    return f", or take {index.name} away: then {there[0]} is read" if there else ", or convert again"
 
 
 def _open(path: Path) -> TensorFile:
@@ -81,7 +88,10 @@ def weight_map(index: Path) -> dict[str, str]:
     content: Any = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
-        raise InputError(f"{index} has no weight_map; fetch or write it again.")
+        raise InputError(
+            f"{index} has no weight_map, which says where each tensor is. Fetch it again, or "
+            "without it give the weights in one file, model.safetensors."
+        )
     for name, file_name in places.items():
         if not _is_plain(file_name) or not file_name.endswith((".safetensors", ".bin")):
             raise InputError(

@@ -79,7 +79,10 @@ def check_logits(conversion: Conversion) -> str:
         try:
             result = _load(out)
         except Exception as error:  # transformers raises anything
-            raise InputError(f"transformers can't load {out} ({_reason(error)}). Convert again with --force.") from None
+            raise InputError(
+                f"transformers can't load {out} ({_reason(error)}). Don't use it; "
+                "convert again with --force, and report it if that changes nothing."
+            ) from None
         logits = result(prompt, use_cache=False).logits[0].float()
     difference = ((logits - expected).norm() / expected.norm()).item()
     same = int((logits.argmax(-1) == expected.argmax(-1)).sum())

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from converters.errors import InputError
+from converters.errors import BadTokenizer, InputError
 from converters.protobuf import read_fields, read_float
 from converters.tokenizer_json import (
     CONTROL,
@@ -91,7 +91,7 @@ def read_sentencepiece(
     try:
         model = _read(content)
     except ValueError as error:
-        raise InputError(f"{where} is no SentencePiece model that can be read ({error}); fetch it again.") from None
+        raise BadTokenizer(f"{where} is no SentencePiece model that can be read ({error}).") from None
     trainer, normalizer = model.trainer, model.normalizer
     if trainer.model_type not in (_UNIGRAM, _BPE):
         kind = _KINDS.get(trainer.model_type, trainer.model_type)

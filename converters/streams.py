@@ -88,7 +88,9 @@ class StreamReader:
         while done < least:
             count = os.preadv(descriptor, [view[done:]], offset + done)
             if not count:
-                raise InputError(f"{self._path} has become shorter while it was read. Fetch it again.")
+                raise InputError(
+                    f"{self._path} has become shorter while it was read. Let nothing write to it meanwhile."
+                )
             done += count
 
     def _cached(self, position: int) -> bool:

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from converters.cuts import LLAMA3
-from converters.errors import InputError
+from converters.errors import BadTokenizer
 from converters.tokenizer_json import CONTROL, NORMAL, Vocabulary, all_merges, byte_level
 
 if TYPE_CHECKING:
@@ -77,12 +77,12 @@ def _tokens(content: bytes, where: str) -> list[bytes]:
         try:
             token, place = base64.b64decode(text, validate=True), int(rank)
         except (binascii.Error, ValueError):
-            raise InputError(f"{where} is damaged at line {number}; fetch it again.") from None
+            raise BadTokenizer(f"{where} is damaged at line {number}.") from None
         if not token or place in by_rank or not 0 <= place < _MOST_TOKENS:
-            raise InputError(f"{where} has an empty token, or one of a rank that is taken, at line {number}.")
+            raise BadTokenizer(f"{where} has an empty token, or one of a rank that is taken, at line {number}.")
         by_rank[place] = token
     if sorted(by_rank) != list(range(len(by_rank))):
-        raise InputError(f"{where} leaves out ranks between 0 and {max(by_rank)}; fetch it again.")
+        raise BadTokenizer(f"{where} leaves out ranks between 0 and {max(by_rank)}.")
     return [by_rank[rank] for rank in range(len(by_rank))]
 
 

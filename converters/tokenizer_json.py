@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from converters.cuts import Cut
-from converters.errors import InputError
+from converters.errors import BadTokenizer, InputError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -59,16 +59,14 @@ class Vocabulary:
         first: dict[str, int] = {}
         for i, token in enumerate(self.tokens):
             if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
-                raise InputError(f"{self.where} gives token {i} a text that is none (half a pair); fetch it again.")
+                raise BadTokenizer(f"{self.where} gives token {i} a text that is none (half a pair).")
             if first.setdefault(token, i) != i:
-                raise InputError(f"{self.where} gives tokens {first[token]} and {i} the same text; fetch it again.")
+                raise BadTokenizer(f"{self.where} gives tokens {first[token]} and {i} the same text.")
 
     def check_size(self, vocab_size: int) -> None:
         """Raise InputError where there is no token, or one without a row of the embedding."""
         if not 1 <= len(self.tokens) <= vocab_size:
-            raise InputError(
-                f"{self.where} has {len(self.tokens)} tokens but {vocab_size} rows of embeddings; fetch it again."
-            )
+            raise BadTokenizer(f"{self.where} has {len(self.tokens)} tokens but {vocab_size} rows of embeddings.")
 
     def config(self) -> dict[str, Any]:
         """What tokenizer_config.json has to say of it."""
@@ -113,7 +111,7 @@ def read_merges(lines: Iterable[str], vocab: dict[str, int], where: str) -> list
     for rank, line in enumerate(lines):
         left, _, right = line.partition(" ")
         if not (left in vocab and right in vocab and left + right in vocab):
-            raise InputError(f"{where} joins tokens that its vocabulary lacks (merge {rank}); fetch it again.")
+            raise BadTokenizer(f"{where} joins tokens that its vocabulary lacks (merge {rank}).")
         merges.append((left, right))
     return merges
 
@@ -143,7 +141,7 @@ def sentencepiece(
         _normalize(tokenizer, normalization)
         _cut(tokenizer, normalization, [tokens[i] for i in vocabulary.pieces])
     except Exception as error:  # plain Exception is what the library raises for a charsmap that is none
-        raise InputError(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
+        raise BadTokenizer(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
     return tokenizer
 
 
@@ -185,7 +183,7 @@ def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> l
     InputError for a piece that is longer than any tokenizer's.
     """
     if any(len(piece) > _LONGEST_PIECE for piece in normal):
-        raise InputError(f"{where} has a token of more than {_LONGEST_PIECE} characters; fetch it again.")
+        raise BadTokenizer(f"{where} has a token of more than {_LONGEST_PIECE} characters.")
 
     def cuts(piece: str) -> Iterator[tuple[str, str]]:
         for middle in range(1, len(piece)):
@@ -214,7 +212,10 @@ def add_template(tokenizer: Tokenizer, vocabulary: Vocabulary, bos: bool, eos: b
 
     tokens, ids, wanted = vocabulary.tokens, vocabulary.ids, {"bos": bos, "eos": eos}
     for name in [name for name, on in wanted.items() if on and name not in ids]:
-        raise InputError(f"{vocabulary.where} asks for a {name} token around texts but names none; fetch it again.")
+        raise InputError(
+            f"add_{name}_token asks for a {name} token around the texts of {vocabulary.where}, and none is named. "
+            f"Set it to false in tokenizer_config.json, or name the {name}_token there."
+        )
     if not any(wanted.values()):
         return
     before, after = ([tokens[ids[name]]] if wanted[name] else [] for name in ("bos", "eos"))

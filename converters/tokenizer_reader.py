@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from converters.errors import InputError
+from converters.errors import BadTokenizer, shown
+from converters.notes import note
 from converters.tokenizer_json import SPACE, Added
 from converters.tokenizer_settings import Settings, read_settings
 
@@ -18,30 +20,60 @@ TOKENIZER = "tokenizer.json"
 def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[Tokenizer, list[str]]:
     """The tokenizer of the files of a folder ``where``, by name; it neither cuts nor pads a prompt.
 
-    Also the tokens that these files add beyond the ``rows`` of the embedding, which the tokenizer leaves out. Raises
-    InputError for one that can't be read.
+    Also the tokens that these files add beyond the ``rows`` of the embedding, which the tokenizer leaves out; those of
+    its vocabulary proper can't be left out. Raises InputError for one that can't be read.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+        beyond = [token.content for i, token in tokenizer.get_added_tokens_decoder().items() if i >= rows]
+        if beyond:
+            tokenizer = Tokenizer.from_str(_without(files[TOKENIZER], beyond))
         # Saved with a batch's settings at times. A prompt is never to be cut, nor to get tokens that mean nothing.
         tokenizer.no_truncation()
         tokenizer.no_padding()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception for what the library can't read; a panic is not even that
-        raise InputError(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}). Fetch it again.") from None
+        raise BadTokenizer(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}).") from None
     settings = read_settings(files, where)
     tokenizer.encode_special_tokens = settings.split_special
-    return tokenizer, _add(tokenizer, settings, rows)
+    return tokenizer, beyond + _add(tokenizer, settings, rows, set(beyond))
 
 
-def _add(tokenizer: Tokenizer, settings: Settings, rows: int) -> list[str]:
+def note_beyond(content: bytes, where: str, rows: int) -> None:
+    """Say which tokens of a tokenizer.json have no row of the embedding. A damaged one is left to its reader."""
+    try:
+        fields = json.loads(content)
+        vocabulary = fields["model"]["vocab"]  # ids by text, or pairs in the order of the ids
+        ids = vocabulary if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
+        own = [token for token, i in ids.items() if i >= rows]
+        added = [entry["content"] for entry in fields.get("added_tokens") or [] if entry["id"] >= rows]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return
+    beyond = list(dict.fromkeys(own + added))
+    if beyond:
+        then = "llama-run refuses a prompt that needs one" if own else "a prompt that holds one is cut as any text"
+        more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
+        note(
+            f"{where}/{TOKENIZER} has tokens for which the model's {rows} rows of embeddings hold none: "
+            f"{', '.join(shown(token) for token in beyond[:3])}{more}; {then}."
+        )
+
+
+def _without(content: bytes, texts: list[str]) -> str:
+    """A tokenizer.json without the added tokens of these texts."""
+    fields = json.loads(content)
+    fields["added_tokens"] = [entry for entry in fields["added_tokens"] if entry["content"] not in texts]
+    return json.dumps(fields)
+
+
+def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: set[str]) -> list[str]:
     """Add what the small files name and tokenizer.json lacks; added_tokens_decoder goes before its settings too.
 
-    Returns the texts without a row. BOS and EOS are put around texts by tokenizer.json alone: what the small files say
-    of them is for making one.
+    Returns the texts without a row that weren't ``left_out_before``. BOS and EOS are put around texts by tokenizer.json
+    alone: what the small files say of them is for making one.
     """
     own = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     marks = tokenizer.normalizer is not None and SPACE in tokenizer.normalizer.normalize_str(" ")
@@ -50,9 +82,9 @@ def _add(tokenizer: Tokenizer, settings: Settings, rows: int) -> list[str]:
         has = own.get(entry.content)
         # Where spaces are marked, tokens are found before that, whatever added_tokens_decoder says (tokenizer_json.py).
         same = has is not None and marks and _strips(has) == _strips(entry)
-        if has is None or (settings.decoded and not same):
+        if entry.content not in left_out_before and (has is None or (settings.decoded and not same)):
             by_id.append(entry)
-    known = own.keys() | {entry.content for entry in by_id}
+    known = left_out_before | own.keys() | {entry.content for entry in by_id}
     special = [entry for entry in (*settings.named.values(), *settings.others) if entry.content not in known]
     kept, left_out = [], []
     room = rows - tokenizer.get_vocab_size()

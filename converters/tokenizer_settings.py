@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converters.errors import InputError, shown
+from converters.errors import BadTokenizer, InputError, shown
 from converters.notes import note
 from converters.tokenizer_json import CONTROL, UNKNOWN, USER_DEFINED, Added, Vocabulary
 
@@ -51,7 +51,7 @@ class Settings:
         for i, entry in sorted(self.added.items()):
             text = entry.content
             if i > len(tokens):
-                raise InputError(f"{self.where} adds the token {shown(text)} as {i}, and has no token {len(tokens)}.")
+                raise BadTokenizer(f"{self.where} adds the token {shown(text)} as {i}, and has no token {len(tokens)}.")
             if i == len(tokens):
                 if i >= rows:
                     self._note_without_row(text, rows)
@@ -59,7 +59,7 @@ class Settings:
                 tokens.append(text)
                 types.append(CONTROL if entry.special else USER_DEFINED)
             elif tokens[i] != text:
-                raise InputError(f"{self.where} gives the id {i} to the tokens {shown(tokens[i])} and {shown(text)}.")
+                raise BadTokenizer(f"{self.where} gives the id {i} to the tokens {shown(tokens[i])} and {shown(text)}.")
             elif types[i] != UNKNOWN:
                 types[i] = CONTROL if entry.special else USER_DEFINED
             added[i] = entry
@@ -120,7 +120,7 @@ def _decoder(entries: Any, where: str) -> dict[int, Added]:
     found = {}
     for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
         if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(entry, dict) or not _text(entry):
-            raise InputError(f"{where}/{CONFIG} has an added_tokens_decoder that is none; fetch it again.")
+            raise BadTokenizer(f"{where}/{CONFIG} has an added_tokens_decoder that is none.")
         found[int(key)] = _entry(entry, where, special=entry.get("special") is True)
     return found
 
@@ -129,7 +129,7 @@ def _added(ids: dict[str, Any], special: set[str], where: str) -> dict[int, Adde
     """added_tokens.json: ids by text."""
     for i in ids.values():
         if type(i) is not int or i < 0:
-            raise InputError(f"{where}/{ADDED} gives a token the id {shown(i)}; fetch it again.")
+            raise BadTokenizer(f"{where}/{ADDED} gives a token the id {shown(i)}.")
     return {i: Added(text, special=text in special, normalized=text not in special) for text, i in ids.items()}
 
 
@@ -167,7 +167,7 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     except (UnicodeDecodeError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{where}/{name} holds no JSON object; fetch it again.")
+        raise BadTokenizer(f"{where}/{name} holds no JSON object.")
     return content
 
 

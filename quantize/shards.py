@@ -100,7 +100,10 @@ class Shards:
             raise InputError(f"{path} is not listed in {FILE_NAME}; it belongs to another output.")
         size = path.stat().st_size
         if size != record.nbytes:
-            raise InputError(f"{path} is {size} bytes long; {FILE_NAME} says {record.nbytes}. Fetch it again.")
+            raise InputError(
+                f"{path} is {size} bytes long; {FILE_NAME} says {record.nbytes}. Fetch it again, or write it "
+                "with llama-quantize --force."
+            )
 
     def _check_tensors(self, file: SafetensorsFile) -> None:
         """Hold a chip's file against what the layout says that every chip holds."""

@@ -52,9 +52,10 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq
     for prompt in prompts:
         if not prompt:
             raise InputError("A prompt without a token can't be continued; give at least one.")
-        beyond = [token for token in prompt if not 0 <= token < config.vocab_size]
+        rows = config.vocab_size
+        beyond = [token for token in prompt if not 0 <= token < rows]
         if beyond:
-            raise InputError(f"Token id {beyond[0]} is outside the vocabulary of {config.vocab_size}.")
+            raise InputError(f"Token id {beyond[0]} is outside the vocabulary of {rows}; give 0 to {rows - 1}.")
         if len(prompt) > max_seq_len:
             raise InputError(
                 f"The prompt is {len(prompt)} tokens long and --max-seq-len is {max_seq_len}. "

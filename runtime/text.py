@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from converters.companions import read_companions
-from converters.errors import InputError, shown
+from converters.errors import InputError, advising, shown
 from converters.notes import note
 from converters.tokenizer_reader import TOKENIZER, read_tokenizer
 
@@ -15,11 +15,13 @@ class TextCodec:
     """The tokenizer of a model."""
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
-        self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
+        self._vocab_size = vocab_size
+        with advising("Put the model's own there, or take it away and give --prompt-ids."):
+            self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,
-        and for text that isn't any.
+        for one without a row in the model, and for text that isn't any.
         """
         try:
             text.encode()
@@ -31,6 +33,13 @@ class TextCodec:
         ids = self._tokenizer.encode(text).ids
         if not ids:
             raise InputError("The prompt holds no token; give some text.")
+        beyond = next((i for i in ids if i >= self._vocab_size), None)
+        if beyond is not None:
+            text = f" ({shown(self.token(beyond))})" if self.token(beyond) else ""
+            raise InputError(
+                f"The tokenizer gives the prompt token {beyond}{text}, and the model has {self._vocab_size} rows of "
+                "embeddings. Give another text, or --prompt-ids."
+            )
         return ids
 
     def control_tokens(self) -> dict[int, str]:
