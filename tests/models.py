@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
@@ -218,6 +219,15 @@ def renew(directory: Path, name: str) -> None:
     data = (directory / name).read_bytes()
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit_json(directory / "shards.json", lambda content: content["files"].update({name: entry}))
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory's safetensors files, read by the library."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return tensors
 
 
 def snapshot(directory: Path) -> dict[str, str]:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke, notes, refuse, refuse_source
-from models import edit_json, make_model, write_hf
+from models import edit_json, make_model, stored, write_hf
 from parity import decode, logits_after, relative
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -61,14 +60,6 @@ def write_int8(
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     ignore = [name.removesuffix(".weight") for name in plain]
     edit_json(directory / "config.json", lambda content: content.update(quantization_config=described(ignore)))
-    return tensors
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return tensors
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke
-from models import make_model, random_tensors, snapshot, write_hf
+from models import make_model, random_tensors, snapshot, stored, write_hf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -58,15 +58,6 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype
         assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a directory's safetensors files, read by the library."""
-    tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors
 
 
 @pytest.mark.parametrize("variety", VARIETIES)

@@ -13,9 +13,8 @@ from gguf_files import random_tensors as gguf_tensors
 from gguf_files import write as write_gguf
 from invoke import Result, invoke, notes
 from meta_format import edit_part, write_meta
-from models import edit_json, make_model, make_opt, random_tensors, write_hf
+from models import edit_json, make_model, make_opt, random_tensors, stored, write_hf
 from parity import count_greedy, decode, logits_after, reference, relative
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from converters.checkpoint import open_source
@@ -25,14 +24,6 @@ from quantize.shards import Shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors
 
 
 def converted(root: Path, source: Path, *options: object) -> tuple[set[torch.dtype], str, Result]:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke, refuse
-from models import edit_json, make_model, make_opt, snapshot, write_hf
+from models import edit_json, make_model, make_opt, snapshot, stored, write_hf
 from parity import decode, logits_after, relative
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -28,15 +27,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt-projected": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131, "width": 28, "do_layer_norm_before": False},
     "opt-untied": {"heads": 5, "hidden": 40, "ffn": 97, "vocab": 131, "tied": False},
 }
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a directory's safetensors files, read by the library."""
-    tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors
 
 
 def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
