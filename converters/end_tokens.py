@@ -16,6 +16,7 @@ from converters.notes import note
 
 GENERATION = "generation_config.json"
 _LARGEST_ID = 1 << 24
+_UNSIGNED_NONE = (1 << 32) - 1  # a -1 that was kept in 32 bits without a sign
 _TEXTS = frozenset(
     (
         *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>"),
@@ -40,11 +41,11 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
     """
     values = value if isinstance(value, list) else [value]
     for each in values:
-        if each is not None and (type(each) is not int or each > _LARGEST_ID):
+        if each is not None and (type(each) is not int or (each > _LARGEST_ID and each != _UNSIGNED_NONE)):
             raise InputError(f"{field} is {shown(each)}; it must be a token id.")
-        if each is not None and each < 0:
+        if each is not None and not 0 <= each <= _LARGEST_ID:
             note(f"{field} is {shown(each)}, which is no token: the model is taken to have none there.")
-    return tuple(each for each in values if each is not None and each >= 0)
+    return tuple(each for each in values if each is not None and 0 <= each <= _LARGEST_ID)
 
 
 def is_surely_control(text: str) -> bool:

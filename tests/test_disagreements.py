@@ -197,6 +197,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"bos_token_id": -1}, "bos_token_id in config.json is -1"),
     ({"eos_token_id": -1}, "eos_token_id in config.json is -1"),
     ({"eos_token_id": [7, 2]}, ""),
+    ({"eos_token_id": 4294967295}, "eos_token_id in config.json is 4294967295"),
     ({"eos_token_id": [-1, 2]}, "eos_token_id in config.json is -1"),
     ({"eos_token_id": []}, ""),
     ({"dtype": "float64"}, "float64"),
