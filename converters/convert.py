@@ -101,11 +101,13 @@ def convert(conversion: Conversion, force: bool) -> str:
     if storage == "seed" and not isinstance(conversion.source, RandomSource):
         raise InputError("--storage seed is for random weights (--config); a --source is always written as files.")
 
+    wanted = conversion.wanted(storage)
+
     def check_room(existing: int) -> None:
         if storage == "files":
-            _check_fits(conversion, existing)
+            _check_fits(conversion, len(wanted.names), existing)
 
-    with claim(conversion.wanted(storage), checkpoint.finished, check_room, force) as output:
+    with claim(wanted, checkpoint.finished, check_room, force) as output:
         if output.state is State.FINISHED:
             return f"{conversion.out} is already complete; nothing was left to do."
         if storage == "seed":
@@ -137,9 +139,9 @@ def describe(conversion: Conversion) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _check_fits(conversion: Conversion, existing: int) -> None:
+def _check_fits(conversion: Conversion, files: int, existing: int) -> None:
     """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes of them have their room."""
-    check_machine(conversion.out, len(conversion.wanted("files").names))
+    check_machine(conversion.out, files)
     needed, free = conversion.nbytes - existing, free_bytes(conversion.out)
     if needed <= 0 or room_for(needed) <= free:
         return
