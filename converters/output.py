@@ -379,7 +379,7 @@ def _difference(earlier: Record, wanted: Record) -> str:
     keys = dict.fromkeys((*wanted.arguments, *earlier.arguments))
     changed = [key for key in keys if earlier.arguments.get(key) != wanted.arguments.get(key)]
     if not changed:
-        return "a source that has changed since"
+        return "a source that has changed since (its files have other sizes or times)"
     return (
         "other arguments ("
         + ", ".join(f"{key} {earlier.arguments.get(key)}, now {wanted.arguments.get(key)}" for key in changed)
