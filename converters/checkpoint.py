@@ -154,6 +154,13 @@ def verify(out: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
     check_finished(out, "llama-convert", INDEX)
     files = _recorded_files(out)
     verify_files(out, files, "llama-convert", advance)
+    if (out / random_init.FILE_NAME).is_file():
+        written = _described(out, random_init.FILE_NAME).get(_CONVERSION)
+        if isinstance(written, dict) and written.get("source_fingerprint") != _seed_fingerprint(out):
+            raise InputError(
+                f"{out / random_init.FILE_NAME} has changed since it was written: it stands for other weights. Run its "
+                "llama-convert again with --force."
+            )
     return files
 
 
@@ -166,8 +173,19 @@ def finished(out: Path) -> Finished | None:
                 return None
             names = weight_map(out / INDEX).values() if last == INDEX else ()
             files = dict.fromkeys(("config.json", *names, last)) | _digests(described, out / last)
-            return Finished(described[_CONVERSION], files)
+            arguments = described[_CONVERSION]
+            if last != INDEX:
+                arguments = arguments | {"source_fingerprint": _seed_fingerprint(out)}
+            return Finished(arguments, files)
     return None
+
+
+def _seed_fingerprint(out: Path) -> str:
+    """What a seed's two files stand for, as they are now; empty where they can't be read."""
+    try:
+        return random_init.open_random_init(out).fingerprint()
+    except InputError:
+        return ""
 
 
 def _described(out: Path, last: str) -> dict[str, Any]:

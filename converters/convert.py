@@ -109,7 +109,7 @@ def convert(conversion: Conversion, force: bool) -> str:
 
     with claim(wanted, checkpoint.finished, check_room, force) as output:
         if output.state is State.FINISHED:
-            return f"{conversion.out} is already complete; nothing was left to do."
+            return f"{conversion.out} is already complete, large files by their size; nothing was left to do."
         if storage == "seed":
             check = checkpoint.write_seed(conversion.source, output)
         else:

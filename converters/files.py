@@ -33,17 +33,19 @@ def partial_path(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file under a temporary name, flush it to the disk, then give it its name.
+    """Write a small file under a temporary name, flush it to the disk, then give it its name."""
+    write_partial(path, content)
+    publish(partial_path(path), path)
 
-    A symbolic link of the temporary name is not followed (OSError).
-    """
+
+def write_partial(path: Path, content: bytes) -> None:
+    """Write a small file under its temporary name and flush it; a symbolic link there is not followed (OSError)."""
     partial = partial_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(partial, flags, 0o666), "wb") as file:
         file.write(content)
         file.flush()
         sync_file(file.fileno())
-    publish(partial, path)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.errors import InputError
-from converters.files import PARTIAL_SUFFIX, FileRecord, json_bytes, partial_path, publish, write_whole
+from converters.files import PARTIAL_SUFFIX, FileRecord, json_bytes, partial_path, publish, write_partial
 from converters.fingerprint import stamp_files
 from converters.journal import FILE_NAME as JOURNAL
 from converters.lock import FILE_NAME as LOCK
@@ -74,11 +74,6 @@ class Output:
         self._record = found.record
 
     @property
-    def names(self) -> frozenset[str]:
-        """All files that this run has written or is to write, and those of earlier runs that it goes on with."""
-        return self._record.names
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """What the content is a function of."""
         return self._record.arguments
@@ -118,8 +113,10 @@ class Output:
         """Write a small file whole; ``name`` may have a folder before it."""
         path = self.directory / name
         path.parent.mkdir(exist_ok=True)
-        self._record = self._record.with_files({name: FileRecord(len(content), hashlib.sha256(content).hexdigest())})
-        write_whole(path, content)
+        # The record comes before the name, as with large files: what has the name without it is somebody else's.
+        write_partial(path, content)
+        self.add({name: FileRecord(len(content), hashlib.sha256(content).hexdigest())}, self._record.state)
+        publish(partial_path(path), path)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole, with a stable order and a final newline."""
@@ -129,10 +126,14 @@ class Output:
         """Raise InputError where a file of the source has changed since the directory was claimed."""
         for path in self._sources:
             now = stamp_files([path], changes=True) if path.exists() else {}
-            if now.get(path.name) != self._stamps[path.name]:
-                raise InputError(
-                    f"{path} changed while it was read. Run the same command again when nothing writes it."
-                )
+            if now.get(path.name) == self._stamps[path.name]:
+                continue
+            again = "the same command again"
+            if self.state is not State.EMPTY:  # what an earlier run made stays, and no rerun may go on with it
+                again += " with --force"
+                self._record = replace(self._record, sources={})
+                self._record.write(self.directory / IN_PROGRESS)
+            raise InputError(f"{path} changed while it was read. Run {again} when nothing writes it.")
 
     def finish(self) -> None:
         """Put down that the directory is whole."""
@@ -168,7 +169,8 @@ def claim(
         _tidy(out)
         yield Output(wanted, found)
         return
-    check_room(existing_bytes(out, found.record.names - (found.record.files.keys() - set(found.record.wanted))))
+    ours = {*found.record.wanted, *found.record.replaced}
+    check_room(existing_bytes(out, (name for name in ours if name.endswith(".safetensors"))))
     with _directory(out), lock(out):
         found = _look(wanted, finished, force)  # once more: another process may have been here
         if found.state is State.FINISHED:
@@ -179,7 +181,7 @@ def claim(
             yield output
         except InputError:
             if found.state is State.EMPTY:
-                remove(out, output.names)
+                remove(out, output.files, unfinished=found.record.wanted)
                 (out / IN_PROGRESS).unlink(missing_ok=True)
             raise
         output.finish()
@@ -261,14 +263,9 @@ def _look(wanted: Wanted, finished: Callable[[Path], Finished | None], force: bo
 
 
 def _look_at_unfinished(out: Path, begun: Record, force: bool) -> _Found:
-    try:
-        record = read_record(out / IN_PROGRESS)
-    except InputError as error:
-        with suppress(InputError):
-            return _replace(out, _damaged(error), begun, read_record(out / WRITTEN).names, force)
-        return _replace(out, _damaged(error), begun, frozenset(), force)
+    record = read_record(out / IN_PROGRESS)
     if record.same_run(begun):
-        return _Found(State.UNFINISHED, record, record.names)
+        return _Found(State.UNFINISHED, _as_left(out, record), frozenset(record.files) | set(record.replaced))
     _check_command(out, record, begun)
     if not record.same_output(begun):
         return _replace(out, f"was begun with {_difference(record, begun)}", begun, record.names, force)
@@ -278,10 +275,7 @@ def _look_at_unfinished(out: Path, begun: Record, force: bool) -> _Found:
 
 
 def _look_at_written(out: Path, begun: Record, force: bool) -> _Found:
-    try:
-        record = read_record(out / WRITTEN)
-    except InputError as error:
-        return _replace(out, _damaged(error), begun, frozenset(), force)
+    record = read_record(out / WRITTEN)
     _check_command(out, record, begun)
     if not record.same_output(begun):
         return _replace(out, f"was made with {_difference(record, begun)}", begun, record.names, force)
@@ -299,7 +293,9 @@ def _look_at_written(out: Path, begun: Record, force: bool) -> _Found:
 def _look_at_unrecorded(out: Path, begun: Record, finished: Callable[[Path], Finished | None], force: bool) -> _Found:
     """A directory that isn't there, is empty, of somebody else, a seed, or of a version that kept no record."""
     entries = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if entries <= {*_OWN, *(name + PARTIAL_SUFFIX for name in _OWN)}:
+    if JOURNAL in entries:  # ours is never without a record
+        raise InputError(f"{out / JOURNAL} {_KEPT}")
+    if entries <= {LOCK, LOCK + PARTIAL_SUFFIX, IN_PROGRESS + PARTIAL_SUFFIX}:
         return _Found(State.EMPTY, begun)
     try:
         made = finished(out)
@@ -307,16 +303,16 @@ def _look_at_unrecorded(out: Path, begun: Record, finished: Callable[[Path], Fin
         return _replace(out, _damaged(error), begun, frozenset(), force)
     if made is None:
         return _replace(out, "already holds other files", begun, frozenset(), force)
+    mine = frozenset(made.files)
+    for name, file in made.files.items():
+        if file is not None and (out / name).is_file() and (problem := file.problem(out / name)):
+            return _replace(out, f"holds {name}, which {problem}", begun, mine, force)
     if as_stored(made.arguments) != begun.arguments:
         difference = _difference(replace(begun, arguments=made.arguments), begun)
-        return _replace(out, f"was made with {difference}", begun, frozenset(made.files), force)
-    mine = frozenset(made.files)
+        return _replace(out, f"was made with {difference}", begun, mine, force)
     missing = [name for name in begun.wanted if not (out / name).is_file()]
     if missing or force:
         return _replace(out, f"lacks {_shown(missing)}", begun, mine, force)
-    for name, file in made.files.items():
-        if file is not None and (problem := file.problem(out / name)):
-            return _replace(out, f"holds {name}, which {problem}", begun, mine, force)
     return _Found(State.FINISHED, begun)
 
 
@@ -326,6 +322,21 @@ def _check_command(out: Path, record: Record, begun: Record) -> None:
             f"{out} was written by {record.command}, and --force keeps it: it replaces only what the same command "
             "wrote. Give another --out."
         )
+
+
+def _as_left(out: Path, record: Record) -> Record:
+    """An unfinished run's record without the files that are gone. Raises InputError for one that has changed since."""
+    there = {}
+    for name, file in record.files.items():
+        path, partial = out / name, partial_path(out / name)
+        if path.is_file():
+            # A file that was about to be replaced, by the one that lies beside it, is no changed one.
+            problem = file.problem(path)
+            if problem and not (partial.is_file() and not file.problem(partial)):
+                raise InputError(f"{path} {problem}. Move it away, or give another --out.")
+        if path.is_file() or partial.is_file() or name in record.wanted:
+            there[name] = file
+    return replace(record, files=there)
 
 
 def _replace(out: Path, problem: str, begun: Record, mine: frozenset[str], force: bool) -> _Found:
@@ -351,9 +362,11 @@ def _keep_whole(begun: Record, record: Record, whole: Mapping[str, FileRecord]) 
 def _check_foreign(out: Path, found: _Found) -> None:
     """Raise InputError where a file that these tools didn't write has the name of one that is to be written."""
     for name in found.record.wanted:
-        for path in (out / name, partial_path(out / name)):
-            if name not in found.mine and os.path.lexists(path):
-                raise InputError(f"{path} {_KEPT}")
+        path, partial = out / name, partial_path(out / name)
+        if os.path.lexists(path) and (name not in found.mine or path.is_dir()):
+            raise InputError(f"{path} {_KEPT}")
+        if os.path.lexists(partial) and name not in found.mine and found.state is not State.UNFINISHED:
+            raise InputError(f"{partial} {_KEPT}")
     for name in _SINGLE_FILES:  # readers take it for the model, whatever stands beside it
         if name not in found.mine and os.path.lexists(out / name):
             raise InputError(f"{out / name} {_KEPT}")

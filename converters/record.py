@@ -78,8 +78,8 @@ def as_stored(value: Any) -> Any:
 
 def read_record(path: Path) -> Record:
     """Read one of the two files. Raises InputError where it is damaged, or of another version."""
-    content = read_json(path)
     try:
+        content = read_json(path)
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError
         files = {name: read_file_record(entry, path, name) for name, entry in content["files"].items()}
@@ -93,10 +93,10 @@ def read_record(path: Path) -> Record:
             content.get("state"),
         )
         sound = all(_NAME.fullmatch(name) for name in record.names)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, InputError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise InputError(f"{path} is damaged, or of another version of this tool. Give another --out.")
+        raise InputError(f"{path} is damaged, or not of this version of the tool. Move it away, or give another --out.")
     return record
 
 
@@ -130,10 +130,10 @@ def verify_files(
             )
 
 
-def remove(directory: Path, names: Iterable[str]) -> None:
-    """Remove these files of a record, whole or not, and what was noted of unfinished ones."""
+def remove(directory: Path, names: Iterable[str], unfinished: Iterable[str] = ()) -> None:
+    """Remove these files of a record, whole or not, of others the ``unfinished`` parts, and what was noted of those."""
     paths = [directory / name for name in (*names, JOURNAL)]
-    for path in (*paths, *map(partial_path, paths)):
+    for path in (*paths, *map(partial_path, paths), *(partial_path(directory / name) for name in unfinished)):
         path.unlink(missing_ok=True)
     for folder in {path.parent for path in paths} - {directory}:
         if folder.is_dir() and not any(folder.iterdir()):

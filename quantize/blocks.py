@@ -16,6 +16,7 @@ from converters.layout import LM_HEAD
 from converters.notes import note
 from converters.source import Int8Source, TensorSource
 from quantize.int8 import RowErrors, quantize_rows
+from quantize.manifest import FILE_NAME as MANIFEST
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.scheme import Scheme, StoredParameter, stored_parameters
@@ -155,7 +156,10 @@ class Resharder:
         """Nothing was kept."""
 
     def files(self) -> list[Path]:
-        return self._shards.paths()
+        """The chips' files, and what goes along: the manifest's fingerprint says nothing of that."""
+        directory = self._shards.directory
+        names = ("config.json", MANIFEST, REPORT, *self._shards.companions())
+        return [*self._shards.paths(), *(path for name in names if (path := directory / name).is_file())]
 
     def small_files(self) -> dict[str, bytes]:
         report = self._shards.directory / REPORT

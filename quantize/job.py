@@ -50,7 +50,7 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
 
     with claim(wanted, finished, check_room, force) as output:
         if output.state is State.FINISHED:
-            return f"{request.out} is already complete; nothing was left to do."
+            return f"{request.out} is already complete, large files by their size; nothing was left to do."
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, output, advance)
     if isinstance(source, Quantizer) and written(request.checkpoint) is None:  # llama-convert says it of what it writes

@@ -114,9 +114,9 @@ class _Sums:
 
 
 def _exact_parts(parts: list[float], values: list[torch.Tensor]) -> list[float]:
-    """The sum of all these as up to three floats, each the rounding of what the ones before leave."""
+    """The sum of all these as a few floats, each the rounding of what the ones before leave: nothing is lost."""
     terms = [*parts, *(value for tensor in values for value in tensor.tolist())]
     found: list[float] = []
-    while len(found) < 3 and (part := math.fsum([*terms, *(-done for done in found)])):
+    while part := math.fsum([*terms, *(-done for done in found)]):
         found.append(part)
     return found

@@ -16,6 +16,7 @@ from models import make_model, snapshot, write_hf
 
 from converters import files, output, preflight
 from converters.cli import command as convert
+from converters.errors import InputError
 from converters.lock import lock
 from quantize.cli import command as quantize
 from quantize.report import Report
@@ -168,6 +169,59 @@ def test_killed_while_force_clears(fill: Fill, at: int, tmp_path: Path, monkeypa
     assert snapshot(out) == snapshot(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("name", ["WEIGHTS", "config.json", "MANIFEST"])
+def test_files_put_into_an_unfinished_output_are_not_taken_for_ours(
+    fill: Fill, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that were only wanted when the run was killed: neither a rerun nor --force overwrites or removes them."""
+    command, arguments = fill
+    small = ("--max-shard-size", "2KB") if command is convert else ("--chips", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "add", _stop_at_weights(output.Output.add))
+        kill(command, *arguments, *small, "--out", tmp_path / "out")
+    last = "model.safetensors.index.json" if command is convert else "shards.json"
+    weights = "model-00003-of-00007.safetensors" if command is convert else "chip-01-of-02.safetensors"
+    path = tmp_path / "out" / name.replace("WEIGHTS", weights).replace("MANIFEST", last)
+    path.write_text("mine")
+    for force in ((), ("--force",)):
+        refuse(tmp_path, command, *arguments, *small, "--out", tmp_path / "out", *force, says=[path.name])
+    path.unlink()
+    invoke(command, *arguments, *small, "--out", tmp_path / "out")
+    invoke(command, *arguments, *small, "--out", tmp_path / "straight")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
+
+
+def test_a_file_put_there_while_a_run_fails_stays(fill: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends with bad input takes back what it wrote, and nothing else."""
+    command, arguments = fill
+    last = "model.safetensors.index.json" if command is convert else "shards.json"
+
+    def fail(self: output.Output) -> None:
+        (self.directory / last).write_text("mine")
+        raise InputError("The source is bad.")
+
+    monkeypatch.setattr(output.Output, "check_sources", fail)
+    invoke(command, *arguments, "--out", tmp_path / "out", exit_code=2)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {last}
+
+
+def test_a_journal_of_the_users_own_stays(fill: Fill, tmp_path: Path) -> None:
+    command, arguments = fill
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".journal.json").write_text("mine")
+    for force in ((), ("--force",)):
+        refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", *force, says=[".journal.json was not written"])
+
+
+def test_a_folder_in_the_place_of_a_file(fill: Fill, tmp_path: Path) -> None:
+    command, arguments = fill
+    invoke(command, *arguments, "--out", tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    (tmp_path / "out" / "config.json").mkdir()
+    for force in ((), ("--force",)):
+        refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", *force, says=["config.json was not written"])
+
+
 # --- complete, or not
 
 
@@ -249,6 +303,11 @@ def test_a_seed_is_two_files_that_know_each_other(tmp_path: Path) -> None:
     whole = snapshot(tmp_path / "out")
     assert sorted(whole) == ["config.json", "random_init.json"]
     assert "already complete" in invoke(convert, *arguments, "--verify").stdout
+    seed = tmp_path / "out" / "random_init.json"
+    seed.write_text(seed.read_text().replace('"seed": 0', '"seed": 1'))
+    refuse(tmp_path, convert, *arguments, says=["was made with another source", "--force"])
+    refuse(tmp_path, convert, "--verify", "--out", tmp_path / "out", says=["it stands for other weights"])
+    invoke(convert, *arguments, "--force")
     _damage(tmp_path / "out" / "config.json", "changed")
     refuse(tmp_path, convert, *arguments, says=["config.json", "has changed since it was written", "--force"])
     refuse(tmp_path, convert, "--verify", "--out", tmp_path / "out", says=["config.json"])
@@ -317,6 +376,35 @@ def test_a_source_changed_while_it_is_read(
 
 
 @pytest.mark.parametrize("command", [convert, quantize])
+def test_a_source_changed_while_a_rerun_reads_it(
+    large: Path, command: click.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its time set back: what the first run made stays, and no rerun goes on with it."""
+    arguments = ("--source", large) if command is convert else (large, "--int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
+        kill(command, *arguments, "--out", tmp_path / "out")
+    weights = large / "model.safetensors"
+
+    def change(writer: files.SafetensorsWriter) -> files.FileRecord:
+        before = weights.stat()
+        _change_between_samples(weights)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return finish(writer)
+
+    finish = files.SafetensorsWriter.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(files.SafetensorsWriter, "finish", change)
+        line = error_line(invoke(command, *arguments, "--out", tmp_path / "out", exit_code=2))
+    assert "changed while it was read" in line
+    assert "--force" in line
+    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["a source that has changed since"])
+    invoke(command, *arguments, "--out", tmp_path / "out", "--force")
+    invoke(command, *arguments, "--out", tmp_path / "straight")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("command", [convert, quantize])
 def test_a_source_changed_between_a_kill_and_its_rerun(
     large: Path, command: click.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +418,15 @@ def test_a_source_changed_between_a_kill_and_its_rerun(
 
 def _raise_killed(*_: object) -> None:
     raise Killed
+
+
+def _stop_at_weights(add: Callable[..., None]) -> Callable[..., None]:
+    def stop(self: output.Output, records: dict[str, files.FileRecord], state: object = None) -> None:
+        if any(name.endswith(".safetensors") for name in records):
+            raise Killed
+        add(self, records, state)
+
+    return stop
 
 
 # --- the disk between two runs
@@ -380,7 +477,10 @@ def test_a_rerun_needs_no_room_for_what_is_whole(
     arguments = (*arguments, *(("--chips", 3) if command is quantize else ()))
     with monkeypatch.context() as patch:
         # All bytes are there, and none has its name; before or after it was put down what they hold.
-        patch.setattr(output.Output if stopped_at == "add" else files.SafetensorsWriter, stopped_at, _raise_killed)
+        if stopped_at == "add":
+            patch.setattr(output.Output, "add", _stop_at_weights(output.Output.add))
+        else:
+            patch.setattr(files.SafetensorsWriter, "publish", _raise_killed)
         kill(command, *arguments, "--out", tmp_path / "out")
     free(0)
     invoke(command, *arguments, "--out", tmp_path / "out")
@@ -458,6 +558,30 @@ def test_adding_a_chip_killed_and_rerun(hf: Path, tmp_path: Path, monkeypatch: p
     invoke(*arguments, *_chips(1), "--out", tmp_path / "out")
     invoke(*arguments, "--out", tmp_path / "straight")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
+
+
+def test_a_chip_file_that_is_gone_is_not_listed_after_a_kill_either(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (quantize, hf, "--int8", "--chips", 2)
+    invoke(*arguments, *_chips(0), "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
+        kill(*arguments, *_chips(1), "--out", tmp_path / "out")
+    (tmp_path / "out" / "chip-00-of-02.safetensors").unlink()
+    invoke(*arguments, *_chips(1), "--out", tmp_path / "out")
+    assert list(json.loads((tmp_path / "out" / "shards.json").read_text())["files"]) == ["chip-01-of-02.safetensors"]
+    assert "every digest" in invoke(quantize, "--verify", "--out", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantization_report.json", "tokenizer.json"])
+def test_shards_whose_small_files_changed_are_another_source(hf: Path, name: str, tmp_path: Path) -> None:
+    invoke(quantize, hf, "--int8", "--chips", 2, "--out", tmp_path / "two")
+    arguments = (quantize, tmp_path / "two", "--int8", "--chips", 3)
+    invoke(*arguments, *_chips(0), "--out", tmp_path / "three")
+    path = tmp_path / "two" / name
+    path.write_text(path.read_text().replace("10000.0", "77777.0") + "\n" if path.exists() else "{}")
+    refuse(tmp_path, *arguments, *_chips(1), "--out", tmp_path / "three", says=["a source that has changed since"])
 
 
 def test_report_adds_up_exactly_in_any_parts() -> None:
