@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from invoke import invoke
+from invoke import Result, invoke, notes
 from models import snapshot, write_hf
 
 from converters import preflight
@@ -39,7 +39,7 @@ def failure(name: str | int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def notes(capsys: pytest.CaptureFixture[str]) -> list[str]:
+def printed_notes(capsys: pytest.CaptureFixture[str]) -> list[str]:
     print_notes()
     return capsys.readouterr().err.splitlines()
 
@@ -54,7 +54,7 @@ def test_a_lock_keeps_others_away(descriptor: int, tmp_path: Path, capsys: pytes
     with (tmp_path / "file").open("w") as other:
         assert lock(descriptor)
         assert not lock(other.fileno())
-    assert notes(capsys) == []
+    assert printed_notes(capsys) == []
 
 
 @pytest.mark.parametrize("name", [*LACKING, "ENOLCK", "EACCES", "EWOULDBLOCK", *FAILING])
@@ -71,7 +71,7 @@ def test_locks(
         return
     held = name in ("EACCES", "EWOULDBLOCK")  # by another process
     assert [lock(descriptor), lock(descriptor)] == [not held] * 2
-    assert len(notes(capsys)) == (0 if held else 1)
+    assert len(printed_notes(capsys)) == (0 if held else 1)
 
 
 @pytest.mark.parametrize("name", [*LACKING, "EBADF", "EACCES", "EISDIR", *FAILING])
@@ -93,13 +93,13 @@ def test_flushing(
             sync_folder(tmp_path)
     else:
         sync_folder(tmp_path)
-        assert len(notes(capsys)) == 1
+        assert len(printed_notes(capsys)) == 1
     if call == "fsync" and name not in LACKING:
         with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
             sync_file(descriptor)
     elif call == "fsync":
         sync_file(descriptor)
-        assert len(notes(capsys)) == 1
+        assert len(printed_notes(capsys)) == 1
 
 
 @pytest.mark.parametrize("name", [*LACKING, "EACCES", "ENOENT"])
@@ -122,10 +122,10 @@ def test_direct_opening_that_is_refused(
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     assert StreamReader(tmp_path / "file").read(0, len(CONTENT)).numpy().tobytes() == CONTENT
-    assert len(notes(capsys)) == 1
+    assert len(printed_notes(capsys)) == 1
     with pytest.raises(FileNotFoundError):
         open_direct(tmp_path / "no" / "file", os.O_RDWR | os.O_CREAT)
-    assert notes(capsys) == []
+    assert printed_notes(capsys) == []
 
 
 @pytest.mark.parametrize("name", [*LACKING, "EIO", "ENOSPC"])
@@ -146,7 +146,7 @@ def test_direct_transfers_that_are_refused(
             writer.write(CONTENT)
             writer.flush()
             assert (tmp_path / "file").read_bytes() == CONTENT
-            assert len(notes(capsys)) == bool(direct)  # none where this very file system has none
+            assert len(printed_notes(capsys)) == bool(direct)  # none where this very file system has none
         elif fcntl.fcntl(writer.flush(), fcntl.F_GETFL) & os.O_DIRECT:
             writer.write(CONTENT)
             with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
@@ -174,11 +174,11 @@ def test_commands_go_on_and_say_so_once(call: str, tmp_path: Path, monkeypatch: 
     for number, (command, arguments) in enumerate(lines):
         with monkeypatch.context() as patch:
             deny(call, patch)
-            said = invoke(command, *arguments, tmp_path / f"without{number}").stderr.splitlines()
+            said = notes(invoke(command, *arguments, tmp_path / f"without{number}"))
         without = {"flock": ["has no locks"], "folders": ["doesn't flush folders"]}
         without["fsync"] = ["doesn't flush files on request", *without["folders"]]
-        assert [line.partition(" (")[0] for line in said] == [f"Note: The file system {w}" for w in without[call]]
-        assert invoke(command, *arguments, tmp_path / f"with{number}").stderr == ""
+        assert [line.partition(" (")[0] for line in said] == [f"The file system {w}" for w in without[call]]
+        assert notes(invoke(command, *arguments, tmp_path / f"with{number}")) == []
         assert snapshot(tmp_path / f"without{number}") == snapshot(tmp_path / f"with{number}")
 
 
@@ -203,20 +203,20 @@ def test_a_bench_goes_on_without_locks(
     deny("flock", monkeypatch)
     with open_journal(tmp_path / "runs", {}, force=False):
         pass
-    assert len(notes(capsys)) == 1
+    assert len(printed_notes(capsys)) == 1
 
 
 def test_room_that_is_not_said_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSE without statfs says that 0 of 0 blocks and 0 of 0 names are free."""
     zeros = os.statvfs_result([512, 0, 0, 0, 0, 0, 0, 0, 0, 255])
     monkeypatch.setattr(os, "statvfs", lambda path: zeros)
-    said = invoke(convert, "--source", write_hf(tmp_path / "hf"), "--out", tmp_path / "out").stderr
-    assert said == "Note: The file system doesn't say how much room it has, so that was not checked.\n"
+    said = notes(invoke(convert, "--source", write_hf(tmp_path / "hf"), "--out", tmp_path / "out"))
+    assert said == ["The file system doesn't say how much room it has, so that was not checked."]
     assert preflight.free_bytes(tmp_path) > 1 << 50
     forget_notes()
     huge = os.statvfs_result([4096, 4096, 2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1, 0, 255])
     monkeypatch.setattr(os, "statvfs", lambda path: huge)
-    assert invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "other").stderr == ""
+    assert notes(invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "other")) == []
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "other")
 
 
@@ -258,7 +258,7 @@ def test_a_file_system_that_lacks_them_all(tmp_path: Path) -> None:
     environment = os.environ | {"LD_PRELOAD": str(tmp_path / "shim.so")}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
+    said = notes(Result("", done.stderr))
     assert sorted(line.split("(")[1].split(":")[0] for line in said) == ["O_DIRECT", "flock", "fsync"], said
     invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "with")
     assert snapshot(tmp_path / "without") == snapshot(tmp_path / "with")

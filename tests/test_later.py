@@ -159,7 +159,10 @@ def test_text_that_the_tokenizer_cannot_make(shards: Path, monkeypatch: pytest.M
     class Codec:
         continuation = raises(Panic("index out of range"))
 
-    monkeypatch.setattr(run, "find_codec", lambda directory: Codec())
+        def control_tokens(self) -> dict[int, str]:
+            return {}
+
+    monkeypatch.setattr(run, "find_codec", lambda directory, rows: Codec())
     result = invoke(llama_run, *arguments(shards))
     assert result.stdout.splitlines()[0].count(",") == 2
     assert "Note: The tokenizer can't turn these tokens into text (index out of range)" in result.stderr

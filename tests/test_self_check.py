@@ -141,6 +141,7 @@ def test_a_result_with_another_weight_is_found_out(flags: list[str], tmp_path: P
     tensors["model.layers.1.self_attn.v_proj.weight"][3] += 1
     save_file(tensors, tmp_path / "out" / WEIGHTS, {"format": "pt"})
     (tmp_path / "out" / ".written.json").unlink()
+    edit_json(tmp_path / "out" / "model.safetensors.index.json", lambda index: index["metadata"].pop("files"))
     assert "other logits than its source" in invoke(convert, *arguments, exit_code=2).stderr
     del tensors["model.layers.1.self_attn.v_proj.weight"]
     save_file(tensors, tmp_path / "out" / WEIGHTS, {"format": "pt"})

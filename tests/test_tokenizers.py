@@ -317,7 +317,7 @@ def test_small_files_that_are_refused(llama: bytes, name: str, content: str, say
         ("vocab.json", '{"a": 0, "b": "1"}', "every token an id"),
         ("vocab.json", '{"a": 0}', "merge 0"),
         ("merges.txt", "#version: 0.2\nq \u0416\n", "merge 0"),
-        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "add_bos_token": true}', "names none"),
+        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer", "add_bos_token": true}', "none is named"),
     ],
 )
 def test_gpt2_files_that_are_refused(name: str, content: str, says: str, tmp_path: Path) -> None:
