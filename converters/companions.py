@@ -23,13 +23,13 @@ from converters.sentencepiece_model import read_sentencepiece
 from converters.stand_ins import stand_in
 from converters.tiktoken_model import is_tiktoken, read_tiktoken
 from converters.tokenizer_json import Vocabulary, add_template, add_tokens
-from converters.tokenizer_reader import TOKENIZER, note_beyond
+from converters.tokenizer_reader import LLAMA_KINDS, MODEL, TOKENIZER, note_beyond
 from converters.tokenizer_settings import CONFIG, Settings, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MODEL, VOCAB, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
+VOCAB, MERGES = "vocab.json", "merges.txt"
 COMPANIONS = (
     TOKENIZER,
     CONFIG,
@@ -45,7 +45,6 @@ COMPANIONS = (
 # Further templates, by name, in a folder beside the first. Files of no other folder go along.
 TEMPLATES = "additional_chat_templates"
 _TEMPLATE = re.compile(r"\w[\w.-]*\.jinja")
-_LLAMA_KINDS = ("LlamaTokenizer", "LlamaTokenizerFast")
 _GPT2_KINDS = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
@@ -133,6 +132,6 @@ def _scheme(settings: Settings) -> str:
 
     ``legacy`` says it; where it isn't said, LLaMA's class in transformers 5 is not legacy, and all others are.
     """
-    if settings.kind in _LLAMA_KINDS:
+    if settings.kind in LLAMA_KINDS:
         return "always" if settings.legacy else "first"
     return "first" if settings.legacy is False else ""

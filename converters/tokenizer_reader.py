@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converters.errors import BadTokenizer, shown
@@ -14,7 +15,8 @@ from converters.tokenizer_settings import Settings, read_settings
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
+LLAMA_KINDS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[Tokenizer, list[str]]:
@@ -39,7 +41,19 @@ def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[T
         raise BadTokenizer(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}).") from None
     settings = read_settings(files, where)
     tokenizer.encode_special_tokens = settings.split_special
-    return tokenizer, beyond + _add(tokenizer, settings, rows, set(beyond))
+    made_here = MODEL in files and _may_be_made_here(tokenizer, settings)
+    return tokenizer, beyond + _add(tokenizer, settings, rows, set(beyond), made_here)
+
+
+def _may_be_made_here(tokenizer: Tokenizer, settings: Settings) -> bool:
+    """Whether a tokenizer.json beside a tokenizer.model may be made of that by this tool, added tokens' settings in it.
+
+    Then tokens are found before spaces are marked, whatever added_tokens_decoder says (tokenizer_json.py). LLaMA's
+    class gets no space by a normalizer here, as older files of transformers' have it.
+    """
+    if tokenizer.normalizer is None or SPACE not in tokenizer.normalizer.normalize_str(" "):
+        return False
+    return not (settings.kind in LLAMA_KINDS and tokenizer.normalizer.normalize_str("a") == SPACE + "a")
 
 
 def note_beyond(content: bytes, where: str, rows: int) -> None:
@@ -48,8 +62,8 @@ def note_beyond(content: bytes, where: str, rows: int) -> None:
         fields = json.loads(content)
         vocabulary = fields["model"]["vocab"]  # ids by text, or pairs in the order of the ids
         ids = vocabulary if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
-        own = [token for token, i in ids.items() if i >= rows]
         added = [entry["content"] for entry in fields.get("added_tokens") or [] if entry["id"] >= rows]
+        own = [token for token, i in ids.items() if i >= rows and token not in added]
     except (KeyError, TypeError, ValueError, RecursionError):
         return
     beyond = list(dict.fromkeys(own + added))
@@ -69,23 +83,27 @@ def _without(content: bytes, texts: list[str]) -> str:
     return json.dumps(fields)
 
 
-def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: set[str]) -> list[str]:
+def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: set[str], made_here: bool) -> list[str]:
     """Add what the small files name and tokenizer.json lacks; added_tokens_decoder goes before its settings too.
+
+    But for a token's kind of text (``normalized``) in a tokenizer.json that was ``made_here``.
 
     Returns the texts without a row that weren't ``left_out_before``. BOS and EOS are put around texts by tokenizer.json
     alone: what the small files say of them is for making one.
     """
     own = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    marks = tokenizer.normalizer is not None and SPACE in tokenizer.normalizer.normalize_str(" ")
+    specials = {entry.content for entry in settings.special}
     by_id = []
     for _, entry in sorted(settings.added.items()):
         has = own.get(entry.content)
-        # Where spaces are marked, tokens are found before that, whatever added_tokens_decoder says (tokenizer_json.py).
-        same = has is not None and marks and _strips(has) == _strips(entry)
+        same = has is not None and made_here and _strips(has) == _strips(entry)
         if entry.content not in left_out_before and (has is None or (settings.decoded and not same)):
-            by_id.append(entry)
+            by_id.append(replace(entry, special=entry.special or entry.content in specials))
     known = left_out_before | own.keys() | {entry.content for entry in by_id}
-    special = [entry for entry in (*settings.named.values(), *settings.others) if entry.content not in known]
+    special = [entry for entry in settings.special if entry.content not in known]
+    # What a role names is special, whatever tokenizer.json says of it.
+    changed = {entry.content for entry in by_id}
+    special += [_as_special(own[text]) for text in specials & own.keys() - changed if not own[text].special]
     kept, left_out = [], []
     room = rows - tokenizer.get_vocab_size()
     for entry in {entry.content: entry for entry in (*by_id, *special)}.values():
@@ -97,6 +115,10 @@ def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: s
         kept.append(entry.token())
     tokenizer.add_tokens(kept)
     return left_out
+
+
+def _as_special(token: AddedToken) -> Added:
+    return Added(token.content, True, token.lstrip, token.rstrip, token.single_word, token.normalized)
 
 
 def _strips(token: Added | AddedToken) -> tuple[bool, bool, bool]:

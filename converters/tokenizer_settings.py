@@ -18,15 +18,16 @@ from converters.tokenizer_json import CONTROL, UNKNOWN, USER_DEFINED, Added, Voc
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# transformers adds the special tokens that a vocabulary lacks in this order.
+_ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``named`` are the special tokens by role (bos, eos, unknown, padding), ``others`` special without one of these.
-
-    ``added`` are tokens by id. All have the settings that hold for them in the end.
+    """``special`` are the special tokens, in the order in which new ones get their ids; ``named`` are those of a role
+    (bos, eos, unknown, padding). ``added`` are tokens by id. All have the settings that hold for them in the end.
     """
 
     where: str  # the folder, for errors
@@ -37,7 +38,7 @@ class Settings:
     legacy: bool | None
     split_special: bool  # special tokens are not found in texts
     named: dict[str, Added]
-    others: tuple[Added, ...]
+    special: tuple[Added, ...]
     added: dict[int, Added]
     decoded: bool  # ``added`` comes from added_tokens_decoder
 
@@ -64,7 +65,7 @@ class Settings:
                 types[i] = CONTROL if entry.special else USER_DEFINED
             added[i] = entry
         places = {text: i for i, text in enumerate(tokens)}
-        for entry in (*self.named.values(), *self.others):
+        for entry in self.special:
             i = places.setdefault(entry.content, len(tokens))
             if i == len(tokens) >= rows:
                 self._note_without_row(places.popitem()[0], rows)
@@ -89,17 +90,16 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
     config, special, added = (_json(files, name, where) for name in (CONFIG, SPECIAL, ADDED))
     decoded = config.get("added_tokens_decoder") is not None
     by_id = _decoder(config["added_tokens_decoder"], where) if decoded else {}
-    fields = special | config if decoded else config | special
+    fields = config if decoded else config | special
     known = {entry.content: entry for entry in by_id.values()}
-    named = {role: entry for key, role in _ROLES.items() if (entry := _special(fields.get(key), known, where))}
-    # Any other name on _token names a special token too: of separators, of images.
-    others = [value for key, value in fields.items() if key.endswith("_token") and key not in _ROLES]
+    # Any other name on _token names a special token too: of images, say.
+    keys = (*_ORDER, *(key for key in fields if key.endswith("_token") and key not in _ORDER))
+    by_key = {key: entry for key in keys if (entry := _special(fields.get(key), known, where))}
     listed = [value for key in _LISTS for value in _values(fields.get(key))]
-    entries = [_special(value, known, where) for value in others]
-    entries += [_special(value, known, where, listed=True) for value in listed]
-    others = tuple(entry for entry in entries if entry)
+    entries = (*by_key.values(), *(_special(value, known, where, listed=True) for value in listed))
+    specials = tuple(entry for entry in entries if entry)
     if not decoded:
-        by_id = _added(added, {entry.content for entry in (*named.values(), *others)}, where)
+        by_id = _added(added, {entry.content for entry in specials}, where)
     return Settings(
         where,
         kind=str(config.get("tokenizer_class") or ""),
@@ -108,8 +108,8 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
         add_prefix_space=_flag(config, "add_prefix_space", where),
         legacy=_flag(config, "legacy", where),
         split_special=bool(_flag(config, "split_special_tokens", where)),
-        named=named,
-        others=others,
+        named={_ROLES[key]: entry for key, entry in by_key.items() if key in _ROLES},
+        special=specials,
         added=by_id,
         decoded=decoded,
     )

@@ -53,11 +53,20 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
             return f"{request.out} is already complete, large files by their size; nothing was left to do."
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, output, advance)
-    if isinstance(source, Quantizer) and written(request.checkpoint) is None:  # llama-convert says it of what it writes
+    # Of what it wrote itself, llama-convert has said it.
+    if isinstance(source, Quantizer) and not _is_converted(request.checkpoint):
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
     if isinstance(source, Quantizer) and source.report.summary():
         lines.append(source.report.summary())
     return "\n".join(lines)
+
+
+def _is_converted(checkpoint: Path) -> bool:
+    """Whether llama-convert wrote it, as far as its files tell."""
+    try:
+        return written(checkpoint) is not None
+    except InputError:
+        return False
 
 
 def verify_output(out: Path) -> str:

@@ -16,7 +16,7 @@ from invoke import invoke
 from models import SMALL, make_opt, write_hf
 from test_tokenizers import GPT2, LLAMA3, write_gpt2
 from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiece
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from converters.checkpoint import open_source
@@ -143,11 +143,59 @@ def test_tokens_added_to_a_tokenizer_json(place: str, flags: dict[str, Any], tmp
         {"tokenizer_config.json": {"split_special_tokens": True}},
         {"tokenizer_config.json": {"add_bos_token": False, "add_eos_token": False, "bos_token": "<s>"}},
         {"special_tokens_map.json": {"eos_token": {"content": "</s>", "rstrip": True, "lstrip": True}}},
+        # the order in which new ones get their ids
+        {"tokenizer_config.json": {"mask_token": "<m>", "pad_token": NEW, "sep_token": "<sep>", "cls_token": "5"}},
+        # special_tokens_map.json counts for nothing beside added_tokens_decoder
+        {
+            "special_tokens_map.json": {"pad_token": NEW},
+            "tokenizer_config.json": {"added_tokens_decoder": {"0": PLAIN | {"content": "<s>", "special": True}}},
+        },
     ],
     ids=str,
 )
 def test_small_files_beside_a_tokenizer_json(files: dict[str, Any], tmp_path: Path) -> None:
     check(write_saved(tmp_path / "hf", saved(), files))
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "added_tokens_decoder"])
+def test_a_token_that_is_named_is_special(place: str, tmp_path: Path) -> None:
+    """Whatever the other file says of it: left out of texts, and found or not as split_special_tokens has it."""
+    tokenizer = Tokenizer.from_str(saved())
+    tokenizer.add_tokens([NEW])
+    config: dict[str, Any] = {"eos_token": NEW}
+    if place == "added_tokens_decoder":
+        config["added_tokens_decoder"] = {"800": PLAIN | {"content": NEW, "special": False}}
+    for split in (False, True):
+        files = {"tokenizer_config.json": config | {"split_special_tokens": split}}
+        directory = write_saved(tmp_path / str(split), tokenizer.to_str(), files)
+        check(directory)
+        theirs = AutoTokenizer.from_pretrained(directory)
+        assert reader(directory).decode([5, 800, 6]) == theirs.decode([5, 800, 6], skip_special_tokens=True)
+    assert 800 in find_codec(tmp_path / "False", ROWS).control_tokens()
+
+
+@pytest.mark.parametrize("kind", [GENERIC, "LlamaTokenizerFast"])
+@pytest.mark.parametrize("normalized", [(True, False), (False, True), (True, True)], ids=str)
+def test_added_tokens_decoder_beside_a_tokenizer_json_that_marks_spaces(
+    kind: str, normalized: tuple[bool, bool], tmp_path: Path
+) -> None:
+    """As in older repositories of LLaMA's: tokenizer.json and added_tokens_decoder differ in where a token is found."""
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "\u2581a", "a", "b", "<", "s", ">"]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [("\u2581", "a")], unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=normalized[0]) for text in pieces[:3]])
+    decoder = {str(i): PLAIN | {"content": pieces[i], "special": True, "normalized": normalized[1]} for i in range(3)}
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "added_tokens_decoder": decoder}
+    if kind != GENERIC:  # of this class transformers 5 makes the cutting of text anew
+        config |= {"unk_token": "<unk>", "eos_token": "</s>"}
+    directory = write_saved(tmp_path / "hf", tokenizer.to_str(), {"tokenizer_config.json": config})
+    if kind == GENERIC:
+        check(directory, ["a<s>b", "<s>a", "a <s> b</s>", "b"])
+    else:
+        found = {entry.content: entry.normalized for entry in reader(directory).get_added_tokens_decoder().values()}
+        assert found == dict.fromkeys(pieces[:3], normalized[1])
 
 
 @pytest.mark.parametrize("post", [True, False])
