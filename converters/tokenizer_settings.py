@@ -95,6 +95,9 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
     # Any other name on _token names a special token too: of images, say.
     keys = (*_ORDER, *(key for key in fields if key.endswith("_token") and key not in _ORDER))
     by_key = {key: entry for key in keys if (entry := _special(fields.get(key), known, where))}
+    # A role's token needs no place of its own where it is named by the lesser file alone.
+    roles = special | fields
+    named = {role: entry for key, role in _ROLES.items() if (entry := _special(roles.get(key), known, where))}
     listed = [value for key in _LISTS for value in _values(fields.get(key))]
     entries = (*by_key.values(), *(_special(value, known, where, listed=True) for value in listed))
     specials = tuple(entry for entry in entries if entry)
@@ -108,7 +111,7 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
         add_prefix_space=_flag(config, "add_prefix_space", where),
         legacy=_flag(config, "legacy", where),
         split_special=bool(_flag(config, "split_special_tokens", where)),
-        named={_ROLES[key]: entry for key, entry in by_key.items() if key in _ROLES},
+        named=named,
         special=specials,
         added=by_id,
         decoded=decoded,

@@ -206,7 +206,9 @@ def check(inputs: Path, target: Target, random: Random) -> None:
             assert snapshot(source) == before
             if status != 0:
                 assert status == 2
-                error_line(result)
+                # Where the work had begun, its notes have been said.
+                lines = [line for line in result.stderr.splitlines(True) if not line.startswith("Note: ")]
+                error_line(result._replace(stderr="".join(lines)))
                 assert not out.exists()
             elif out.exists():
                 left = snapshot(out)
