@@ -16,7 +16,7 @@ from converters.output import State, Wanted, claim, recorded_names
 from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.progress import progress
 from converters.random_init import RandomSource
-from converters.record import existing_bytes
+from converters.record import WRITTEN, existing_bytes
 from converters.source import Int8Source, TensorSource
 from converters.units import format_bytes, format_count, plural
 
@@ -124,7 +124,10 @@ def verify_output(out: Path) -> str:
     with progress("Verifying", total) as advance:
         files = checkpoint.verify(out, advance)
     nbytes = sum(file.nbytes for file in files.values())
-    return f"{out}: {plural(len(files), 'file')}, {format_bytes(nbytes)}, every digest as it was written"
+    line = f"{out}: {plural(len(files), 'file')}, {format_bytes(nbytes)}, every digest as it was written"
+    if not (out / WRITTEN).is_file() and any(name.endswith(".safetensors") for name in files):
+        line += f"; of the other files there are none, for {WRITTEN} is missing"
+    return line
 
 
 def describe(conversion: Conversion) -> str:
