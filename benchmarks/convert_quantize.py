@@ -137,10 +137,10 @@ def table(results: dict[str, Any]) -> str:
 
 def before_the_disk() -> dict[str, float]:
     """Rates of the two inner loops on all cores, values going nowhere."""
-    from converters.config import PRESETS
-    from converters.random_init import RandomSource
-    from converters.source import row_blocks
-    from quantize.int8 import quantize_rows
+    from converters.model.config import PRESETS
+    from converters.sources.random_init import RandomSource
+    from converters.sources.source import row_blocks
+    from quantize.formats.int8 import quantize_rows
 
     source, name = RandomSource(PRESETS["7B"], 0), "model.layers.0.mlp.up_proj.weight"
     ranges = list(row_blocks(0, 11008, 4096))
@@ -152,7 +152,7 @@ def before_the_disk() -> dict[str, float]:
 
 def _rate(tasks: list[Callable[[], Any]]) -> float:
     """Times per second that a list of tasks is done: the median of nine."""
-    from converters.parallel import in_order
+    from converters.files.parallel import in_order
 
     seconds = []
     for _ in range(9):
@@ -246,8 +246,8 @@ def write_gguf(work: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     from converters.checkpoint import open_source
-    from converters.gguf import BLOCK_NAMES, MODEL_NAMES
-    from converters.layout import parameters
+    from converters.model.parameters import parameters
+    from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
 
     source = open_source(work / "checkpoint")
     config = source.config

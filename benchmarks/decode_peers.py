@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.shards import Shards
-from runtime.bandwidth import measure_read_bandwidth
-from runtime.cpu_process import available_cpus
-from runtime.metrics import host_peak_rss_bytes
+from quantize.shards.reading import Shards
+from runtime.devices.bandwidth import measure_read_bandwidth
+from runtime.devices.cpu.process import available_cpus
+from runtime.run.metrics import host_peak_rss_bytes
 
 SETTLING_STEPS = 3
 
@@ -69,7 +69,7 @@ def transformers_peer(
     def run(options: argparse.Namespace) -> dict[str, Any]:
         from transformers import DynamicCache, StaticCache
 
-        from runtime.baseline import load_model
+        from runtime.bench.baseline import load_model
 
         torch.set_num_threads(available_cpus())
         model = load_model(options.shards, dtype, None)
@@ -166,11 +166,11 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
     """
 
     def run(options: argparse.Namespace) -> dict[str, Any]:
-        import runtime.xla
+        import runtime.devices.xla
         from quantize.dequantize import dequantized_rows
-        from runtime.form import Form
-        from runtime.generate import Generator
-        from runtime.load import load_decoder, make_cache
+        from runtime.model.device_form import Form
+        from runtime.run.generate import Generator
+        from runtime.run.load import load_decoder, make_cache
 
         class Converted(Shards):
             """One chip's shards with their int8 weights dequantized."""
@@ -182,8 +182,8 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
                 return whole.to(getattr(torch, dtype))
 
         if unprepared:
-            runtime.xla.prepare_cpu_process = lambda chips: None
-        backend = runtime.xla.XLABackend(1)
+            runtime.devices.xla.prepare_cpu_process = lambda chips: None
+        backend = runtime.devices.xla.XLABackend(1)
         if unprepared:
             backend.tiled, backend.form = False, Form()
         shards = (Shards if dtype == "int8" else Converted)(options.shards)
@@ -219,8 +219,8 @@ def lazy_transformers(options: argparse.Namespace) -> dict[str, Any]:
     """The model moved to XLA as it comes; every length it hasn't seen is compiled, so these are lengths seen before."""
     from transformers import DynamicCache
 
-    from runtime.baseline import load_model
-    from runtime.xla import lazy_device, lazy_sync
+    from runtime.bench.baseline import load_model
+    from runtime.devices.xla import lazy_device, lazy_sync
 
     device = lazy_device()
     model = load_model(options.shards, torch.bfloat16, None).to(device)

@@ -23,11 +23,11 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
-    from converters.gguf import BLOCK_NAMES, MODEL_NAMES
-    from converters.interleaved import INTERLEAVED, interleaved_rows
-    from converters.layout import parameters
+    from converters.model.parameters import parameters
+    from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
+    from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
     from quantize.dequantize import dequantized_rows
-    from quantize.shards import Shards
+    from quantize.shards.reading import Shards
 
     shards = Shards(shards_directory)
     config = shards.config

@@ -8,7 +8,7 @@ for 7B to a minute for 175B; all tables together about three quarters of an hour
 come, and a run with the same file goes on where another stopped.
 
 published   bfloat16 at batch size 1 where the post gives a time; the prediction for each is by a model fitted on the
-            other eight, as runtime/latency.py does it
+            other eight, as runtime/plan/latency.py does it
 forms       batch size 1 as one row, which goes to the vector unit, and as two, beside a batch of 2
 int8        int8 against bfloat16 by batch size
 modern      one slice each of v5e, v5p and v6e
@@ -26,11 +26,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.config import PRESETS
-from quantize.scheme import Scheme
-from quantize.targets import find_slice
-from runtime.latency import PUBLISHED, Point, fit_hop_ms, foretold_ms
-from runtime.plan import Workload
+from converters.model.config import PRESETS
+from quantize.shards.stored import Scheme
+from quantize.slices import find_slice
+from runtime.plan.latency import PUBLISHED, Point, fit_hop_ms, foretold_ms
+from runtime.plan.plan import Workload
 
 SLOTS = 256  # the post's max_seq_len
 FORMS = (("7B", "bf16", "v4-8"), ("65B", "bf16", "v4-32"), ("175B", "int8", "v4-16"))
@@ -82,7 +82,7 @@ class Compiled:
         return self._found[case.key]
 
     def _compile(self, case: Case) -> dict[str, Any]:
-        from runtime.compiled_plan import compile_plan
+        from runtime.plan.compiled_plan import compile_plan
 
         config = PRESETS[case.model].with_dtype("bfloat16")
         config = config if self._layers is None else config.cut(min(self._layers, config.num_layers))
@@ -111,7 +111,7 @@ def published(compiled: Compiled) -> Iterator[list[str]]:
     ]
     for point, kept in zip(points, PUBLISHED, strict=True):
         if abs(point.estimated_ms / kept.estimated_ms - 1) > 0.002 or point.collectives != kept.collectives:
-            yield [f"runtime/latency.py is out of date: {point}"]
+            yield [f"runtime/plan/latency.py is out of date: {point}"]
 
 
 def _fresh(point: Point, result: dict[str, Any]) -> Point:

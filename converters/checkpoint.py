@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters import random_init
-from converters.config import read_json
-from converters.errors import InputError
-from converters.files import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
-from converters.form import Form, block_tasks
-from converters.hf import open_hf
-from converters.hf_files import INDEX, weight_map
-from converters.journal import Journal
-from converters.meta import is_meta, open_meta
-from converters.output import Finished, Output, check_finished
-from converters.parallel import in_order
-from converters.progress import Advance
-from converters.record import WRITTEN, read_file_record, read_record, verify_files
-from converters.registry import find_opener
+from converters.console.errors import InputError
+from converters.console.progress import Advance
+from converters.contents import Form, block_tasks
+from converters.files.parallel import in_order
+from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.model.config import read_json
+from converters.output.claim import Finished, Output, check_finished
+from converters.output.journal import Journal
+from converters.output.record import WRITTEN, read_file_record, read_record, verify_files
 from converters.self_check import SelfCheck, check_configuration, check_files
-from converters.source import TensorSource
-from converters.source_file import find_gguf, open_file
+from converters.sources import random_init
+from converters.sources.huggingface import open_hf
+from converters.sources.huggingface_files import INDEX, weight_map
+from converters.sources.meta import is_meta, open_meta
+from converters.sources.registry import find_opener
+from converters.sources.single_file import find_gguf, open_file
+from converters.sources.source import TensorSource
 
 # What is kept in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
 _CONVERSION = "conversion"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from converters.command import DISTRIBUTION, run
-from converters.config import DTYPES
+from converters.console.command import DISTRIBUTION, run
+from converters.model.config import DTYPES
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -76,12 +76,12 @@ def command(
     llama-convert --source out/            shards of llama-quantize, the way back
     llama-convert --verify --out DIR       check an output
     """
-    from converters.companions import note_without_tokenizer
-    from converters.config import find_config, read_config
+    from converters.console.errors import InputError
+    from converters.console.units import parse_bytes
     from converters.convert import Conversion, convert, describe, verify_output
-    from converters.errors import InputError
-    from converters.random_init import RandomSource
-    from converters.units import parse_bytes
+    from converters.model.config import find_config, read_config
+    from converters.sources.random_init import RandomSource
+    from converters.tokenizers.auxiliary_files import note_without_tokenizer
 
     if verify and config_name is None and source is None:
         click.echo(verify_output(out))
@@ -103,7 +103,7 @@ def command(
         config = weights.config.cut(layers).with_dtype(dtype or weights.default_dtype())
     conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
     if check_logits:
-        from converters import logits
+        from converters import logits_check as logits
 
         logits.check_ready(conversion)
     click.echo(describe(conversion) if dry_run else convert(conversion, force))
@@ -116,7 +116,7 @@ def command(
 
 
 def _check_distinct(source: Path, out: Path) -> None:
-    from converters.errors import InputError
+    from converters.console.errors import InputError
 
     directory = source if source.is_dir() else source.parent
     if source.exists() and directory.resolve() == out.resolve():

@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters import checkpoint, random_init
-from converters.config import ModelConfig
-from converters.errors import InputError
-from converters.form import Form, block_tasks, floating_form, int8_form
-from converters.hf_files import INDEX
-from converters.layout import parameters
-from converters.output import State, Wanted, claim, recorded_names
-from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
-from converters.progress import progress
-from converters.random_init import RandomSource
-from converters.record import WRITTEN, existing_bytes
-from converters.source import Int8Source, TensorSource
-from converters.units import format_bytes, format_count, plural
+from converters import checkpoint
+from converters.console.errors import InputError
+from converters.console.progress import progress
+from converters.console.units import format_bytes, format_count, plural
+from converters.contents import Form, block_tasks, floating_form, int8_form
+from converters.model.config import ModelConfig
+from converters.model.parameters import parameters
+from converters.output.claim import State, Wanted, claim, recorded_names
+from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
+from converters.output.record import WRITTEN, existing_bytes
+from converters.sources import random_init
+from converters.sources.huggingface_files import INDEX
+from converters.sources.random_init import RandomSource
+from converters.sources.source import Int8Source, TensorSource
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # files are written by themselves only where they leave a tenth of their size free

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from converters.compressed import SCALE_SUFFIX
-from converters.config import ModelConfig, read_config
-from converters.errors import InputError
-from converters.layout import check_names, parameters
-from converters.tensor_files import SafetensorsFile
+from converters.console.errors import InputError
+from converters.formats.compressed_tensors import SCALE_SUFFIX
+from converters.formats.tensor_files import SafetensorsFile
+from converters.model.config import ModelConfig, read_config
+from converters.model.parameters import check_names, parameters
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from converters.command import DISTRIBUTION, run
+from converters.console.command import DISTRIBUTION, run
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,7 +56,7 @@ def command(
     llama-quantize out8/ --int8 --chips 4 --out out4/
     llama-quantize --verify --out out/           check an output
     """
-    from converters.errors import InputError
+    from converters.console.errors import InputError
     from quantize.job import Request, quantize, verify_output
 
     if scheme is None and not verify:
@@ -69,8 +69,8 @@ def command(
 
 
 def _chip_count(chips: int | None, target: str | None) -> int:
-    from converters.errors import InputError
-    from quantize.targets import target_chips
+    from converters.console.errors import InputError
+    from quantize.slices import target_chips
 
     if target is None:
         return chips or 1

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 
-from converters.compressed import SCALE_SUFFIX, dequantize
-from converters.errors import InputError
-from converters.output import claim, is_complete
-from converters.preflight import check_machine, free_bytes, room_for
-from converters.progress import progress
-from converters.units import format_bytes
-from quantize.blocks import Block, Resharder
+from converters.console.errors import InputError
+from converters.console.progress import progress
+from converters.console.units import format_bytes
+from converters.formats.compressed_tensors import SCALE_SUFFIX, dequantize
+from converters.output.claim import claim, is_complete
+from converters.output.preflight import check_machine, free_bytes, room_for
 from quantize.pipeline import Sharding, finished, write_shards
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
-from quantize.scheme import Scheme, StoredParameter
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme, StoredParameter
+from quantize.values import Block, Resharder
 
 
 def dequantized_rows(shards: Shards, name: str, start: int, stop: int) -> torch.Tensor:

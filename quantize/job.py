@@ -7,18 +7,18 @@ from pathlib import Path
 
 from converters.checkpoint import finished as written
 from converters.checkpoint import open_source
-from converters.companions import note_without_tokenizer
-from converters.errors import InputError
-from converters.output import State, Wanted, claim
-from converters.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
-from converters.progress import progress
-from converters.units import format_bytes, plural
-from quantize.blocks import BlockSource, Quantizer, Resharder
-from quantize.manifest import FILE_NAME, chip_file
-from quantize.partition import plan_heads
+from converters.console.errors import InputError
+from converters.console.progress import progress
+from converters.console.units import format_bytes, plural
+from converters.output.claim import State, Wanted, claim
+from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
+from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
-from quantize.scheme import Scheme, padding_bytes
-from quantize.shards import Shards
+from quantize.shards.manifest import FILE_NAME, chip_file
+from quantize.shards.partition import plan_heads
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme, padding_bytes
+from quantize.values import BlockSource, Quantizer, Resharder
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from converters.config import ModelConfig
-from converters.files import (
+from converters.console.progress import Advance
+from converters.files.parallel import in_order
+from converters.files.whole import (
     SafetensorsWriter,
     TensorSpec,
     safetensors_bytes,
     tensors_before,
 )
-from converters.journal import Journal
-from converters.output import Finished, Output, Wanted
-from converters.parallel import in_order
-from converters.progress import Advance
-from converters.source import row_blocks
-from quantize.blocks import Block, BlockSource
-from quantize.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
-from quantize.partition import Segment, parameter_segments
+from converters.model.config import ModelConfig
+from converters.output.claim import Finished, Output, Wanted
+from converters.output.journal import Journal
+from converters.sources.source import row_blocks
 from quantize.report import FILE_NAME as REPORT
-from quantize.scheme import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
-from quantize.shards import Shards
+from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
+from quantize.shards.partition import Segment, parameter_segments
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
+from quantize.values import Block, BlockSource
 
 
 @dataclass(frozen=True)

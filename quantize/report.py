@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantize.int8 import RowErrors
+from quantize.formats.int8 import RowErrors
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from converters.command import DISTRIBUTION, run
-from converters.units import parse_integers
-from runtime.bench_points import FIGURES, MAX_SEQ_LENS, PROMPT_LENS, fitting_sizes
+from converters.console.command import DISTRIBUTION, run
+from converters.console.units import parse_integers
+from runtime.bench.points import FIGURES, MAX_SEQ_LENS, PROMPT_LENS, fitting_sizes
 
 _BATCH_SIZES = (1, 2, 4, 8)
 
@@ -116,10 +116,10 @@ def command(
     llama-bench --shards out/                                  every figure, into bench/
     llama-bench --shards out/ --figures 3,5 --batch-size 1,16  two of them
     """
-    from converters.units import plural
-    from quantize.shards import Shards
-    from runtime.bench import Request, bench
-    from runtime.bench_report import to_markdown
+    from converters.console.units import plural
+    from quantize.shards.reading import Shards
+    from runtime.bench.bench import Request, bench
+    from runtime.bench.report import to_markdown
     from runtime.json_out import STDOUT, write_json_out
 
     positions = Shards(shards).config.max_position_embeddings

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from converters.command import DISTRIBUTION, run
-from converters.errors import shown
-from converters.units import parse_integers
+from converters.console.command import DISTRIBUTION, run
+from converters.console.errors import shown
+from converters.console.units import parse_integers
 
 
 def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -126,11 +126,11 @@ def command(
     llama-run --shards out/ --prompt "Once upon a time"
     llama-run --shards out/ --batch-size 8 --json -        a prompt drawn by --seed
     """
-    from converters.errors import InputError
-    from converters.units import plural
-    from quantize.shards import Shards
-    from runtime.buckets import parse_buckets
+    from converters.console.errors import InputError
+    from converters.console.units import plural
+    from quantize.shards.reading import Shards
     from runtime.json_out import check_folder, check_json_out, write_json_out
+    from runtime.run.buckets import parse_buckets
 
     if prompts and prompt_ids is not None:
         raise InputError("Give --prompt or --prompt-ids, not both.")
@@ -147,9 +147,9 @@ def command(
     Shards(shards)  # what is wrong with the directory should show before torch is loaded
     import torch
 
-    from runtime.run import Request
-    from runtime.run import run as run_request
-    from runtime.sampling import Sampling
+    from runtime.model.sampling import Sampling
+    from runtime.run.run import Request
+    from runtime.run.run import run as run_request
 
     output = _Stdout(json_out)
     done = run_request(

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from converters.errors import InputError
-from converters.files import json_bytes, replace_file
+from converters.console.errors import InputError
+from converters.files.whole import json_bytes, replace_file
 
 STDOUT = "-"
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.command import DISTRIBUTION, run
+from converters.console.command import DISTRIBUTION, run
 
 if TYPE_CHECKING:
-    from converters.config import ModelConfig
-    from quantize.scheme import Scheme
-    from quantize.targets import Slice
-    from runtime.compiled_plan import CompiledPlan
-    from runtime.plan import Workload
+    from converters.model.config import ModelConfig
+    from quantize.shards.stored import Scheme
+    from quantize.slices import Slice
+    from runtime.plan.compiled_plan import CompiledPlan
+    from runtime.plan.plan import Workload
 
 _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be shown
 
@@ -68,8 +68,8 @@ def command(
     llama-plan --config 175B --int8 --target v4-16
     llama-plan --config 175B --int8 --target v4-16 --compile     the TPU compiler's verdict, without a TPU
     """
-    from converters.errors import InputError
-    from quantize.targets import find_slice
+    from converters.console.errors import InputError
+    from quantize.slices import find_slice
     from runtime.json_out import check_json_out
 
     if config_name is not None and shards is not None:
@@ -96,10 +96,10 @@ def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_
 
     Those whose learned positions end before ``max_seq_len`` are left out.
     """
-    from converters.config import PRESETS
-    from quantize.scheme import Scheme
-    from runtime.plan import Plan, Workload
-    from runtime.plan_overview import overview, overview_on
+    from converters.model.config import PRESETS
+    from quantize.shards.stored import Scheme
+    from runtime.plan.plan import Plan, Workload
+    from runtime.plan.plan_overview import overview, overview_on
 
     schemes = [scheme] if scheme else ["bf16", "int8"]
     plans = [
@@ -122,9 +122,9 @@ def _model(
     buckets: tuple[int, ...] | None,
 ) -> tuple[str, Any]:
     """Text and JSON of one model's plan, with the compiler's verdict where ``buckets`` (maybe none) are given."""
-    from quantize.scheme import Scheme
-    from runtime.plan import Plan, Workload
-    from runtime.plan_text import detail
+    from quantize.shards.stored import Scheme
+    from runtime.plan.plan import Plan, Workload
+    from runtime.plan.plan_text import detail
 
     if shards is None:
         config, chosen, chips = _read_config(config_name), Scheme(scheme or "bf16"), None
@@ -139,18 +139,18 @@ def _model(
         return detail(plan), plan.to_json()
     compiled = _compiled(workload, target, buckets)
     plan = Plan(workload, target, chips, compiled.to_json())
-    from runtime.compiled_text import compiled_lines
+    from runtime.plan.compiled_text import compiled_lines
 
     return "\n".join([detail(plan), "", *compiled_lines(compiled)]), plan.to_json()
 
 
 def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> CompiledPlan:
     """The compiler's verdict. Raises InputError, before anything slow is loaded, where it isn't installed."""
-    from converters.progress import spinner
-    from runtime.tpu_compiler import require_libtpu
+    from converters.console.progress import spinner
+    from runtime.plan.tpu_compiler import require_libtpu
 
     require_libtpu()
-    from runtime.compiled_plan import compile_plan
+    from runtime.plan.compiled_plan import compile_plan
 
     with spinner(f"Compiling for {target.name}"):
         return compile_plan(workload, target, buckets)
@@ -158,14 +158,14 @@ def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> Co
 
 def _buckets(text: str | None, max_seq_len: int) -> tuple[int, ...]:
     """--buckets as lengths, those that the cache holds."""
-    from runtime.buckets import parse_buckets, usable_buckets
+    from runtime.run.buckets import parse_buckets, usable_buckets
 
     return () if text is None else tuple(usable_buckets(parse_buckets(text), max_seq_len))
 
 
 def _read_config(config_name: str) -> ModelConfig:
     """The configuration that --config names, in the bfloat16 in which llama-convert writes by default."""
-    from converters.config import find_config, read_config
+    from converters.model.config import find_config, read_config
 
     found = find_config(config_name)
     return (read_config(found) if isinstance(found, Path) else found).with_dtype("bfloat16")
@@ -173,8 +173,8 @@ def _read_config(config_name: str) -> ModelConfig:
 
 def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tuple[ModelConfig, Scheme, int]:
     """Model, scheme and chips of a manifest. Raises InputError where an option says something else."""
-    from converters.errors import InputError
-    from quantize.shards import Shards
+    from converters.console.errors import InputError
+    from quantize.shards.reading import Shards
 
     shards = Shards(directory)
     scheme = shards.manifest.scheme

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from converters.command import run
-from runtime import bench_report
+from converters.console.command import run
+from runtime.bench import report as bench_report
+from runtime.bench.child import Runner
+from runtime.bench.points import Point
 from runtime.bench_cli import command
-from runtime.bench_points import Point
-from runtime.bench_run import Runner
 
 LOG, *ARGUMENTS = sys.argv[1:]
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import quantize.job
-from converters import journal, source
 from converters.cli import command as convert
-from converters.command import run
+from converters.console.command import run
+from converters.output import journal
+from converters.sources import source
 from quantize.cli import command as quantize
 
 COMMANDS = {"convert": convert, "quantize": quantize}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from quantize.shards import Shards
-from runtime.backend import Backend
-from runtime.generate import Generator
-from runtime.host import HostBackend
-from runtime.kv_cache import Layers
-from runtime.load import load_decoder, make_cache
-from runtime.sampling import Sampling
+from quantize.shards.reading import Shards
+from runtime.devices.backend import Backend
+from runtime.devices.host import HostBackend
+from runtime.model.kv_cache import Layers
+from runtime.model.sampling import Sampling
+from runtime.run.generate import Generator
+from runtime.run.load import load_decoder, make_cache
 
 
 def main(jobs_path: str, results_path: str) -> None:
@@ -32,7 +32,7 @@ def main(jobs_path: str, results_path: str) -> None:
 def _backend(name: str, chips: int) -> Backend:
     if name != "xla":
         return HostBackend(name)
-    from runtime.xla import XLABackend
+    from runtime.devices.xla import XLABackend
 
     return XLABackend(chips)
 

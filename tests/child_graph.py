@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from quantize.scheme import Scheme
-from quantize.shards import Shards
-from runtime import xla
-from runtime.compiled_plan import trace_graph
-from runtime.form import Form
-from runtime.generate import Generator
-from runtime.graphs import fill_graph, greedy_graph, later_fill_graph
-from runtime.kv_cache import FunctionalKVCache
-from runtime.load import load_decoder, make_cache
-from runtime.plan import Workload
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme
+from runtime.devices import xla
+from runtime.model.device_form import Form
+from runtime.model.graphs import fill_graph, greedy_graph, later_fill_graph
+from runtime.model.kv_cache import FunctionalKVCache
+from runtime.plan.compiled_plan import trace_graph
+from runtime.plan.plan import Workload
+from runtime.run.generate import Generator
+from runtime.run.load import load_decoder, make_cache
 
 ROWS, SLOTS, BUCKET = 1, 40, 16
 

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from child_graph import _text
 
-from quantize.scheme import Scheme
-from quantize.shards import Shards
-from quantize.targets import find_slice
-from runtime import xla
-from runtime.compiled_plan import trace_graph
-from runtime.generate import Generator
-from runtime.graphs import fill_graph, greedy_graph, later_fill_graph, logits_graph
-from runtime.kv_cache import FunctionalKVCache
-from runtime.load import load_tensors, make_cache, make_decoder
-from runtime.plan import Workload
-from runtime.tpu_compiler import TPUCompiler
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme
+from quantize.slices import find_slice
+from runtime.devices import xla
+from runtime.model.graphs import fill_graph, greedy_graph, later_fill_graph, logits_graph
+from runtime.model.kv_cache import FunctionalKVCache
+from runtime.plan.compiled_plan import trace_graph
+from runtime.plan.plan import Workload
+from runtime.plan.tpu_compiler import TPUCompiler
+from runtime.run.generate import Generator
+from runtime.run.load import load_tensors, make_cache, make_decoder
 
 ROWS, SLOTS, BUCKET, TARGET = 2, 40, 16, "v4-8"
 DTYPES = (torch.float32, torch.bfloat16)  # one after the other: the precision is that of a graph, not of the first

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converters.errors import InputError
-from converters.gguf import open_gguf
+from converters.console.errors import InputError
+from converters.sources.gguf import open_gguf
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 256, 512, 8, 2, 32, 24, 2
 METADATA: dict[str, Any] = {

@@ -12,7 +12,7 @@ import click
 from models import snapshot
 
 from converters.cli import command as convert
-from converters.command import run
+from converters.console.command import run
 from quantize.cli import command as quantize
 
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from converters.config import ModelConfig
-from converters.layout import parameters
+from converters.model.config import ModelConfig
+from converters.model.parameters import parameters
 
 
 def make_model(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 
 CHILD = Path(__file__).with_name("child_decode.py")
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from runtime import attend as forms
-from runtime.attend import Attend, attend, attend_by_products, attend_by_vectors, attend_exactly, attend_fused
-from runtime.kv_cache import quantize_tokens
+from runtime.model import attention as forms
+from runtime.model.attention import Attend, attend, attend_by_products, attend_by_vectors, attend_exactly, attend_fused
+from runtime.model.kv_cache import quantize_tokens
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4
 FORMS = [attend, attend_exactly, attend_by_products, attend_fused]

@@ -12,12 +12,12 @@ from models import SMALL, make_model, snapshot, write_hf
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from converters import preflight
-from converters.errors import InputError
+from converters.console.errors import InputError
+from converters.output import preflight
 from quantize.cli import command as quantize
 from quantize.dequantize import dequantized_rows, write_dequantized
-from quantize.shards import Shards
-from runtime.baseline import _generate, _HostCPU, load_model
+from quantize.shards.reading import Shards
+from runtime.bench.baseline import _generate, _HostCPU, load_model
 
 
 def _exact(directory: Path) -> dict[str, torch.Tensor]:

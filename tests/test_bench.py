@@ -20,17 +20,17 @@ import pytest
 from invoke import invoke, refuse
 from models import edit_json, snapshot, write_hf
 
-from converters import preflight
 from converters.cli import command as convert
+from converters.output import preflight
 from quantize.cli import command as quantize
-from quantize.shards import Shards
-from runtime import bench as bench_module
-from runtime import bench_report
-from runtime.bench import sweep
+from quantize.shards.reading import Shards
+from runtime.bench import bench as bench_module
+from runtime.bench import report as bench_report
+from runtime.bench.bench import sweep
+from runtime.bench.child import Runner
+from runtime.bench.journal import RunJournal, open_journal
+from runtime.bench.points import FIGURES, Point
 from runtime.bench_cli import command as bench
-from runtime.bench_journal import RunJournal, open_journal
-from runtime.bench_points import FIGURES, Point
-from runtime.bench_run import Runner
 from runtime.cli import command as run
 
 SIZES = ("--batch-size", "1,2", "--prompt-len", "8,24", "--max-seq-len", "32,64", "--max-new-tokens", 3)

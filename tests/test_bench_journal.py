@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from converters.errors import InputError
-from runtime.bench_journal import FILE_NAME, is_journal, open_journal
+from converters.console.errors import InputError
+from runtime.bench.journal import FILE_NAME, is_journal, open_journal
 
 ARGUMENTS = {"shards_digest": "ab", "repeat": 3, "batch_sizes": [1, 2]}
 FIGURES = {"per_token_latency_ms": 2.5, "prefill_ms": 1.0, "platform": "cpu/xla", "chips": 4}

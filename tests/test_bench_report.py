@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from runtime import bench_report
-from runtime.bench_points import FIGURES, Figure, Point, Sizes, fitting_sizes, plan_figures
-from runtime.bench_report import spread, summarize, to_csv, to_markdown, write_report
+from runtime.bench import report as bench_report
+from runtime.bench.points import FIGURES, Figure, Point, Sizes, fitting_sizes, plan_figures
+from runtime.bench.report import spread, summarize, to_csv, to_markdown, write_report
 
 SIZES = Sizes((1, 2, 8), (16, 4, 40), (64, 32, 128), 5)
 SETTINGS = {
@@ -174,7 +174,7 @@ def test_without_matplotlib_the_tables_are_written(
 @pytest.mark.parametrize("cache", [7, 100, 128, 200, 256, 300, 512, 700, 2048])
 def test_only_the_buckets_that_a_prompt_takes(cache: int) -> None:
     """The sections that the decoder cuts a prompt into are the same with these buckets as with all of the post's."""
-    from runtime.buckets import sections, usable_buckets
+    from runtime.run.buckets import sections, usable_buckets
 
     for length in range(1, cache + 1):
         chosen = Point("xla", "int8", "bfloat16", 1, length, 1, cache).buckets()

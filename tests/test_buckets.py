@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from converters.errors import InputError
-from runtime.buckets import has_later_sections, parse_buckets, sections, usable_buckets
+from converters.console.errors import InputError
+from runtime.run.buckets import has_later_sections, parse_buckets, sections, usable_buckets
 
 POST = (128, 256, 384, 512)
 

@@ -11,12 +11,12 @@ import pytest
 from invoke import Result, error_line, invoke, run_command
 
 from converters.cli import command as convert
-from converters.command import TRACEBACK_VARIABLE, run
-from converters.errors import InputError
+from converters.console.command import TRACEBACK_VARIABLE, run
+from converters.console.errors import InputError
 from quantize.cli import command as quantize
-from runtime import bench_run
+from runtime.bench import child as bench_run
+from runtime.bench.child import RunFailed, Runner
 from runtime.bench_cli import command as bench
-from runtime.bench_run import RunFailed, Runner
 from runtime.cli import command as run_shards
 from runtime.plan_cli import command as plan
 
@@ -120,7 +120,7 @@ def test_every_command_has_the_flag(command: click.Command) -> None:
 def test_a_run_of_a_bench_that_has_a_fault(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reason is the line; its traceback goes to the bench's stderr where it is wanted."""
     (tmp_path / "faulty.py").write_text(
-        "import click\nfrom converters.command import run\n"
+        "import click\nfrom converters.console.command import run\n"
         "@click.command()\ndef command():\n    raise KeyError('caf\\u00e9')\n"
         "def main():\n    run(command)\n",
         "utf-8",

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.companions import read_companions
+from converters.tokenizers.auxiliary_files import read_companions
 from quantize.cli import command as quantize
-from runtime.text import find_codec
+from runtime.run.text import find_codec
 
 NO_TOKENIZER = "gives no tokenizer.json"
 FILES = {

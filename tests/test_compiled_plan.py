@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from invoke import invoke
 
-from converters.config import PRESETS
-from quantize.scheme import Scheme
-from quantize.targets import find_slice
-from runtime.compiled_plan import CompiledGraph, compile_plan
-from runtime.latency import PUBLISHED
-from runtime.plan import Workload
+from converters.model.config import PRESETS
+from quantize.shards.stored import Scheme
+from quantize.slices import find_slice
+from runtime.plan.compiled_plan import CompiledGraph, compile_plan
+from runtime.plan.latency import PUBLISHED
+from runtime.plan.plan import Workload
 from runtime.plan_cli import command as plan
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.layout import parameters
+from converters.model.parameters import parameters
 
 VARIETIES: dict[str, dict[str, Any]] = {
     "multi-head": {},

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from runtime.capture import capture
-from runtime.linear import Linear
-from runtime.packed_linear import KERNEL_ROWS, LOOP_ROWS, PackedLinear
-from runtime.tiles import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
+from runtime.devices.capture import capture
+from runtime.devices.cpu.packed_linear import KERNEL_ROWS, LOOP_ROWS, PackedLinear
+from runtime.devices.cpu.tiled_linear import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
+from runtime.model.linear import Linear
 
 SHAPES = [
     (1, 1),

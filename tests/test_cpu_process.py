@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cpu_process import ONE_THREAD_FLAGS, XLA_FLAGS, available_cpus, cpu_quota, with_defaults
+from runtime.devices.cpu.process import ONE_THREAD_FLAGS, XLA_FLAGS, available_cpus, cpu_quota, with_defaults
 
 # Blocks of 64 MB taken and given back: whether the system is asked for their pages each time.
 CHILD = """
 import ctypes, json, os, resource, sys, torch
-from runtime.cpu_process import prepare_cpu_process
+from runtime.devices.cpu.process import prepare_cpu_process
 prepare_cpu_process(int(sys.argv[1]))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -36,7 +36,7 @@ print(json.dumps({"faults": faults, "threads": torch.get_num_threads()} | {key: 
 # A sum over 16 million numbers, of each chip.
 SUM = """
 import sys, torch
-from runtime.xla import XLABackend
+from runtime.devices.xla import XLABackend
 backend = XLABackend(int(sys.argv[1]))
 x = backend.zeros((64 * backend.chips, 1 << 18), torch.float32, 0)
 backend.compile(lambda x, none: x.exp().sum(), donates=1)(x, [])

@@ -18,10 +18,10 @@ from invoke import error_line, invoke, run_command
 from meta_format import write_meta
 from models import make_model, snapshot
 
-from converters import preflight
 from converters.checkpoint import open_source
-from converters.errors import InputError
-from quantize.shards import Shards
+from converters.console.errors import InputError
+from converters.output import preflight
+from quantize.shards.reading import Shards
 
 KILLS = 20  # of each of the kinds of run
 _CONTEXT = multiprocessing.get_context("forkserver")

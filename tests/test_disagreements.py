@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import from_hf
-from converters.rope import inverse_frequencies
+from converters.model.config import from_hf
+from converters.model.rope import inverse_frequencies
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OPT_EMBEDDING = "model.decoder.embed_tokens.weight"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from converters.checkpoint import open_source
 from converters.cli import command as convert
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -14,9 +14,10 @@ import torch
 from invoke import Killed, invoke, kill
 from models import make_model, snapshot
 
-from converters import journal, source
 from converters.cli import command as convert
-from converters.files import SafetensorsWriter
+from converters.files.whole import SafetensorsWriter
+from converters.output import journal
+from converters.sources import source
 from quantize.cli import command as quantize
 
 Run = tuple[click.Command, tuple[object, ...]]

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from converters.cli import command as convert
-from converters.config import from_hf
-from converters.end_tokens import ends_by_text
-from converters.gguf import open_gguf
+from converters.model.config import from_hf
+from converters.model.end_tokens import ends_by_text
+from converters.sources.gguf import open_gguf
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 

@@ -11,7 +11,7 @@ from invoke import invoke, invoke_error, refuse
 from models import random_tensors, write_hf
 
 from converters.cli import command as convert
-from converters.config import PRESETS
+from converters.model.config import PRESETS
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 
@@ -152,7 +152,7 @@ def test_sizes_beyond_any_memory(root: Path) -> None:
 PROBE = """
 import sys
 from importlib import import_module
-from converters.command import run
+from converters.console.command import run
 try:
     run(import_module(sys.argv[1]).command, sys.argv[2:])
 finally:

@@ -14,8 +14,8 @@ import torch
 from invoke import invoke, invoke_error, refuse
 from models import random_tensors, snapshot, write_hf
 
-from converters import preflight
 from converters.cli import command as convert
+from converters.output import preflight
 from quantize.cli import command as quantize
 
 Usage = namedtuple("Usage", "total used free")

@@ -15,7 +15,7 @@ from invoke import invoke, refuse
 from models import SMALL, edit_json, write_hf
 
 from converters.cli import command as convert
-from converters.config import ModelConfig
+from converters.model.config import ModelConfig
 from quantize.cli import command as quantize
 
 SECONDS = 10
@@ -24,7 +24,7 @@ GIGANTIC = {"hidden_size": 1 << 24, "intermediate_size": 1 << 24, "num_hidden_la
 MEASURE = """
 import resource, sys
 from importlib import import_module
-from converters.command import run
+from converters.console.command import run
 try:
     run(import_module(sys.argv[1]).command, sys.argv[2:])
 finally:
@@ -85,7 +85,7 @@ def test_small_file_that_repeats_one_value(tmp_path: Path, usual_bytes: int) -> 
 
 
 def expanded(config: ModelConfig) -> dict[str, torch.Tensor]:
-    from converters.layout import parameters
+    from converters.model.parameters import parameters
 
     one = torch.ones(1, dtype=torch.bfloat16)
     return {parameter.name: one.expand(parameter.shape) for parameter in parameters(config)}

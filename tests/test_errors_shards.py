@@ -13,9 +13,9 @@ from invoke import invoke, refuse
 from models import SMALL, edit_json, renew, write_hf
 from safetensors.torch import load_file, save_file
 
-from converters.errors import InputError, MissingTensor, UnexpectedTensor
+from converters.console.errors import InputError, MissingTensor, UnexpectedTensor
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 from runtime.cli import command as run
 
 CHIP0, CHIP1 = "chip-00-of-02.safetensors", "chip-01-of-02.safetensors"

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.hf import open_hf
+from converters.console.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.sources.huggingface import open_hf
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from converters.cli import command as convert
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 
 ORIGINAL = 16  # the context before RoPE was scaled
 LENGTHS = (1, 13, 41, 75)  # of prompts: beyond it, too

@@ -15,14 +15,14 @@ import pytest
 from invoke import Result, invoke, notes
 from models import snapshot, write_hf
 
-from converters import preflight
 from converters.cli import command as convert
-from converters.errors import InputError
-from converters.file_system import lock, open_direct, sync_file, sync_folder
-from converters.notes import forget_notes, print_notes
-from converters.streams import StreamReader, StreamWriter
+from converters.console.errors import InputError
+from converters.console.notes import forget_notes, print_notes
+from converters.files.file_system import lock, open_direct, sync_file, sync_folder
+from converters.files.streams import StreamReader, StreamWriter
+from converters.output import preflight
 from quantize.cli import command as quantize
-from runtime.bench_journal import open_journal
+from runtime.bench.journal import open_journal
 
 LACKING = ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "ENOTTY", "EPERM", 524)
 FAILING = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM")

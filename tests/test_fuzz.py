@@ -27,9 +27,9 @@ from mutate import Mutation, damage_bytes, damage_header, damage_json
 from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiece
 
 from converters.cli import command as convert
-from converters.gguf import BLOCK_NAMES, MODEL_NAMES
-from converters.random_init import FILE_NAME as SEED
-from converters.rope import Llama3Scaling, scaling_to_hf
+from converters.model.rope import Llama3Scaling, scaling_to_hf
+from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
+from converters.sources.random_init import FILE_NAME as SEED
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 

@@ -10,11 +10,11 @@ from invoke import invoke
 from models import make_model
 
 from quantize.cli import command as quantize
-from quantize.shards import Shards
-from runtime.generate import Generation, Generator
-from runtime.host import HostBackend
-from runtime.load import load_decoder, make_cache
-from runtime.sampling import Sampling
+from quantize.shards.reading import Shards
+from runtime.devices.host import HostBackend
+from runtime.model.sampling import Sampling
+from runtime.run.generate import Generation, Generator
+from runtime.run.load import load_decoder, make_cache
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9], [10]]
 

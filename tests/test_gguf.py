@@ -26,13 +26,13 @@ from gguf_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.config import ModelConfig
-from converters.errors import InputError
-from converters.fingerprint import sample_files
-from converters.gguf import open_gguf
-from converters.interleaved import interleaved_rows
-from converters.layout import parameters
-from converters.source import row_blocks
+from converters.console.errors import InputError
+from converters.model.config import ModelConfig
+from converters.model.parameters import parameters
+from converters.sources.fingerprint import sample_files
+from converters.sources.gguf import open_gguf
+from converters.sources.interleaved_rows import interleaved_rows
+from converters.sources.source import row_blocks
 
 
 def unpermuted(values: np.ndarray, heads: int) -> torch.Tensor:
@@ -244,7 +244,7 @@ def test_defaults_for_what_a_file_may_leave_out(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_is_cheap() -> None:
-    code = "import sys, converters.gguf; print({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules))"
+    code = "import sys, converters.sources.gguf; print({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules))"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"

@@ -16,9 +16,9 @@ from invoke import invoke, refuse
 from models import snapshot
 
 from converters.cli import command as convert
-from converters.errors import DuplicateTensor, InputError
-from converters.gguf import open_gguf
-from converters.layout import parameters
+from converters.console.errors import DuplicateTensor, InputError
+from converters.model.parameters import parameters
+from converters.sources.gguf import open_gguf
 
 
 def write_split(

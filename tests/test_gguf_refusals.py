@@ -26,9 +26,9 @@ from gguf_files import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converters.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.gguf import open_gguf
-from converters.layout import parameters
+from converters.console.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.model.parameters import parameters
+from converters.sources.gguf import open_gguf
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from converters.errors import InputError
-from converters.gguf import open_gguf
-from converters.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
+from converters.console.errors import InputError
+from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
+from converters.sources.gguf import open_gguf
 
 THETA = 500000.0
 TABLE = "rope_freqs.weight"

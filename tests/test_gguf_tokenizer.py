@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from converters.errors import InputError
-from converters.gguf import open_gguf
-from converters.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
-from converters.notes import forget_notes, print_notes
+from converters.console.errors import InputError
+from converters.console.notes import forget_notes, print_notes
+from converters.sources.gguf import open_gguf
+from converters.tokenizers.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 

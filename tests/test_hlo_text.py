@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.estimate import Kind, estimate
-from runtime.hlo import parse_module
-from runtime.topology import CHIPS
+from runtime.plan.chips import CHIPS
+from runtime.plan.estimate import Kind, estimate
+from runtime.plan.hlo import parse_module
 
 # A product whose weight comes through a copy, a step of attention, a row taken out of a table, an all-reduce.
 TEXT = """HloModule step, is_scheduled=true, num_partitions=4

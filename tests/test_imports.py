@@ -51,7 +51,9 @@ def test_stages_are_imported_in_one_direction(name: str) -> None:
     assert not later
 
 
-@pytest.mark.parametrize(("library", "module"), [("torch_xla", "runtime.xla"), ("jax", "runtime.tpu_compiler")])
+@pytest.mark.parametrize(
+    ("library", "module"), [("torch_xla", "runtime.devices.xla"), ("jax", "runtime.plan.tpu_compiler")]
+)
 def test_an_unstable_library_has_one_module(library: str, module: str) -> None:
     names = {library, library + "lib"}
     users = {name for name in MODULES if {other.split(".")[0] for other in _imports(name, False)} & names}

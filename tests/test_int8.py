@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from converters.compressed import dequantize
-from quantize.int8 import quantize_rows
+from converters.formats.compressed_tensors import dequantize
+from quantize.formats.int8 import quantize_rows
 
 
 def _weight(seed: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

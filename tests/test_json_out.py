@@ -16,12 +16,12 @@ from invoke import invoke
 from models import edit_json, write_hf
 
 from converters.cli import command as convert
-from converters.command import run
-from converters.files import json_bytes
+from converters.console.command import run
+from converters.files.whole import json_bytes
 from quantize.cli import command as quantize
-from runtime import bench_report
+from runtime.bench import report as bench_report
+from runtime.bench.child import Runner
 from runtime.bench_cli import command as bench
-from runtime.bench_run import Runner
 from runtime.cli import command as run_shards
 from runtime.plan_cli import command as plan
 

@@ -19,13 +19,13 @@ from transformers import DynamicCache
 
 from converters.cli import command as convert
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 from runtime.cli import command as run
-from runtime.decoder import Decoder
-from runtime.host import HostBackend
-from runtime.kv_cache import FunctionalKVCache, KVCache, quantize_tokens
-from runtime.load import load_decoder, make_cache
-from runtime.sizing import cache_bytes_per_chip
+from runtime.devices.host import HostBackend
+from runtime.model.decoder import Decoder
+from runtime.model.kv_cache import FunctionalKVCache, KVCache, quantize_tokens
+from runtime.model.sizing import cache_bytes_per_chip
+from runtime.run.load import load_decoder, make_cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from runtime.latency import PUBLISHED, Point, exchanges, fit_hop_ms, foretold_ms, latency_model
+from runtime.plan.latency import PUBLISHED, Point, exchanges, fit_hop_ms, foretold_ms, latency_model
 
 
 def _solved(points: list[Point]) -> float:

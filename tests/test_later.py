@@ -17,13 +17,14 @@ from invoke import Result, invoke
 from models import write_hf
 
 from quantize.cli import command as quantize
-from runtime import bandwidth, run
-from runtime.bench_journal import are_figures
-from runtime.bench_points import Figure, Point, Row
-from runtime.bench_report import summarize, to_markdown
+from runtime.bench.journal import are_figures
+from runtime.bench.points import Figure, Point, Row
+from runtime.bench.report import summarize, to_markdown
 from runtime.cli import command as llama_run
-from runtime.generate import Generator
-from runtime.host import HostBackend
+from runtime.devices import bandwidth
+from runtime.devices.host import HostBackend
+from runtime.run import run
+from runtime.run.generate import Generator
 
 IDS = "3,4,5,6"
 PROBE, RSS, PEAK, LOGITS = "bandwidth utilisation", "host peak RSS", "device peak", "logit error of the cache"

@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from converters.architecture import LLAMA, OPT
-from converters.config import PRESETS, ModelConfig, from_hf
-from converters.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
-from converters.layout import check_names, is_known, parameters
-from quantize.partition import plan_heads
-from quantize.scheme import Scheme
-from runtime.decoder import Decoder
-from runtime.kv_cache import KVCache
-from runtime.placed import placed_tensors
-from runtime.sizing import cache_shape
+from converters.console.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
+from converters.model.architecture import LLAMA, OPT
+from converters.model.config import PRESETS, ModelConfig, from_hf
+from converters.model.parameters import check_names, is_known, parameters
+from quantize.shards.partition import plan_heads
+from quantize.shards.stored import Scheme
+from runtime.model.decoder import Decoder
+from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.kv_cache import KVCache
+from runtime.model.sizing import cache_shape
 
 ODD = ModelConfig(
     name="odd",

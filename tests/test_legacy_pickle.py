@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_mapped import resident_kb
 
 from converters.cli import command as convert
-from converters.errors import InputError
-from converters.mapped import file_offset
-from converters.tensor_files import PickleFile
+from converters.console.errors import InputError
+from converters.files.mapped import file_offset
+from converters.formats.tensor_files import PickleFile
 
 _SHARED = torch.randn(12, 6)
 TENSORS: dict[str, torch.Tensor] = {

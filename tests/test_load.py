@@ -9,13 +9,13 @@ import torch
 from invoke import invoke
 from models import write_hf
 
-from converters.config import PRESETS
-from converters.errors import InputError
+from converters.console.errors import InputError
+from converters.model.config import PRESETS
 from quantize.cli import command as quantize
-from quantize.scheme import Scheme, stored_tensors
-from quantize.shards import Shards
-from runtime.placed import placed_tensors
-from runtime.xla import XLABackend
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme, stored_tensors
+from runtime.devices.xla import XLABackend
+from runtime.model.decoder_tensors import placed_tensors
 
 
 class OneHostOfTwo(XLABackend):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.errors import InputError
-from converters.mapped import file_offset, mappings
-from converters.tensor_files import PickleFile
+from converters.console.errors import InputError
+from converters.files.mapped import file_offset, mappings
+from converters.formats.tensor_files import PickleFile
 
 
 @pytest.mark.parametrize("name", ["plain.pth", "with space.pth", "line\nbreak.pth", "ü\\012.pth"])
@@ -37,7 +37,7 @@ def test_rows_where_no_mapping_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     """As on systems without /proc."""
     tensor = torch.randn(9, 4)
     torch.save({"a": tensor}, tmp_path / "m.pth")
-    monkeypatch.setattr("converters.tensor_files.mappings", lambda path: [])
+    monkeypatch.setattr("converters.formats.tensor_files.mappings", lambda path: [])
     assert torch.equal(PickleFile(tmp_path / "m.pth").rows("a", 2, 7), tensor[2:7])
 
 

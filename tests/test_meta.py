@@ -21,12 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import PRESETS
-from converters.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.layout import parameters
-from converters.meta import open_meta
-from converters.meta_params import Params
-from converters.rope import Llama3Scaling
+from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.model.config import PRESETS
+from converters.model.parameters import parameters
+from converters.model.rope import Llama3Scaling
+from converters.sources.meta import open_meta
+from converters.sources.meta_params import Params
 from quantize.cli import command as quantize
 
 # 8 heads of 6 dimensions; 2/3 of 4 * 48 is 128, a multiple of 4; 208 = 8 * 26 tokens.

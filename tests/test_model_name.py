@@ -13,7 +13,7 @@ from models import SMALL, edit_json, make_model, write_hf
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import from_hf
+from converters.model.config import from_hf
 from quantize.cli import command as quantize
 
 HASH = "0123456789abcdef0123456789abcdef01234567"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 from invoke import invoke
 
-from converters.errors import InputError
-from converters.notes import note
-from converters.progress import progress
+from converters.console.errors import InputError
+from converters.console.notes import note
+from converters.console.progress import progress
 
 
 @click.command()

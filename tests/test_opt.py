@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import PRESETS, from_hf
-from converters.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.random_init import STD, RandomSource
+from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
+from converters.model.config import PRESETS, from_hf
+from converters.sources.random_init import STD, RandomSource
 from quantize.cli import command as quantize
-from quantize.shards import Shards
-from runtime.baseline import load_model
+from quantize.shards.reading import Shards
+from runtime.bench.baseline import load_model
 from runtime.cli import command as run
-from runtime.form import Form
-from runtime.generate import Generator
-from runtime.host import HostBackend
-from runtime.load import load_decoder, make_cache
+from runtime.devices.host import HostBackend
+from runtime.model.device_form import Form
 from runtime.plan_cli import command as plan
+from runtime.run.generate import Generator
+from runtime.run.load import load_decoder, make_cache
 
 POST_NORM: dict[str, Any] = {"do_layer_norm_before": False, "width": 20}
 VARIETIES: dict[str, dict[str, Any]] = {

@@ -14,10 +14,12 @@ import torch
 from invoke import Killed, error_line, invoke, kill, refuse, run_command
 from models import make_model, snapshot, write_hf
 
-from converters import files, output, preflight
 from converters.cli import command as convert
-from converters.errors import InputError
-from converters.lock import lock
+from converters.console.errors import InputError
+from converters.files import whole as files
+from converters.output import claim as output
+from converters.output import preflight
+from converters.output.lock import lock
 from quantize.cli import command as quantize
 from quantize.report import Report
 
@@ -586,7 +588,7 @@ def test_shards_whose_small_files_changed_are_another_source(hf: Path, name: str
 
 def test_report_adds_up_exactly_in_any_parts() -> None:
     """Against one sum over all rows; 0.1 and its like don't add up in floating point."""
-    from quantize.int8 import quantize_rows
+    from quantize.formats.int8 import quantize_rows
 
     _, errors = quantize_rows(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
     part = lambda start, stop: type(errors)(*(values[start:stop] for values in errors))  # noqa: E731

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.config import PRESETS, ModelConfig
-from converters.errors import InputError
-from converters.layout import Axis, parameters
-from quantize.partition import axis_segments, check_chips, local_shape, padding, plan_heads
+from converters.console.errors import InputError
+from converters.model.config import PRESETS, ModelConfig
+from converters.model.parameters import Axis, parameters
+from quantize.shards.partition import axis_segments, check_chips, local_shape, padding, plan_heads
 
 CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515)
 

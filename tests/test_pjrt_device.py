@@ -12,8 +12,8 @@ from invoke import invoke, invoke_error
 from models import write_hf
 
 from quantize.cli import command as quantize
-from runtime import xla
 from runtime.cli import command as run
+from runtime.devices import xla
 
 ARGUMENTS = ["--prompt-ids", "1,5", "--max-new-tokens", "2", "--max-seq-len", "16", "--buckets", "8"]
 

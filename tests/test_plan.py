@@ -12,13 +12,13 @@ import pytest
 from invoke import invoke, invoke_error, refuse
 from models import edit_json, write_hf
 
-from converters.config import PRESETS, ModelConfig
+from converters.model.config import PRESETS, ModelConfig
 from quantize.cli import command as quantize
-from quantize.scheme import Scheme
-from quantize.targets import GENERATIONS, SLICES, find_slice, target_chips
-from runtime.plan import Plan, Workload
+from quantize.shards.stored import Scheme
+from quantize.slices import GENERATIONS, SLICES, find_slice, target_chips
+from runtime.plan.chips import CHIPS, chip_of, libtpu_topology
+from runtime.plan.plan import Plan, Workload
 from runtime.plan_cli import command as plan
-from runtime.topology import CHIPS, chip_of, libtpu_topology
 
 KEYS = {
     "model", "parameters", "parameter_bytes", "cache_bytes", "total_bytes", "min_chips", "target", "chips", "fits",
@@ -334,7 +334,7 @@ print(*(name for name in heavy if name in sys.modules), file=sys.stderr)
 
 
 def test_compile_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.tpu_compiler.find_spec", lambda name: None if name == "libtpu" else object())
+    monkeypatch.setattr("runtime.plan.tpu_compiler.find_spec", lambda name: None if name == "libtpu" else object())
     line = invoke_error(plan, "--config", "7B", "--target", "v4-8", "--compile")
     assert "libtpu is not installed" in line
     assert "pip install 'llama-tpu-toolchain[tpu]'" in line
@@ -342,9 +342,9 @@ def test_compile_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_verdict_has_the_same_keys_in_every_case() -> None:
     """Compiled with an estimate, without one, and refused; what is not known is null."""
-    from runtime.compiled_plan import CompiledGraph
-    from runtime.estimate import Estimate, Kind, Share
-    from runtime.tpu_compiler import CompiledProgram
+    from runtime.plan.compiled_plan import CompiledGraph
+    from runtime.plan.estimate import Estimate, Kind, Share
+    from runtime.plan.tpu_compiler import CompiledProgram
 
     program = CompiledProgram("", 80, 20, 10, 5, 1.5)
     priced = Estimate({Kind.REST: Share(0.002, 0.001, 3)}, {}, {"copy": 1}, 0.0, {})

@@ -16,9 +16,9 @@ import json, sys
 from dataclasses import asdict
 import torch
 from jax._src.lib import xla_client
-from quantize.targets import find_slice
-from runtime.tpu_compiler import TPUCompiler
-from runtime.xla import PROBE_SIZE, Tracer, read_repeatedly
+from quantize.slices import find_slice
+from runtime.plan.tpu_compiler import TPUCompiler
+from runtime.devices.xla import PROBE_SIZE, Tracer, read_repeatedly
 found = {}
 for name in sys.argv[2:]:
     target = find_slice(name)
@@ -71,7 +71,7 @@ def test_it_is_larger_than_what_a_chip_keeps_near() -> None:
 
 def test_it_computes_powers_of_a_matrix() -> None:
     """In float64, on matrices that are small and turn: so that no product can be left out."""
-    from runtime.xla import read_repeatedly
+    from runtime.devices.xla import read_repeatedly
 
     torch.manual_seed(1)
     values = torch.linalg.qr(torch.randn(2, 24, 24, dtype=torch.float64)).Q
@@ -80,7 +80,7 @@ def test_it_computes_powers_of_a_matrix() -> None:
 
 
 MEASURE = """
-from runtime import xla
+from runtime.devices import xla
 xla.PROBE_SIZE = 64
 backend = xla.XLABackend(2)
 backend.platform = "tpu/xla"  # whose memory is measured by the program

@@ -35,7 +35,7 @@ def start(code: str, *arguments: object, folder: Path, **variables: str) -> str:
 PROBE = """
 import getpass, json
 from pathlib import Path
-from converters.process import prepare_process
+from converters.console.process import prepare_process
 before = dict(os.environ)
 prepare_process()
 changed = {name: value for name, value in os.environ.items() if before.get(name) != value}

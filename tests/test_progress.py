@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from converters import progress as module
+from converters.console import progress as module
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from converters.cli import command as convert
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 
 CHIP_COUNTS = (1, 2, 3, 4, 8, 16)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -16,12 +16,12 @@ from invoke import invoke
 from models import SMALL, snapshot
 from safetensors import safe_open
 
-from converters import preflight
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import PRESETS
-from converters.layout import parameters
-from converters.random_init import STD, RandomSource
+from converters.model.config import PRESETS
+from converters.model.parameters import parameters
+from converters.output import preflight
+from converters.sources.random_init import STD, RandomSource
 
 DTYPES = ("bfloat16", "float16", "float32")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

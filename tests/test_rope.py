@@ -19,10 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.config import PRESETS, ModelConfig, from_hf
-from converters.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
+from converters.model.config import PRESETS, ModelConfig, from_hf
+from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
 from quantize.cli import command as quantize
-from quantize.shards import Shards
+from quantize.shards.reading import Shards
 
 LLAMA_3_1 = Llama3Scaling(8.0, 1.0, 4.0, 8192)
 SCALINGS: list[RopeScaling | None] = [

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from quantize.cli import command as quantize
 from runtime.cli import command as run
-from runtime.sampling import Sampling, sample
+from runtime.model.sampling import Sampling, sample
 
 DRAWS = 20_000
 SETTINGS = [

@@ -18,9 +18,9 @@ from models import edit_json, make_model, random_tensors, write_hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from converters import logits
+from converters import logits_check as logits
 from converters.cli import command as convert
-from converters.errors import InputError
+from converters.console.errors import InputError
 from converters.self_check import check_configuration, check_files
 from quantize.cli import command as quantize
 

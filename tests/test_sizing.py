@@ -13,10 +13,10 @@ from models import SMALL, write_hf
 from safetensors import safe_open
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from converters.config import PRESETS, ModelConfig
+from converters.model.config import PRESETS, ModelConfig
 from quantize.cli import command as quantize
-from quantize.scheme import Scheme
-from runtime.sizing import (
+from quantize.shards.stored import Scheme
+from runtime.model.sizing import (
     POST_HBM_BYTES,
     cache_bytes_per_chip,
     decode_bytes_per_chip,

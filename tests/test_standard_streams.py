@@ -86,7 +86,7 @@ def test_bench(closed: str, root: Path, tmp_path: Path) -> None:
 
 PROBE = """
 import os, sys
-from converters.standard_streams import prepare_standard_streams
+from converters.console.standard_streams import prepare_standard_streams
 streams = [sys.stdin, sys.stdout, sys.stderr]
 prepare_standard_streams()
 with open(sys.argv[1], "wb") as file:
@@ -108,6 +108,6 @@ def test_no_file_gets_what_is_printed(closed: tuple[str, ...], tmp_path: Path) -
 
 
 def test_streams_that_are_there_are_left_alone() -> None:
-    code = "from converters.standard_streams import prepare_standard_streams as p; p(); print(input())"
+    code = "from converters.console.standard_streams import prepare_standard_streams as p; p(); print(input())"
     done = subprocess.run([sys.executable, "-c", code], input="said\n", capture_output=True, text=True, check=True)
     assert done.stdout == "said\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import InputError
-from converters.streams import StreamReader, StreamWriter, chunk_bytes
+from converters.console.errors import InputError
+from converters.files.streams import StreamReader, StreamWriter, chunk_bytes
 
 CONTENT = random.Random(0).randbytes(5_000_123)  # two chunks and a rest that is no whole page
 

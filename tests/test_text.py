@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from converters.errors import InputError
-from runtime.text import find_codec
+from converters.console.errors import InputError
+from runtime.run.text import find_codec
 
 
 def _write(folder: Path) -> Path:

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.companions import read_companions
-from converters.notes import forget_notes, print_notes
-from converters.tokenizer_reader import read_tokenizer
-from runtime.text import find_codec
+from converters.console.notes import forget_notes, print_notes
+from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.reader import read_tokenizer
+from runtime.run.text import find_codec
 
 GENERIC, LLAMA = "PreTrainedTokenizerFast", "LlamaTokenizer"
 ROWS = 810
@@ -303,7 +303,7 @@ def test_tokens_added_to_llama_3s_file(flags: dict[str, Any], tmp_path: Path) ->
 
 
 def read_llama_3_names() -> list[str]:
-    from converters.tiktoken_model import special_tokens
+    from converters.tokenizers.tiktoken import special_tokens
 
     return special_tokens(since_3_1=False)
 

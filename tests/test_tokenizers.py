@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 
 from converters.checkpoint import open_source
 from converters.cli import command as convert
-from converters.errors import InputError
-from converters.rope import Llama3Scaling, scaling_to_hf
-from converters.sentencepiece_model import read_sentencepiece
-from converters.tiktoken_model import read_tiktoken, special_tokens
+from converters.console.errors import InputError
+from converters.model.rope import Llama3Scaling, scaling_to_hf
+from converters.tokenizers.sentencepiece import read_sentencepiece
+from converters.tokenizers.tiktoken import read_tiktoken, special_tokens
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 

@@ -9,13 +9,13 @@ import sys
 import pytest
 from invoke import invoke
 
-from quantize.targets import SLICES
+from quantize.slices import SLICES
 from runtime.plan_cli import command as plan
 
 DESCRIBE = """
 import json
-from quantize.targets import SLICES
-from runtime.tpu_compiler import TPUCompiler
+from quantize.slices import SLICES
+from runtime.plan.tpu_compiler import TPUCompiler
 described = {}
 for each in SLICES:
     devices = TPUCompiler(each)._devices

@@ -1,0 +1,1 @@
+"""What every command line does alike: errors, notes, progress, units, the process around it."""

@@ -1,0 +1,87 @@
+"""Progress of long work on stderr: a bar in a terminal; in a log, a plain line now and then."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from converters.console.notes import print_notes
+from converters.console.units import format_bytes, format_seconds
+
+FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # short work says nothing in a log
+
+
+class Advance(Protocol):
+    """Told of each further ``count`` of bytes that is done, and of the tensor that it belongs to, if there is one."""
+
+    def __call__(self, count: int, tensor: str = "") -> None: ...
+
+
+@contextmanager
+def progress(label: str, total_bytes: int) -> Iterator[Advance]:
+    """Show how much of ``total_bytes`` is done, with rate and time left, by the function that is the value.
+
+    Notes that are waiting come first.
+    """
+    print_notes()
+    if not sys.stderr.isatty():
+        yield _Lines(label, total_bytes).advance
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total_bytes)
+
+        def advance(count: int, tensor: str = "") -> None:
+            bar.update(task, advance=count, description=label + _layer(tensor))
+
+        yield advance
+
+
+@contextmanager
+def spinner(label: str) -> Iterator[None]:
+    """Show that work of unknown length is going on."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(label):
+        yield
+
+
+def _layer(tensor: str) -> str:
+    """`` layer 17`` of model.layers.17.mlp.up_proj.weight; nothing for a tensor outside the layers."""
+    match = re.match(r"model\.(?:decoder\.)?layers\.(\d+)\.", tensor)
+    return f" layer {match[1]}" if match else ""
+
+
+class _Lines:
+    """Progress in a log: done, share, rate and time left, on a line of its own."""
+
+    def __init__(self, label: str, total_bytes: int) -> None:
+        self._label, self._total = label, total_bytes
+        self._done = 0
+        self._begin = time.monotonic()
+        self._next = self._begin + FIRST_LINE_S
+
+    def advance(self, count: int, tensor: str = "") -> None:
+        self._done += count
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + NEXT_LINE_S
+        rate = self._done / (now - self._begin)
+        left = format_seconds(max(0, self._total - self._done) / rate) if rate else "unknown"
+        print(
+            f"{self._label}{_layer(tensor)}: {format_bytes(self._done)} of {format_bytes(self._total)} "
+            f"({self._done / max(1, self._total):.0%}), {format_bytes(int(rate))}/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )

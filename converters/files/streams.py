@@ -1,0 +1,193 @@
+"""Long files read and written once, around the system's page cache where the file system allows it (O_DIRECT).
+
+Copying every byte through the page cache, and making room there, costs a conversion more than its arithmetic.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, cached_property
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.console.errors import InputError
+from converters.files.file_system import lacks, note_no_direct, open_direct
+
+if TYPE_CHECKING:
+    import torch
+
+_PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
+_CHUNK_BYTES = 2 << 20
+_BUFFER_BYTES = 256 << 20  # of all files that are written at once
+_WRITERS = 2  # threads, for all files together
+_SMALL_BYTES = 64 << 10  # below it a read through the page cache, with its reading ahead, is faster
+
+
+class StreamReader:
+    """A file whose stretches are read once each. What the page cache holds already is taken from there."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where the file can't be opened."""
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._may_be_direct = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
+
+    @cached_property
+    def _direct(self) -> FileIO | None:
+        """The file without the page cache; None on a file system that can't do that."""
+        try:
+            return open(self._path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT))
+        except OSError as error:
+            note_no_direct(error)
+            return None
+
+    def read(self, offset: int, count: int) -> torch.Tensor:
+        """``count`` bytes from ``offset`` as uint8. Raises InputError where the file has become shorter."""
+        import torch
+
+        if self._may_be_direct and count >= _SMALL_BYTES and not self._cached(offset + count - 1) and self._direct:
+            try:
+                return self._read_direct(self._direct.fileno(), offset, count)
+            except OSError as error:
+                if not lacks(error):
+                    raise
+                note_no_direct(error)
+                self._may_be_direct = False
+        values = torch.empty(count, dtype=torch.uint8)
+        self._fill(self._file.fileno(), values, offset, count)
+        return values
+
+    def values(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """The elements that lie from byte ``offset`` on, at any alignment. Raises InputError as ``read`` does."""
+        found = self.read(offset, prod(shape) * dtype.itemsize)
+        if found.storage_offset() % dtype.itemsize:
+            found = found.clone()
+        return found.view(dtype).view(*shape)
+
+    def _read_direct(self, descriptor: int, offset: int, count: int) -> torch.Tensor:
+        """The pages around the stretch read into pages of memory; the stretch is a view of them."""
+        import torch
+
+        begin = offset // _PAGE * _PAGE
+        length = -(-(offset + count - begin) // _PAGE) * _PAGE
+        memory = torch.empty(length + _PAGE, dtype=torch.uint8)
+        pages = memory[-memory.data_ptr() % _PAGE :][:length]
+        self._fill(descriptor, pages, begin, offset + count - begin)
+        return pages[offset - begin :][:count]
+
+    def _fill(self, descriptor: int, values: torch.Tensor, offset: int, least: int) -> None:
+        """Read from ``offset`` until ``values`` holds at least its first ``least`` bytes."""
+        view, done = memoryview(values.numpy()), 0
+        while done < least:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if not count:
+                raise InputError(
+                    f"{self._path} has become shorter while it was read. Let nothing write to it meanwhile."
+                )
+            done += count
+
+    def _cached(self, position: int) -> bool:
+        """Whether the page cache holds the byte at ``position``."""
+        try:
+            return os.preadv(self._file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+
+class StreamWriter:
+    """A file written front to back, behind the caller. With ``resume_at`` one that is there is cut and continued."""
+
+    def __init__(self, path: Path, resume_at: int = 0, chunk_bytes: int = _CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
+        # One is filled while the other is on its way to the disk; mapped memory begins at a page.
+        self._filling, self._spare = (memoryview(mmap.mmap(-1, chunk_bytes)) for _ in range(2))
+        self._writing: Future[None] | None = None
+        self._begin = resume_at // _PAGE * _PAGE  # of what is being filled, in the file
+        self._filled = resume_at - self._begin
+        if resume_at:
+            os.truncate(path, resume_at)
+            with path.open("rb") as file:
+                file.seek(self._begin)
+                self._filling[: self._filled] = file.read()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = open_direct(path, flags if resume_at else flags | os.O_TRUNC)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``. Raises the OSError of this or an earlier writing."""
+        left = memoryview(data)
+        while left:
+            count = min(len(left), self._chunk_bytes - self._filled)
+            self._filling[self._filled : self._filled + count] = left[:count]
+            self._filled += count
+            left = left[count:]
+            if self._filled == self._chunk_bytes:
+                self._wait()
+                self._writing = _writers().submit(self._put, self._filling, self._chunk_bytes, self._begin)
+                self._filling, self._spare = self._spare, self._filling
+                self._begin, self._filled = self._begin + self._chunk_bytes, 0
+
+    def flush(self) -> int:
+        """Hand all that is written to the system. Returns a file descriptor to fsync."""
+        self._wait()
+        if self._filled:
+            # No whole page, so through the page cache: a page cut afterwards would need a file system that can cut.
+            direct = _leave_direct(self._descriptor)
+            self._put(self._filling, self._filled, self._begin)
+            if direct:
+                _go_direct(self._descriptor)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file; what wasn't flushed is lost."""
+        if self._descriptor < 0:
+            return
+        with suppress(OSError):  # of a writing that nobody relies on
+            self._wait()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            running, self._writing = self._writing, None
+            running.result()
+
+    def _put(self, pages: memoryview, count: int, position: int) -> None:
+        """Write the first ``count`` bytes of ``pages`` at ``position``: whole pages, where the file is direct."""
+        done = 0
+        while done < count:
+            try:
+                done += os.pwrite(self._descriptor, pages[done:count], position + done)
+            except OSError as error:
+                if not lacks(error) or not _leave_direct(self._descriptor):
+                    raise
+                note_no_direct(error)
+
+
+def chunk_bytes(files: int) -> int:
+    """A writer's chunk where so many files are written at once, each with two: smaller where there are many."""
+    return max(_PAGE, min(_CHUNK_BYTES, _BUFFER_BYTES // (2 * files) // _PAGE * _PAGE))
+
+
+def _leave_direct(descriptor: int) -> bool:
+    """Have a file go through the page cache from now on; False where it did already."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
+
+
+def _go_direct(descriptor: int) -> None:
+    """Take back ``_leave_direct``."""
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+@cache
+def _writers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_WRITERS)

@@ -1,0 +1,150 @@
+"""int8 weights in the compressed-tensors layout: which config.json describes it, and what the values stand for.
+
+The layout (format "int-quantized", https://github.com/vllm-project/compressed-tensors): ``<name>.weight`` int8
+[out, in] and ``<name>.weight_scale`` [out, 1]; the weight is their product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Any
+
+from converters.console.errors import InputError, shown
+from converters.console.notes import note
+from converters.model.config import ModelConfig
+from converters.model.parameters import LM_HEAD, parameters
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_SUFFIX = "_scale"  # behind the name of the weight
+_METHOD, _FORMAT = "compressed-tensors", "int-quantized"
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+# What a field of ``weights`` is where it isn't given, and fields that say how the scales were found.
+_WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+_HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+# Fields around it that change nothing in what a weight stands for. Its own tensors tell whether a linear is quantized,
+# so what is said of that (targets, ignore, quantization_status) is not needed.
+_HARMLESS = ("quant_method", "format", "config_groups", "ignore", "quantization_status", "global_compression_ratio",
+             "run_compressed", "version")  # fmt: skip
+_MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # other empty objects get compressed-tensors' defaults
+_HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
+
+
+def quantization_config(config: ModelConfig, quantized: Container[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json where the weights of the names in ``quantized`` are of this layout.
+
+    Every other linear is listed as ignored, an output head that is tied to the embedding as well.
+    """
+    linears = [LM_HEAD.name, *(parameter.name for parameter in parameters(config) if parameter.row.is_linear)]
+    ignored = [name for name in dict.fromkeys(linears) if name not in quantized]
+    return {
+        "quant_method": _METHOD,
+        "format": _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "format": _FORMAT, "weights": _WEIGHTS}},
+        "ignore": [name.removesuffix(".weight") for name in ignored],
+    }
+
+
+def is_int8(fields: Any, where: str) -> bool:
+    """Whether the fields of the config.json in the folder ``where`` describe weights of this layout.
+
+    Raises InputError, by name, for what else they ask of compressed-tensors; other methods are left to whoever reads
+    the rest of config.json.
+    """
+    described = fields.get("quantization_config") if isinstance(fields, dict) else None
+    if not isinstance(described, dict) or described.get("quant_method") != _METHOD:
+        return False
+    _check(where, {"format": described.get("format")}, {"format": (_FORMAT,)})
+    _check_rest(where, described, _HARMLESS)
+    groups = described.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise _refusal(where, f"config_groups {shown(groups)}")
+    for name, group in groups.items():
+        _check_group(where, name, group if isinstance(group, dict) else {})
+    return True
+
+
+def note_ignored(fields: dict[str, Any], where: str, linears: Iterable[str], quantized: Container[str]) -> None:
+    """Note which ``linears`` (names of weights) are held otherwise than ``ignore`` says; what is stored counts.
+
+    Raises InputError where ``ignore`` is no list of names and of regular expressions behind ``re:``.
+    """
+    patterns = fields["quantization_config"].get("ignore") or []
+    if not isinstance(patterns, list):
+        raise _refusal(where, f"ignore {shown(patterns)}")
+    try:
+        ignored = [_pattern(pattern) for pattern in patterns]
+    except (AttributeError, TypeError, re.error):
+        raise _refusal(where, f"ignore {shown(patterns)}") from None
+    for name in linears:
+        said = any(pattern.match(name.removesuffix(".weight")) for pattern in ignored)
+        if said and name in quantized:
+            note(f"{where}: config.json has {name} in ignore, but it is stored in int8, and so it is read.")
+        elif not said and name not in quantized:
+            note(f"{where}: {name} is not stored in int8, though config.json doesn't have it in ignore.")
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A module's name, or a regular expression for its beginning, as compressed-tensors matches them."""
+    expression = text.removeprefix("re:")
+    return re.compile(expression if expression != text else re.escape(text) + r"\Z")
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in]: int8 values [out, in] times their scale [out, 1]."""
+    return values.float() * scale.float()
+
+
+def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise _refusal(where, f"weights {shown(weights)} in {name}")
+    given = {key: value for key, value in weights.items() if value is not None}
+    if given.get("group_size") == -1:  # another way to say it
+        given |= {"strategy": given.get("strategy", "channel")}
+        del given["group_size"]
+    _check(where, _WEIGHT_DEFAULTS | {"strategy": None} | given, {key: (value,) for key, value in _WEIGHTS.items()})
+    _check_rest(where, given, (*_WEIGHTS, *_HOW_MADE))
+    _check(where, {"format": group.get("format")}, {"format": (None, _FORMAT)})
+    _check_rest(where, group, _HARMLESS_IN_GROUP)
+    activations = group.get("input_activations")
+    if activations is None:
+        return
+    if not isinstance(activations, dict) or activations.get("dynamic") is not True:
+        raise _refusal(where, "input_activations by scales that are stored (not dynamic)")
+    note(
+        f"{where} asks for activations in {shown(activations.get('num_bits'))} bits too (input_activations); that is "
+        "left out: the weights are as they would be, activations are not quantized."
+    )
+
+
+def _check(where: str, values: dict[str, Any], valid: dict[str, tuple[Any, ...]]) -> None:
+    """Raise InputError for a field with another value than those that are ``valid`` for it."""
+    for key, allowed in valid.items():
+        value = values.get(key)
+        if not any(value == each and type(value) is type(each) for each in allowed):
+            raise _refusal(where, f"{key} {shown(value)}")
+
+
+def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise InputError for a field beside the ``known`` ones that switches something on."""
+    for key, value in fields.items():
+        if key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense":
+            continue
+        if key == "transform_config" and isinstance(value, dict) and not any(value.values()):
+            continue
+        if key in _MAY_BE_EMPTY and value == {}:
+            continue
+        if key not in known and value not in (None, False, []):
+            raise _refusal(where, f"{key} {shown(value)}")
+
+
+def _refusal(where: str, what: str) -> InputError:
+    return InputError(
+        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. Of that this "
+        f"tool reads {_FORMAT!r}: symmetric int8, one scale per output channel, nothing else. Convert the unquantized "
+        "original."
+    )

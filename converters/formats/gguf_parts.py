@@ -1,0 +1,137 @@
+"""The files of a GGUF model: one, or the parts name-0000i-of-0000n.gguf that llama.cpp's tools split it into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.console.errors import DuplicateTensor, InputError
+from converters.files.streams import StreamReader
+from converters.formats.gguf_header import Metadata, check_header, damaged
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PART = re.compile(
+    r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?:\.gguf)?)", re.DOTALL | re.IGNORECASE
+)
+_MAX_PARTS = 1000
+
+
+class StoredTensor:
+    """A tensor as a file holds it. ``type`` is the gguf library's; ``shape`` is torch's, GGUF lists axes backwards."""
+
+    def __init__(self, file: StreamReader, path: Path, tensor: Any) -> None:
+        self.path = path
+        self.name: str = tensor.name
+        self.shape = tuple(int(length) for length in reversed(tensor.shape))
+        self.type = tensor.tensor_type
+        self._file = file
+        self._offset = int(tensor.data_offset)
+        self._dtype, self._raw_shape = tensor.data.dtype, tensor.data.shape
+
+    def raw(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as they are: uint8 blocks, or float16 or float32 elements; of a vector the whole."""
+        import numpy as np
+
+        if len(self._raw_shape) == 1:
+            start, stop, row = 0, self._raw_shape[0], ()
+        else:
+            row = self._raw_shape[1:]
+        row_bytes = int(np.prod(row, dtype=np.int64)) * self._dtype.itemsize
+        values = self._file.read(self._offset + start * row_bytes, (stop - start) * row_bytes)
+        return values.numpy().view(self._dtype).reshape((stop - start, *row))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All files of a model: the metadata of the first, the tensors of all, and every file's bytes before its data."""
+
+    paths: list[Path]
+    metadata: Metadata
+    tensors: list[StoredTensor]
+    header: bytes
+
+
+def open_parts(path: Path) -> Parts:
+    """Open a GGUF file, or all parts of a split model, any of which ``path`` may be.
+
+    Raises InputError for a damaged file and, naming it, for a part that is missing or doesn't belong to the others.
+    """
+    metadata, tensors, header = _read(path)
+    count = metadata.whole("split.count", 1)
+    if count <= 1:
+        return Parts([path], metadata, tensors, header)
+    paths = _names(metadata, count)
+    for other in paths:
+        if not other.is_file():
+            raise InputError(f"{other} is missing, a part of the model that {path.name} is one of. Fetch it.")
+    opened = [(metadata, tensors, header) if other == path else _read(other) for other in paths]
+    total = opened[0][0].whole("split.tensors.count")
+    for number, (each, _, _) in enumerate(opened):
+        told = tuple(each.whole(f"split.{key}", None) for key in ("no", "count", "tensors.count"))
+        if told != (number, count, total):
+            raise InputError(
+                f"{each.path} is no part of the same model as {paths[0].name}: its split.no, split.count and "
+                f"split.tensors.count are {told}, not {(number, count, total)}. Fetch all parts from one place."
+            )
+    together = [tensor for _, part, _ in opened for tensor in part]
+    _check_tensors(paths, together, total)
+    return Parts(paths, opened[0][0], together, b"".join(head for _, _, head in opened))
+
+
+def first_parts(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, of a split model's only the first."""
+    models: dict[object, Path] = {}
+    for path in sorted(paths):
+        name = _PART.fullmatch(path.name)
+        models.setdefault((name["model"], name["count"]) if name else path, path)
+    return list(models.values())
+
+
+def _names(metadata: Metadata, count: int) -> list[Path]:
+    """The paths of all parts, by the name of one."""
+    path, number = metadata.path, metadata.whole("split.no")
+    name = _PART.fullmatch(path.name)
+    if count > _MAX_PARTS or not 0 <= number < count:
+        raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
+    if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
+        raise InputError(
+            f"{path} is part {number + 1} of {count} of a split model; name it so, and the others like it: "
+            f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
+        )
+    return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]
+
+
+def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -> None:
+    holder: dict[str, Path] = {}
+    for tensor in tensors:
+        if tensor.name in holder:
+            raise DuplicateTensor(
+                f"The tensor {tensor.name!r} is held twice: by {holder[tensor.name]} and by {tensor.path}."
+            )
+        holder[tensor.name] = tensor.path
+    if len(tensors) != total:
+        raise InputError(
+            f"{paths[0]} and the other parts hold {len(tensors)} tensors; split.tensors.count says {total}. A part is "
+            "of another model: fetch all parts from one place."
+        )
+
+
+def _read(path: Path) -> tuple[Metadata, list[StoredTensor], bytes]:
+    """A file's metadata, tensors and the bytes before the data, checked as far as the format goes."""
+    from gguf import GGUFReader
+
+    check_header(path)
+    try:
+        reader = GGUFReader(path)
+        values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        file = StreamReader(path)
+        tensors = [StoredTensor(file, path, tensor) for tensor in reader.tensors]
+    except Exception as error:  # a parser of someone else's, on a file that may be damaged in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise damaged(path, reason[:100]) from None
+    return Metadata(path, values), tensors, reader.data[: reader.data_offset].tobytes()

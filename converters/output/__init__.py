@@ -1,0 +1,1 @@
+"""An output directory: claimed, recorded, resumed, checked before the first byte."""

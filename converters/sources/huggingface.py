@@ -1,0 +1,201 @@
+"""Weights in a Hugging Face directory: safetensors or torch's .bin, one file or an indexed set, read by rows."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.console.errors import DuplicateTensor, InputError, UnexpectedTensor, UnmappedTensor
+from converters.console.notes import note
+from converters.files.whole import CODES, TensorSpec
+from converters.formats.compressed_tensors import SCALE_SUFFIX, dequantize, is_int8, note_ignored, quantization_config
+from converters.formats.tensor_files import TensorFile
+from converters.model.architecture import Architecture
+from converters.model.config import ModelConfig, read_config, read_json
+from converters.model.dtypes import DTYPES, READ_DTYPES, dtype_to_write, said_dtype, widest
+from converters.model.parameters import LM_HEAD, check_names, is_known, parameters
+from converters.sources.fingerprint import fingerprint
+from converters.sources.huggingface_files import weight_files
+from converters.sources.huggingface_surplus import (
+    Held,
+    biased_weight,
+    is_computed,
+    is_zero,
+    note_left_out,
+    same_bytes,
+    settle_head,
+)
+from converters.tokenizers.auxiliary_files import read_companions, with_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+_BASE = "model."  # before the names of a whole model's tensors; left out where the model was saved without its head
+
+
+class HFSource:
+    """The weights of a Hugging Face directory under the TensorSource protocol."""
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, holder: dict[str, Held], found: set[str], said: str | None
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self._holder = holder
+        self._stored_dtypes, self._said_dtype = found, said
+        self._companions = with_tokenizer(directory, config)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        values = self._holder[name].rows(start, stop)
+        return values.float() if values.dtype == torch.float64 else values
+
+    def default_dtype(self) -> str:
+        return dtype_to_write(self._stored_dtypes, self._said_dtype)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.config, self.files(), read_companions(self.directory))
+
+    def files(self) -> list[Path]:
+        return sorted({held.path for held in self._holder.values()})
+
+    def companions(self) -> dict[str, bytes]:
+        return dict(self._companions)
+
+
+class CompressedSource(HFSource):
+    """Weights in the compressed-tensors layout (compressed.py) under the Int8Source protocol."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        values = super().rows(name, start, stop)
+        scale = name + SCALE_SUFFIX
+        return dequantize(values, super().rows(scale, start, stop)) if scale in self._holder else values
+
+    def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
+        specs, quantized = [], self._quantized(config)
+        for parameter in parameters(config):
+            is_int8 = parameter.name in quantized
+            specs.append(TensorSpec(parameter.name, CODES["int8" if is_int8 else config.dtype], parameter.shape))
+            if is_int8:
+                specs.append(TensorSpec(parameter.name + SCALE_SUFFIX, CODES["float32"], (parameter.shape[0], 1)))
+        return specs
+
+    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.rows(name, start, stop) if name in self._looked_up else super().rows(name, start, stop)
+
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(config, self._quantized(config))}
+
+    def _quantized(self, config: ModelConfig) -> set[str]:
+        """The names of the linears' weights that are int8."""
+        return {p.name for p in parameters(config) if p.row.is_linear and p.name + SCALE_SUFFIX in self._holder}
+
+    @cached_property
+    def _looked_up(self) -> set[str]:
+        """The names of the int8 tables that are no linears' weights, such as the embedding: they are dequantized."""
+        return {p.name for p in parameters(self.config) if p.row.looked_up and p.name + SCALE_SUFFIX in self._holder}
+
+
+def open_hf(directory: Path) -> HFSource:
+    """Open a Hugging Face directory and hold its tensors against the parameter table.
+
+    Raises InputError for an unreadable or untrustworthy file, for a tensor of another shape or of no floating type,
+    and its four subclasses for names that don't fit.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} does not exist or is no directory.")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} is no checkpoint: it has no config.json, nor Meta's params.json.")
+    fields = read_json(directory / "config.json")
+    int8 = is_int8(fields, str(directory))
+    config = read_config(directory / "config.json", quantized=int8)
+    suffix = SCALE_SUFFIX if int8 else ""
+    holder = _hold(weight_files(directory, fields), config, suffix)
+    config = settle_head(config, holder, LM_HEAD.name + SCALE_SUFFIX)
+    scales = {name for name in holder if int8 and name.endswith(SCALE_SUFFIX)}
+    check_names(config, (name for name in holder if name not in scales), str(directory))
+    found = _check_tensors(config, holder, scales)
+    if "float64" in found:
+        note(f"{directory} holds tensors of float64, which are read as float32.")
+    config = config.with_dtype(widest(found))
+    if int8:
+        linears = [parameter.name for parameter in parameters(config) if parameter.row.is_linear]
+        note_ignored(fields, str(directory), linears, {scale.removesuffix(SCALE_SUFFIX) for scale in scales})
+    return (CompressedSource if int8 else HFSource)(directory, config, holder, found, said_dtype(fields))
+
+
+def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, Held]:
+    """Where each tensor is that is a weight of such a model; what it doesn't need is left out, with a note.
+
+    The name of a weight may be followed by ``suffix``. Raises UnmappedTensor for any other name, and DuplicateTensor
+    for a tensor that is held twice with different values.
+    """
+    needed = {parameter.name for parameter in parameters(config)}
+    holder: dict[str, Held] = {}
+    computed, zeros, twice = [], [], []
+    for held in (Held(file, stored) for file in files for stored in file.names()):
+        name = _whole_name(held.name, suffix, config.architecture)
+        if is_computed(name):
+            computed.append(held.name)
+        elif name not in needed and is_known(biased_weight(name), config.architecture) and is_zero(held):
+            zeros.append(held.name)
+        elif not is_known(name.removesuffix(suffix), config.architecture):
+            title = config.architecture.title
+            raise UnmappedTensor(f"{held.path} holds the tensor {name}, which is not part of a model of {title}.")
+        elif name not in holder:
+            holder[name] = held
+        elif same_bytes(holder[name], held):
+            twice.append(held.name)
+        else:
+            raise DuplicateTensor(
+                f"The tensor {name} is held twice, with other values: by {holder[name].path} and by {held.path}."
+            )
+    note_left_out(computed, "buffers that follow from config.json")
+    note_left_out(zeros, "biases of zeros, which config.json doesn't ask for")
+    note_left_out(twice, "held twice, with the same values")
+    return holder
+
+
+def _whole_name(stored: str, suffix: str, architecture: Architecture) -> str:
+    """A tensor's name in a whole model: some, like OPT-66B's, were saved without the output head, or its prefix."""
+    based = _BASE + stored
+    known = any(is_known(name, architecture) for name in (based.removesuffix(suffix), biased_weight(based)))
+    return based if known else stored
+
+
+def _check_tensors(config: ModelConfig, holder: dict[str, Held], scales: set[str]) -> set[str]:
+    """Hold shapes and dtypes against the table; what has one of the ``scales`` is int8.
+
+    Returns the dtypes of the weights that are not quantized.
+    """
+    found, left = set(), set(scales)
+    for parameter in parameters(config):
+        scale = parameter.name + SCALE_SUFFIX
+        if scale in scales and len(parameter.shape) == 2:
+            left.remove(scale)
+            _check_tensor(holder[scale], scale, (parameter.shape[0], 1), DTYPES)
+            _check_tensor(holder[parameter.name], parameter.name, parameter.shape, ("int8",))
+            if not parameter.row.is_linear:
+                note(f"{holder[scale].path} holds {parameter.name} in int8. It is dequantized: int8 is for linears.")
+        else:
+            found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, READ_DTYPES))
+    for scale in left:
+        raise UnexpectedTensor(f"{holder[scale].path} holds {scale}, the scale of no matrix of its configuration.")
+    return found
+
+
+def _check_tensor(held: Held, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
+    """Hold one tensor's shape and dtype against what is expected. Returns the dtype."""
+    shape, dtype = held.shape, held.dtype
+    if shape != expected:
+        raise InputError(
+            f"{held.path}: the tensor {name} is of shape {list(shape)}, but config.json calls for {list(expected)}."
+        )
+    if dtype not in dtypes:
+        raise InputError(
+            f"{held.path}: the tensor {name} is of type {dtype}; this tool reads {', '.join(dtypes)} there. "
+            "Convert the unquantized original."
+        )
+    return dtype

@@ -1,0 +1,1 @@
+"""Tokenizers and the other small files that go with a model's weights."""

@@ -1,0 +1,137 @@
+"""The files that go with a model's weights, the tokenizer first of all: as they are, and as a tokenizer.json.
+
+llama-run reads tokenizer.json. Where a directory has another form of tokenizer, that becomes one here; what it was
+made from goes along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.console.errors import InputError, advising
+from converters.console.notes import note
+from converters.files.stand_ins import stand_in
+from converters.model.architecture import OPT
+from converters.model.config import ModelConfig
+from converters.model.end_tokens import GENERATION
+from converters.model.rope import Llama3Scaling
+from converters.tokenizers.gpt2 import read_gpt2
+from converters.tokenizers.reader import LLAMA_KINDS, MODEL, TOKENIZER, note_beyond
+from converters.tokenizers.sentencepiece import read_sentencepiece
+from converters.tokenizers.settings import CONFIG, Settings, read_settings
+from converters.tokenizers.tiktoken import is_tiktoken, read_tiktoken
+from converters.tokenizers.tokenizer_json import Vocabulary, add_template, add_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VOCAB, MERGES = "vocab.json", "merges.txt"
+COMPANIONS = (
+    TOKENIZER,
+    CONFIG,
+    MODEL,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    VOCAB,
+    MERGES,
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+# Further templates, by name, in a folder beside the first. Files of no other folder go along.
+TEMPLATES = "additional_chat_templates"
+_TEMPLATE = re.compile(r"\w[\w.-]*\.jinja")
+_GPT2_KINDS = ("GPT2Tokenizer", "GPT2TokenizerFast")
+
+
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files and the like in a directory: file name, of a template with its folder -> content."""
+    folder = directory / TEMPLATES
+    templates = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = (*COMPANIONS, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    for name in (TOKENIZER, MODEL):  # large enough to be kept elsewhere
+        if what := stand_in(files.get(name, b"")):
+            raise InputError(f"{directory / name} is {what}")
+    return files
+
+
+def note_without_tokenizer(files: dict[str, bytes], source: str) -> None:
+    """Say where the files that go along with a model hold no tokenizer for llama-run."""
+    if TOKENIZER in files:
+        return
+    kept = [name for name in (MODEL, VOCAB, MERGES) if name in files]
+    why = f"{' and '.join(kept)} alone don't say how text is cut" if kept else "there is none that this tool reads"
+    note(f"{source} gives no tokenizer.json ({why}): llama-run takes --prompt-ids with this model, and no --prompt.")
+
+
+def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) -> dict[str, bytes]:
+    """The files of ``read_companions``, with a tokenizer.json and a tokenizer_config.json where there were none.
+
+    With ``above`` a tokenizer.model may also be in the folder that the directory is in, as in Meta's downloads.
+
+    They are made of a tokenizer.model (SentencePiece's, or LLaMA 3's of Meta) or of GPT-2's vocab.json and merges.txt.
+    Raises InputError for a tokenizer that is damaged, of a kind that is not converted, or not this model's.
+    """
+    files = read_companions(directory)
+    place = directory
+    if above and not {TOKENIZER, MODEL} & files.keys() and (folder := _folder_above(directory)):
+        place = folder
+        note(f"{directory} has no {MODEL}: the one of the folder above it, {folder / MODEL}, goes along.")
+        files[MODEL] = (folder / MODEL).read_bytes()
+    if TOKENIZER in files:
+        note_beyond(files[TOKENIZER], str(directory), config.vocab_size)
+        return files
+    if not (MODEL in files or {VOCAB, MERGES} <= files.keys()):
+        return files
+    with advising("Correct or replace it, or take it away: without a tokenizer, llama-run takes --prompt-ids."):
+        return files | _make(files, directory, place, config)
+
+
+def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelConfig) -> dict[str, bytes]:
+    """The files that are made of a tokenizer.model, which is in ``place``, or of GPT-2's."""
+    settings = read_settings(files, str(directory))
+    if MODEL in files:
+        tokenizer, vocabulary = _read_model(files[MODEL], str(place / MODEL), config, settings)
+        bos = "bos" in vocabulary.ids if settings.add_bos is None else settings.add_bos
+    elif settings.kind in _GPT2_KINDS or (not settings.kind and config.architecture.model_type == OPT.model_type):
+        tokenizer, vocabulary = read_gpt2(files[VOCAB], files[MERGES], str(directory), settings.add_prefix_space)
+        bos = bool(settings.add_bos)
+    else:
+        return {}  # the two files alone don't say how text is cut
+    vocabulary.check_size(config.vocab_size)
+    vocabulary = settings.complete(vocabulary, config.vocab_size)
+    add_tokens(tokenizer, vocabulary)
+    add_template(tokenizer, vocabulary, bos, bool(settings.add_eos))
+    made = {TOKENIZER: tokenizer.to_str().encode()}
+    if CONFIG not in files:
+        fields = vocabulary.config() | {"model_max_length": config.max_position_embeddings}
+        made[CONFIG] = json.dumps(fields, indent=2, ensure_ascii=False).encode()
+    return made
+
+
+def _folder_above(directory: Path) -> Path | None:
+    """The folder that a directory is in, by its path or by where a link leads, if a tokenizer.model is there."""
+    folders = (Path(os.path.abspath(directory)).parent, directory.resolve().parent)
+    return next((folder for folder in folders if (folder / MODEL).is_file()), None)
+
+
+def _read_model(content: bytes, where: str, config: ModelConfig, settings: Settings) -> tuple[Tokenizer, Vocabulary]:
+    """A tokenizer.model, whichever of the two it is."""
+    if not is_tiktoken(content):
+        return read_sentencepiece(content, where, settings.add_prefix_space, _scheme(settings))
+    return read_tiktoken(content, where, since_3_1=isinstance(config.rope_scaling, Llama3Scaling))
+
+
+def _scheme(settings: Settings) -> str:
+    """How a space comes before the stretches between added tokens (Normalization.scheme).
+
+    ``legacy`` says it; where it isn't said, LLaMA's class in transformers 5 is not legacy, and all others are.
+    """
+    if settings.kind in LLAMA_KINDS:
+        return "always" if settings.legacy else "first"
+    return "first" if settings.legacy is False else ""

@@ -1,0 +1,1 @@
+"""The weight formats: one file for each."""

@@ -1,0 +1,100 @@
+"""shards.json: what a directory of shards holds. Written last, checked on reading against what the layout derives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.console.errors import InputError
+from converters.files.whole import FileRecord
+from converters.model.config import ModelConfig, read_json
+from converters.output.record import read_file_record
+from quantize.shards.partition import MAX_CHIPS, padding
+from quantize.shards.stored import SCHEMES, Scheme, stored_tensors
+
+FILE_NAME = "shards.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of shards.json; ``files`` has the chips that are present, by number."""
+
+    model: str
+    chips: int
+    scheme: Scheme
+    source_fingerprint: str
+    tensors: dict[str, dict[str, Any]]
+    files: dict[int, FileRecord]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "chips": self.chips,
+            "scheme": self.scheme.name,
+            "quantized_lm_head": self.scheme.quantize_lm_head,
+            "source_fingerprint": self.source_fingerprint,
+            "tensors": self.tensors,
+            "files": {chip_file(chip, self.chips): record.as_json() for chip, record in sorted(self.files.items())},
+        }
+
+
+def chip_file(chip: int, chips: int) -> str:
+    """``chip-03-of-08.safetensors``: chips are counted from 0, the number is their count."""
+    return f"chip-{chip:02d}-of-{chips:02d}.safetensors"
+
+
+def describe_tensors(config: ModelConfig, scheme: Scheme, chips: int) -> dict[str, dict[str, Any]]:
+    """The manifest's entry for every tensor: shape before the split, dtype, shard axis, elements of padding on it."""
+    return {
+        tensor.name: {
+            "shape": list(tensor.parameter.shape),
+            "dtype": tensor.dtype,
+            "shard_axis": tensor.parameter.row.shard,
+            "padding": padding(config, tensor.parameter, chips),
+        }
+        for tensor in stored_tensors(config, scheme)
+    }
+
+
+def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
+    """Read shards.json and hold it against ``config``. Raises InputError, saying what doesn't fit."""
+    path = directory / FILE_NAME
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{path} is of format version {str(version)[:20]}; this tool reads version {FORMAT_VERSION}. "
+            "Quantize the checkpoint again with this llama-quantize."
+        )
+    chips, scheme, files = content.get("chips"), content.get("scheme"), content.get("files")
+    quantized_lm_head = content.get("quantized_lm_head")
+    texts = (content.get("model"), content.get("source_fingerprint"))
+    sound = (
+        type(chips) is int
+        and 1 <= chips <= MAX_CHIPS
+        and scheme in SCHEMES
+        and isinstance(quantized_lm_head, bool)
+        and isinstance(files, dict)
+        and all(isinstance(text, str) for text in texts)
+    )
+    if not sound:
+        raise InputError(f"{path} is damaged. Fetch it again, or quantize the checkpoint again.")
+    chosen = Scheme(scheme, quantized_lm_head)
+    tensors = describe_tensors(config, chosen, chips)
+    if content.get("tensors") != tensors:
+        raise InputError(f"{path} lists other tensors than its config.json calls for; the two don't belong together.")
+    return Manifest(texts[0], chips, chosen, texts[1], tensors, _read_files(path, files, chips))
+
+
+def _read_files(path: Path, files: dict[str, Any], chips: int) -> dict[int, FileRecord]:
+    numbers = {chip_file(chip, chips): chip for chip in range(chips)}
+    records = {}
+    for name, entry in files.items():
+        if name not in numbers:
+            raise InputError(f"{path} lists the file {name[:80]!r}, which is not one of {chips} chips' files.")
+        records[numbers[name]] = read_file_record(entry, path, name)
+    return records

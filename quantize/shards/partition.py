@@ -1,0 +1,142 @@
+"""How each axis of the parameter table is split over chips: whole heads, even blocks, zeros where they don't divide.
+
+Every axis becomes, per chip, a list of segments of the unsplit axis. All chips hold equally many elements, as the
+XLA SPMD partitioner wants it. Splitting, putting back together, sizing and loading all read these segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+from converters.console.errors import InputError
+from converters.model.config import ModelConfig
+from converters.model.parameters import Axis, Parameter
+
+MAX_CHIPS = 4096
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``length`` consecutive elements of an axis from ``start``; with ``start`` None, as many zeros."""
+
+    start: int | None
+    length: int
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which heads each chip holds: ``kv_per_chip`` KV heads, and ``group`` query heads under each of them.
+
+    ``kv_heads`` names the KV head in every slot of every chip, chip by chip, and ``query_heads`` the query head in
+    every slot under those; None is a head of zeros. A KV head may stand in several slots, a query head in one.
+    """
+
+    chips: int
+    kv_per_chip: int
+    group: int
+    kv_heads: tuple[int | None, ...]  # [chips * kv_per_chip]
+    query_heads: tuple[int | None, ...]  # [chips * kv_per_chip * group]
+
+    @property
+    def kv_slots(self) -> int:
+        return len(self.kv_heads)
+
+    @property
+    def query_slots(self) -> int:
+        return len(self.query_heads)
+
+
+@lru_cache(maxsize=64)
+def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
+    """Place heads on chips at the least cost in weights and cache.
+
+    Query heads must be on the chip that holds their KV head. With S = chips * kv_per_chip slots for KV heads, each
+    KV head gets at least S // num_kv_heads of them, and a slot serves as many of its query heads as are then needed.
+    Of all kv_per_chip, the one with the fewest head slots in total is taken (the fewest KV slots among equals).
+    """
+    group_size = num_heads // num_kv_heads
+    fewest = -(-num_kv_heads // chips)
+
+    def group_for(kv_per_chip: int) -> int:
+        return -(-group_size // (chips * kv_per_chip // num_kv_heads))
+
+    # Past one query head per slot, further slots are only padding.
+    enough = -(-num_kv_heads * group_size // chips)
+    kv_per_chip = min(
+        range(fewest, max(fewest, enough) + 1), key=lambda count: (chips * count * (1 + group_for(count)), count)
+    )
+    group = group_for(kv_per_chip)
+    copies = -(-group_size // group)
+    kv_heads: list[int | None] = []
+    query_heads: list[int | None] = []
+    for kv_head in range(num_kv_heads):
+        for copy in range(copies):
+            kv_heads.append(kv_head)
+            first = copy * group
+            query_heads += [
+                kv_head * group_size + place if place < group_size else None for place in range(first, first + group)
+            ]
+    spare = chips * kv_per_chip - len(kv_heads)
+    kv_heads += [None] * spare
+    query_heads += [None] * (spare * group)
+    return HeadPlan(chips, kv_per_chip, group, tuple(kv_heads), tuple(query_heads))
+
+
+@lru_cache(maxsize=64)  # the layers of a model all ask the same
+def axis_segments(config: ModelConfig, axis: Axis, chips: int) -> tuple[tuple[Segment, ...], ...]:
+    """For each chip, what it holds of an axis that is split: segments in order, adjacent ones joined."""
+    check_chips(chips)
+    if axis in (Axis.QUERY, Axis.KV):
+        plan = plan_heads(config.num_heads, config.num_kv_heads, chips)
+        heads = plan.query_heads if axis is Axis.QUERY else plan.kv_heads
+        per_chip = len(heads) // chips
+        return tuple(
+            _head_segments(heads[chip * per_chip : (chip + 1) * per_chip], config.head_dim) for chip in range(chips)
+        )
+    length = axis.length(config)
+    block = -(-length // chips)
+    return tuple(_block_segments(length, block, chip * block) for chip in range(chips))
+
+
+def parameter_segments(config: ModelConfig, parameter: Parameter, chips: int) -> tuple[tuple[Segment, ...], ...]:
+    """For each chip, what it holds of ``parameter`` along its shard axis. The parameter must have one."""
+    return axis_segments(config, parameter.row.axes[parameter.row.shard], chips)
+
+
+def local_shape(config: ModelConfig, parameter: Parameter, chips: int) -> tuple[int, ...]:
+    """The shape of the part of ``parameter`` that each chip holds, padding included."""
+    shape = list(parameter.shape)
+    if parameter.row.shard is not None:
+        first_chip = parameter_segments(config, parameter, chips)[0]
+        shape[parameter.row.shard] = sum(segment.length for segment in first_chip)
+    return tuple(shape)
+
+
+def padding(config: ModelConfig, parameter: Parameter, chips: int) -> int:
+    """How much longer the shard axis is over all chips than in the model: zeros and repeated KV heads."""
+    shard = parameter.row.shard
+    return 0 if shard is None else local_shape(config, parameter, chips)[shard] * chips - parameter.shape[shard]
+
+
+def check_chips(chips: int) -> None:
+    """Raise InputError for a number of chips that no slice has."""
+    if type(chips) is not int or not 1 <= chips <= MAX_CHIPS:
+        raise InputError(f"{chips} chips can't be sharded for; give 1 to {MAX_CHIPS}.")
+
+
+def _head_segments(heads: tuple[int | None, ...], head_dim: int) -> tuple[Segment, ...]:
+    """Heads as segments of elements, runs of following heads (and of zero heads) joined."""
+    segments = []
+    for _, run in groupby(enumerate(heads), key=lambda item: None if item[1] is None else item[1] - item[0]):
+        members = [head for _, head in run]
+        start = None if members[0] is None else members[0] * head_dim
+        segments.append(Segment(start, len(members) * head_dim))
+    return tuple(segments)
+
+
+def _block_segments(length: int, block: int, start: int) -> tuple[Segment, ...]:
+    held = max(0, min(block, length - start))
+    segments = (Segment(start, held),) if held else ()
+    return (*segments, Segment(None, block - held)) if held < block else segments

@@ -1,0 +1,149 @@
+"""A finished directory of shards: checked on opening, read per chip or put back together, verified by digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.console.errors import InputError, MissingTensor, UnexpectedTensor
+from converters.console.progress import Advance
+from converters.formats.tensor_files import SafetensorsFile
+from converters.model.config import ModelConfig, read_config
+from converters.output.claim import check_finished
+from converters.output.record import WRITTEN, read_record, verify_files
+from converters.tokenizers.auxiliary_files import read_companions
+from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, read_manifest
+from quantize.shards.partition import Segment, parameter_segments
+from quantize.shards.stored import StoredTensor, chip_specs, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Shards:
+    """The shards of a model. Opening reads the manifest; a chip's file is opened and checked when first needed."""
+
+    def __init__(self, directory: Path) -> None:
+        check_finished(directory, "llama-quantize", FILE_NAME)
+        if not (directory / FILE_NAME).exists():
+            raise InputError(f"{directory} has no {FILE_NAME}: it is no finished output of llama-quantize.")
+        self.directory = directory
+        self.config: ModelConfig = read_config(directory / "config.json", quantized=True)
+        self.manifest: Manifest = read_manifest(directory, self.config)
+        self.tensors: dict[str, StoredTensor] = {
+            tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)
+        }
+        self._files: dict[int, SafetensorsFile] = {}
+
+    @property
+    def chips(self) -> int:
+        return self.manifest.chips
+
+    def require(self, chips: Iterable[int]) -> None:
+        """Raise InputError, naming them, where some of these chips' files are not there."""
+        missing = [chip for chip in chips if not self._path(chip).is_file()]
+        if missing:
+            names = ", ".join(chip_file(chip, self.chips) for chip in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise InputError(f"{self.directory} lacks {names}{more}. Fetch them, or write them with llama-quantize.")
+
+    def paths(self) -> list[Path]:
+        """The chips' files that the manifest lists."""
+        return [self._path(chip) for chip in sorted(self.manifest.files)]
+
+    def local(self, name: str, chip: int) -> torch.Tensor:
+        """The part of a tensor that ``chip`` holds, padding included."""
+        file = self._open(chip)
+        return file.rows(name, 0, file.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor as it was before the split."""
+        import torch
+
+        tensor = self.tensors[name]
+        shard = tensor.parameter.row.shard
+        if shard is None:
+            return self._open(0).rows(name, start, stop)
+        pieces = self._row_pieces if shard == 0 else self._column_pieces
+        return torch.cat(pieces(tensor, start, stop), dim=shard)
+
+    def verify(self, advance: Advance) -> None:
+        """Read every file that the manifest or the record lists; raise InputError, naming it, where a byte differs."""
+        self.require(self.manifest.files)
+        for chip in sorted(self.manifest.files):
+            self._open(chip)
+        files = {chip_file(chip, self.chips): record for chip, record in sorted(self.manifest.files.items())}
+        if (self.directory / WRITTEN).is_file():
+            files = read_record(self.directory / WRITTEN).files | files
+        verify_files(self.directory, files, "llama-quantize", advance)
+
+    def companions(self) -> dict[str, bytes]:
+        """The tokenizer's files and the like: file name -> content."""
+        return read_companions(self.directory)
+
+    def _path(self, chip: int) -> Path:
+        return self.directory / chip_file(chip, self.chips)
+
+    def _open(self, chip: int) -> SafetensorsFile:
+        if chip not in self._files:
+            self.require([chip])
+            self._check_size(chip)
+            file = SafetensorsFile(self._path(chip))
+            self._check_tensors(file)
+            self._files[chip] = file
+        return self._files[chip]
+
+    def _check_size(self, chip: int) -> None:
+        path, record = self._path(chip), self.manifest.files.get(chip)
+        if record is None:
+            raise InputError(f"{path} is not listed in {FILE_NAME}; it belongs to another output.")
+        size = path.stat().st_size
+        if size != record.nbytes:
+            raise InputError(
+                f"{path} is {size} bytes long; {FILE_NAME} says {record.nbytes}. Fetch it again, or write it "
+                "with llama-quantize --force."
+            )
+
+    def _check_tensors(self, file: SafetensorsFile) -> None:
+        """Hold a chip's file against what the layout says that every chip holds."""
+        specs = {spec.name: spec for spec in chip_specs(self.config, self.manifest.scheme, self.chips)}
+        names = set(file.names())
+        for name in names - specs.keys():
+            raise UnexpectedTensor(f"{file.path} holds the tensor {name}, which this model's shards don't have.")
+        for name, spec in specs.items():
+            if name not in names:
+                raise MissingTensor(f"{file.path} lacks the tensor {name}.")
+            if (file.code(name), file.shape(name)) != (spec.code, spec.shape):
+                raise InputError(
+                    f"{file.path}: the tensor {name} is {file.code(name)} {list(file.shape(name))}, but one of "
+                    f"{self.chips} chips holds {spec.code} {list(spec.shape)}. It belongs to another output."
+                )
+
+    def _segments(self, tensor: StoredTensor) -> tuple[tuple[Segment, ...], ...]:
+        return parameter_segments(self.config, tensor.parameter, self.chips)
+
+    def _row_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
+        pieces = []
+        at = start
+        for chip, segments in enumerate(self._segments(tensor)):
+            offset = 0
+            for segment in segments:
+                if segment.start is not None and segment.start <= at < min(stop, segment.start + segment.length):
+                    end = min(stop, segment.start + segment.length)
+                    first = offset + at - segment.start
+                    pieces.append(self._open(chip).rows(tensor.name, first, first + end - at))
+                    at = end
+                offset += segment.length
+        return pieces
+
+    def _column_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
+        pieces = []
+        for chip, segments in enumerate(self._segments(tensor)):
+            local = self._open(chip).rows(tensor.name, start, stop)
+            offset = 0
+            for segment in segments:
+                if segment.start is not None:
+                    pieces.append(local[:, offset : offset + segment.length])
+                offset += segment.length
+        return pieces

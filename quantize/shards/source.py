@@ -1,0 +1,68 @@
+"""Shards as a source of weights for llama-convert: put together again, dequantized or as int8 values and scales."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.files.whole import CODES, TensorSpec
+from converters.model.config import ModelConfig
+from converters.sources.source import Int8Source, TensorSource
+from quantize.dequantize import dequantized_rows
+from quantize.shards.manifest import FILE_NAME
+from quantize.shards.reading import Shards
+from quantize.shards.stored import quantization_fields, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardsSource:
+    """The weights of all chips' shards under the TensorSource protocol, padding and copies of KV heads left out."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.config: ModelConfig = shards.config
+        self._shards = shards
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return dequantized_rows(self._shards, name, start, stop)
+
+    def default_dtype(self) -> str:
+        return self.config.dtype
+
+    def fingerprint(self) -> str:
+        """Over config.json, the manifest, which has the digest of every file, and the files that go along."""
+        directory = self._shards.directory
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        digest.update((directory / FILE_NAME).read_bytes())
+        for name, content in self.companions().items():
+            digest.update(name.encode() + hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        return self._shards.paths()
+
+    def companions(self) -> dict[str, bytes]:
+        return self._shards.companions()
+
+
+class Int8ShardsSource(ShardsSource):
+    """int8 shards, which also give values and scales as they are: the Int8Source protocol."""
+
+    def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
+        tensors = stored_tensors(config, self._shards.manifest.scheme)
+        return [TensorSpec(tensor.name, CODES[tensor.dtype], tensor.parameter.shape) for tensor in tensors]
+
+    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._shards.rows(name, start, stop)
+
+    def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
+        return quantization_fields(config, self._shards.manifest.scheme)
+
+
+def open_shards(directory: Path) -> TensorSource | Int8Source:
+    """Open the shards of a model, all chips' files of which must be there. Raises InputError for what is damaged."""
+    shards = Shards(directory)
+    shards.require(range(shards.chips))
+    return Int8ShardsSource(shards) if shards.manifest.scheme.name == "int8" else ShardsSource(shards)

@@ -1,0 +1,1 @@
+"""llama-bench: what is measured, in turns, and the report."""

@@ -1,0 +1,190 @@
+"""What llama-bench compares the decoder with: the model of transformers, as it comes, with the same weights.
+
+``transformers-lazy`` moves it to one XLA device: LazyTensor traces every step anew, the cache grows, and so every
+length that was not seen before is compiled. ``transformers-eager`` runs it on the host's CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converters.console.command import run
+from converters.console.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantize.shards.reading import Shards
+
+INSTALL = "pip install 'llama-tpu-toolchain[bench]'"
+
+
+@click.command()
+@click.option("--shards", type=click.Path(path_type=Path), required=True)
+@click.option("--backend", type=click.Choice(["transformers-lazy", "transformers-eager"]), required=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), required=True)
+@click.option("--batch-size", type=int, required=True)
+@click.option("--prompt-len", type=int, required=True)
+@click.option("--max-new-tokens", type=int, required=True)
+@click.option("--layers", type=int)
+def command(
+    shards: Path, backend: str, dtype: str, batch_size: int, prompt_len: int, max_new_tokens: int, layers: int | None
+) -> None:
+    """One run of the baseline; its figures as JSON on stdout, under llama-run's keys."""
+    import torch
+
+    from runtime.json_out import STDOUT, write_json_out
+
+    begin = time.perf_counter()
+    lazy = backend == "transformers-lazy"
+    with torch.no_grad():
+        model = load_model(shards, getattr(torch, dtype), layers)
+        device = _LazyXLA() if lazy else _HostCPU()
+        model.to(device.device)
+        device.sync()
+        loaded = time.perf_counter()
+        drawn = torch.Generator().manual_seed(0)
+        prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_len), generator=drawn)
+        if not lazy:  # the first tokens pay for memory and kernels being set up; under LazyTensor that is the point
+            _generate(model, prompts, 2, device)
+        first = _generate(model, prompts, max_new_tokens, device)
+        compiled = device.compilations()
+        again = _generate(model, prompts, max_new_tokens, device) if lazy else None
+    figures = first.figures() | {
+        "model": model.config._name_or_path,
+        "platform": f"{device.kind}/{backend}",
+        "chips": 1,
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_len,
+        "load_s": loaded - begin,
+        "compilations": compiled,
+        "memory": {"host_peak_rss_bytes": _host_peak_rss_bytes()},
+        "token_ids": first.token_ids,
+    }
+    if again is not None:
+        figures["repeated_per_token_latency_ms"] = again.figures()["per_token_latency_ms"]
+    write_json_out(STDOUT, figures)
+
+
+def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
+    """transformers' model with the weights that the shards in ``directory`` stand for, on the host.
+
+    Raises InputError where transformers is not installed.
+    """
+    import torch
+
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    except ImportError as error:
+        raise InputError(f"transformers can't be imported ({error}). Install it: {INSTALL}") from None
+    from quantize.shards.reading import Shards
+
+    shards = Shards(directory)
+    fields = shards.config.cut(layers).to_hf()
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):  # no time is lost on values that are replaced
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(_weights(shards, layers, dtype), assign=True)
+    model.tie_weights()
+    if config.model_type == "llama":
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights: they are still meta
+    return model.eval()
+
+
+def _weights(shards: Shards, layers: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every parameter by its name in transformers, dequantized."""
+    from converters.model.parameters import EMBEDDING, LM_HEAD, parameters
+    from quantize.dequantize import dequantized_rows
+
+    config = shards.config.cut(layers)
+    tensors = {
+        parameter.name: dequantized_rows(shards, parameter.name, 0, parameter.shape[0]).to(dtype)
+        for parameter in parameters(config)
+    }
+    if config.tie_word_embeddings:
+        tensors[LM_HEAD.name] = tensors[config.architecture.prefix + EMBEDDING.name]
+    return tensors
+
+
+class _HostCPU:
+    """The host, which does everything at once."""
+
+    kind = device = "cpu"
+
+    def sync(self) -> None:
+        """Nothing is waiting."""
+
+    def compilations(self) -> int:
+        return 0
+
+
+class _LazyXLA:
+    """One XLA device under LazyTensor."""
+
+    def __init__(self) -> None:
+        import os
+
+        from runtime.devices.xla import compiled_graphs, lazy_device, lazy_sync
+
+        self.device = lazy_device()
+        self.kind = os.environ["PJRT_DEVICE"].lower()
+        self.sync, self.compilations = lazy_sync, compiled_graphs
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """Tokens per row, and the seconds that the prompt and the L steps after it took."""
+
+    token_ids: list[list[int]]
+    prefill_s: float
+    decode_s: float
+
+    def figures(self) -> dict[str, Any]:
+        rows, steps = len(self.token_ids), len(self.token_ids[0])
+        return {
+            "new_tokens": steps,
+            "latency_s": self.decode_s,
+            "per_token_latency_ms": 1000 * self.decode_s / steps,
+            "throughput_tokens_per_s": rows * steps / self.decode_s,
+            "prefill_ms": 1000 * self.prefill_s,
+        }
+
+
+def _generate(model: Any, prompts: torch.Tensor, new_tokens: int, device: _HostCPU | _LazyXLA) -> _Generated:
+    """Greedy decoding as llama-run counts it: the prompt but for its last token, then one step per new token."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    prompts = prompts.to(device.device)
+    device.sync()
+    begin = time.perf_counter()
+    if prompts.shape[1] > 1:
+        model(prompts[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        device.sync()
+    filled = time.perf_counter()
+    tokens = prompts[:, -1:]
+    produced = []
+    for _ in range(new_tokens):
+        tokens = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        device.sync()
+        produced.append(tokens.cpu())
+    done = time.perf_counter()
+    return _Generated(torch.cat(produced, dim=1).tolist(), filled - begin, done - filled)
+
+
+def _host_peak_rss_bytes() -> int:
+    from runtime.run.metrics import host_peak_rss_bytes
+
+    return host_peak_rss_bytes()
+
+
+def main() -> None:
+    """The process that llama-bench starts."""
+    run(command)

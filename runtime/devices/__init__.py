@@ -1,0 +1,1 @@
+"""The devices that a decoder runs on, behind one interface."""

@@ -1,0 +1,1 @@
+"""What a CPU runs at the speed of its memory."""

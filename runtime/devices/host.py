@@ -1,0 +1,82 @@
+"""The decoder on the host's CPU or CUDA device: the same shards put back together, eager or compiled by Inductor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.shards.reading import Shards
+from runtime.devices.backend import CacheUse
+from runtime.devices.bandwidth import measure_read_bandwidth
+from runtime.devices.capture import capture
+from runtime.devices.cpu.packed_linear import PackedLinear
+from runtime.devices.cpu.process import prepare_cpu_process
+from runtime.model.attention import attend_fused
+from runtime.model.decoder_tensors import PlacedTensor
+from runtime.model.device_form import Form
+from runtime.model.kv_cache import KVCache
+from runtime.model.linear import Linear, MakeLinear
+
+
+class HostBackend:
+    """One device holding whole tensors. ``mode`` is ``eager`` or ``inductor``."""
+
+    chips = 1
+    leader = True
+    cache_type = KVCache
+    fuse_bytes = None
+    steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
+
+    def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
+        """``compile_cache`` is a folder in which Inductor keeps its kernels; torch has one of its own by default."""
+        if compile_cache is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
+        self._mode = mode
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            prepare_cpu_process()
+        self.platform = f"{self._device.type}/{mode}"
+        # On CUDA Inductor fuses the conversion into the product by itself.
+        make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
+        self.form = Form(make_linear, attend_many=attend_fused) if self._device.type == "cpu" else Form()
+
+    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+        parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]
+        return tensor.join(parts).to(self._device)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=self._device)
+
+    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
+    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
+        """``exact`` or not, the host's products of float32 are exact: PyTorch's default, on CUDA too."""
+        return function if self._mode == "eager" else capture(function, "inductor")
+
+    def wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def compilations(self) -> int:
+        from torch._dynamo.utils import counters
+
+        return counters["stats"]["unique_graphs"]
+
+    def cache_use(self) -> CacheUse | None:
+        if self._mode == "eager":
+            return None
+        from torch._dynamo.utils import counters
+
+        found = counters["inductor"]
+        return CacheUse(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"], 0)
+
+    def read_bandwidth(self) -> float:
+        return measure_read_bandwidth(self._device)
+
+    def peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None

@@ -1,0 +1,1 @@
+"""The decoder, which knows no device."""

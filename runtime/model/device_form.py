@@ -1,0 +1,28 @@
+"""What of the decoder's computation a device wants in another shape or order; the results are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from runtime.model.attention import Attend, attend
+from runtime.model.linear import Linear, MakeLinear
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts that a device may have its own form of; by default, those that the TPU's compiler does well on."""
+
+    make_linear: MakeLinear = Linear
+    # Rows that a matrix product is given at least, by copies: a TPU gives a single one to its vector unit, which takes
+    # up to five times as long as the matrix unit for two.
+    least_rows: int = 1
+    attend_one: Attend = attend  # where there is one token to a row
+    attend_many: Attend = attend  # where there is more than one token to a row
+    keep: Callable[[torch.Tensor], torch.Tensor] = as_it_is  # around what all layers use and none should do anew

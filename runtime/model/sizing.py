@@ -1,0 +1,108 @@
+"""How large a model is and how much of it each chip holds: exactly, and by the post's formulas beside that.
+
+Exact sizes follow from what the shards hold (``quantize/shards/stored.py``) and from how it is split (``partition.py``
+beside it), so that they are the files' own. The formulas are those of "The Path to Achieve Ultra-Low Inference Latency
+With LLaMA 65B on PyTorch/XLA", sections Model Sizing, Cache Sizing and TPU v4 Hardware Sizing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from converters.files.whole import CODES, ITEM_BYTES
+from converters.model.config import ModelConfig
+from converters.model.parameters import EMBEDDING, parameters
+from quantize.shards.partition import plan_heads
+from quantize.shards.stored import Scheme, StoredParameter, stored_parameters
+
+BFLOAT16_BYTES = 2
+# "Each TPU v4 chip has 32GB of available High-Bandwidth Memory": of 10^9 bytes, as its Table 2 counts.
+POST_HBM_BYTES = 32 * 10**9
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """The model's parameters, without padding; a tied output head is counted once, with the embedding."""
+    first_layer = parameters(config.cut(1))
+    return sum(p.elements * (config.num_layers if p.in_block else 1) for p in first_layer)
+
+
+def parameter_bytes_per_chip(config: ModelConfig, scheme: Scheme, chips: int) -> int:
+    """Bytes of weights and scales that each of ``chips`` chips holds, padding included: its file without the header.
+
+    On one chip this is the model itself, unsplit.
+    """
+    return sum(count * _stored_bytes(config, stored, chips) for stored, count in _kinds(config, scheme))
+
+
+def cache_shape(config: ModelConfig, chips: int, batch_size: int, max_seq_len: int) -> tuple[int, int, int, int]:
+    """[B, H, S, D] of one layer's keys (and of its values) over all chips, repeated and zero heads included."""
+    heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
+    return batch_size, heads.kv_slots, max_seq_len, config.head_dim
+
+
+def cache_bytes_per_chip(
+    config: ModelConfig, chips: int, batch_size: int, max_seq_len: int, item_bytes: int, scale_bytes: int = 0
+) -> int:
+    """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * (D * item_bytes + scale_bytes).
+
+    ``scale_bytes`` is for a quantized cache, whose every key and value has a scale.
+    """
+    batch, heads, slots, head_dim = cache_shape(config, chips, batch_size, max_seq_len)
+    return 2 * config.num_layers * batch * (heads // chips) * slots * (head_dim * item_bytes + scale_bytes)
+
+
+def decode_bytes_per_chip(
+    config: ModelConfig,
+    scheme: Scheme,
+    chips: int,
+    batch_size: int,
+    max_seq_len: int,
+    item_bytes: int = BFLOAT16_BYTES,
+    scale_bytes: int = 0,
+) -> int:
+    """Bytes that each chip must read from its HBM for one decode step.
+
+    Every weight with its scale, and the whole cache, in bfloat16 by default: attention of fixed shape reads all its
+    slots. Of the embedding, unless it is the output head as well, and of learned positions only one row per token is
+    read. Counted for a chip that holds the rows of the whole batch, which is the slowest.
+    """
+    weights = 0
+    for stored, count in _kinds(config, scheme):
+        parameter = stored.weight.parameter
+        head_too = parameter.row is EMBEDDING and config.tie_word_embeddings
+        if parameter.row.looked_up and not head_too:
+            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.weight.dtype]]
+        else:
+            weights += count * _stored_bytes(config, stored, chips)
+    return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)
+
+
+def min_chips(total_bytes: int, hbm_bytes: int) -> int:
+    """The fewest chips whose HBM together holds ``total_bytes``, before any padding: Table 2's last column."""
+    return -(-total_bytes // hbm_bytes)
+
+
+def post_parameters(config: ModelConfig) -> int:
+    """The post's N = 12 * dim^2 * n_layers: neither vocabulary nor norms, and an MLP of 8 * dim^2 weights."""
+    return 12 * config.hidden_size**2 * config.num_layers
+
+
+def post_parameter_bytes(config: ModelConfig) -> int:
+    """Bytes of the post's N in bfloat16."""
+    return BFLOAT16_BYTES * post_parameters(config)
+
+
+def post_cache_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> int:
+    """The post's total_cache_size = n_layers * 2 * (B * S * dim) * 2 bytes: of every query head, so not for GQA."""
+    return config.num_layers * 2 * batch_size * max_seq_len * config.hidden_size * BFLOAT16_BYTES
+
+
+def _kinds(config: ModelConfig, scheme: Scheme) -> Iterator[tuple[StoredParameter, int]]:
+    """Every stored parameter of the first layer and around the layers, with how many like it the model has."""
+    for stored in stored_parameters(config.cut(1), scheme):
+        yield stored, config.num_layers if stored.weight.parameter.in_block else 1
+
+
+def _stored_bytes(config: ModelConfig, stored: StoredParameter, chips: int) -> int:
+    """Bytes of one stored parameter, weight and scale, on each chip."""
+    return sum(tensor.spec(config, chips).nbytes for tensor in stored.tensors)

@@ -1,0 +1,209 @@
+"""What the TPU's compiler makes of the graphs that llama-run executes, for a slice that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quantize.slices import Slice
+from runtime.devices.xla import TPU_LEAST_ROWS, TracedGraph, Tracer
+from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.graphs import CACHE_ARGUMENT, MakeGraph, fill_graph, greedy_graph, later_fill_graph
+from runtime.plan.chips import chip_of
+from runtime.plan.estimate import Estimate, estimate
+from runtime.plan.hlo import Module, parse_module
+from runtime.plan.latency import FITTED_GENERATION, latency_model
+from runtime.plan.plan import Workload
+from runtime.plan.tpu_compiler import CompiledProgram, OutOfMemory, TPUCompiler
+from runtime.run.buckets import has_later_sections
+from runtime.run.load import make_cache, make_decoder
+
+_HALF_PRECISION = ("bf16", "f16", "f32")
+# Of a compiled graph as JSON.
+_KEYS = (
+    "fits", "out_of_memory", "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "all_reduce",
+    "all_gather", "collectives", "dequantized_weights", "estimated_ms", "compile_s", "by_kind_ms",
+    "unpriced_instructions", "complete",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """One graph compiled for one chip of a slice. ``out_of_memory`` is the compiler's refusal; else it is None."""
+
+    program: CompiledProgram | None
+    estimate: Estimate | None  # None where the generation's clock isn't published
+    collectives: dict[str, tuple[int, int]]
+    dequantized_weights: int  # int8 weights of which a floating copy is written to memory
+    out_of_memory: str | None = None
+    roofline_s: float = 0.0
+
+    @property
+    def estimated_ms(self) -> float | None:
+        """The compiler's cost model, never below the roofline; without collectives, which it doesn't price."""
+        return None if self.estimate is None else 1000 * max(self.estimate.estimated_s, self.roofline_s)
+
+    @property
+    def collective_count(self) -> int:
+        return sum(count for count, _ in self.collectives.values())
+
+    def to_json(self, hbm_bytes: int) -> dict[str, Any]:
+        """The verdict under the keys that scripts rely on, the same in every case.
+
+        All but ``fits`` and ``out_of_memory`` are None where the program doesn't compile, and what is made of the
+        compiler's estimate where there is none.
+        """
+        program, priced = self.program, self.estimate
+        content = dict.fromkeys(_KEYS) | {"fits": False, "out_of_memory": self.out_of_memory}
+        if program is not None:
+            content |= {
+                "fits": program.peak_bytes <= hbm_bytes,
+                "argument_bytes": program.argument_bytes,
+                "output_bytes": program.output_bytes,
+                "alias_bytes": program.alias_bytes,
+                "temp_bytes": program.temp_bytes,
+                "peak_bytes": program.peak_bytes,
+                "all_reduce": self.collectives.get("all-reduce", (0, 0))[0],
+                "all_gather": self.collectives.get("all-gather", (0, 0))[0],
+                "collectives": {name: {"count": c, "bytes": b} for name, (c, b) in self.collectives.items()},
+                "dequantized_weights": self.dequantized_weights,
+                "estimated_ms": self.estimated_ms,
+                "compile_s": program.compile_s,
+            }
+        if priced is not None:
+            content["by_kind_ms"] = {
+                kind.value: {"estimated": 1000 * share.estimated_s, "roofline": 1000 * share.roofline_s}
+                for kind, share in priced.shares.items()
+            }
+            content["unpriced_instructions"] = priced.unpriced
+            content["complete"] = priced.complete
+        return content
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a decode step will take: computation as the compiler estimates it, and collectives by ``latency.py``."""
+
+    computation_ms: float  # the roofline where the compiler's cycles can't be turned into time
+    collectives_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.computation_ms + self.collectives_ms
+
+    def to_json(self) -> dict[str, Any]:
+        model = latency_model()
+        return {
+            "ms": self.ms,
+            "computation_ms": self.computation_ms,
+            "collectives_ms": self.collectives_ms,
+            "leave_one_out_mean_error": model.mean_error,
+            "leave_one_out_worst_error": model.worst_error,
+            "fitted_on": FITTED_GENERATION,
+        }
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """The decode step, prompt buckets by their length, and the later sections of prompts longer than the largest."""
+
+    target: Slice
+    step: CompiledGraph
+    buckets: dict[int, CompiledGraph]
+    later_section: CompiledGraph | None  # None where no bucket is asked for, or no prompt is longer than the largest
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """None where the step doesn't compile."""
+        if self.step.program is None:
+            return None
+        collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.chips)
+        return Prediction(self.step.estimated_ms or 1000 * self.step.roofline_s, 1000 * collectives_s)
+
+    def to_json(self) -> dict[str, Any]:
+        hbm_bytes = chip_of(self.target).hbm_bytes
+        content = self.step.to_json(hbm_bytes)
+        content["prediction"] = self.prediction and self.prediction.to_json()
+        if self.buckets:
+            content["buckets"] = {str(size): each.to_json(hbm_bytes) for size, each in self.buckets.items()}
+        if self.later_section:
+            content["later_section"] = self.later_section.to_json(hbm_bytes)
+        return content
+
+
+def compile_plan(
+    workload: Workload, target: Slice, buckets: Sequence[int] = (), least_rows: int = TPU_LEAST_ROWS
+) -> CompiledPlan:
+    """Trace a workload's decode step and buckets as llama-run does, and compile them for ``target`` at full depth.
+
+    Raises InputError where the compiler isn't installed.
+    """
+    compiler, slots = TPUCompiler(target), workload.max_seq_len
+
+    def compiled(make: MakeGraph, tokens: int, seen: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
+        graph = trace_graph(workload, target.chips, make, tokens, least_rows)
+        return _compile(compiler, graph, replace(workload, max_seq_len=seen), target)
+
+    step = compiled(greedy_graph, 1, slots, least_rows)
+    filled = {size: compiled(fill_graph, size, size) for size in buckets}
+    is_long = bool(buckets) and has_later_sections(buckets, slots)
+    return CompiledPlan(target, step, filled, compiled(later_fill_graph, buckets[-1], slots) if is_long else None)
+
+
+def trace_graph(
+    workload: Workload,
+    chips: int,
+    make: MakeGraph,
+    tokens: int,
+    least_rows: int = TPU_LEAST_ROWS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> TracedGraph:
+    """A graph of ``graphs.py`` for a number of ``tokens`` in each row; ``dtype`` is that of activations and cache."""
+    config, rows = workload.config, workload.batch_size
+    tracer = Tracer(chips, least_rows)
+    with torch.no_grad():
+        placed = placed_tensors(config, workload.scheme, chips, tracer.fuse_bytes)
+        tensors = {tensor.name: tracer.load(config, tensor) for tensor in placed}
+        decoder = make_decoder(config, dtype, tracer, tensors)
+        cache = make_cache(config, tracer, rows, workload.max_seq_len, dtype)
+        shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
+        arguments = [tracer.zeros(shape, torch.long, None) for shape in shapes]
+        graph, exact = make(decoder, tracer.cache_type), dtype == torch.float32
+        return tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact)
+
+
+def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
+    """``workload.max_seq_len`` is how many of the cache's slots the graph looks at."""
+    try:
+        program = compiler.compile(graph)
+    except OutOfMemory as error:
+        return CompiledGraph(None, None, {}, 0, str(error))
+    module, chip = parse_module(program.text), chip_of(target)
+    caches = frozenset(graph.aliases.values())
+    priced = estimate(module, chip, caches, workload.max_seq_len)
+    return CompiledGraph(
+        program,
+        priced if chip.clock_hz else None,
+        {name: (each.count, each.nbytes) for name, each in priced.collectives.items()},
+        dequantized_weights(module),
+        roofline_s=workload.on(target.chips).decode_bytes / chip.hbm_bandwidth,
+    )
+
+
+def dequantized_weights(module: Module) -> int:
+    """How many results outside of fusions have the sizes of an int8 matrix, in a floating type."""
+    weights = {
+        tuple(sorted(array.dims))
+        for each in module.entry.parameters.values()
+        for array in each.results
+        if array.dtype == "s8" and len(array.dims) == 2
+    }
+    return sum(
+        array.dtype in _HALF_PRECISION and tuple(sorted(size for size in array.dims if size > 1)) in weights
+        for each in module.entry.instructions.values()
+        if each.parameter is None
+        for array in each.results
+    )

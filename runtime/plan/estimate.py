@@ -1,0 +1,170 @@
+"""What a compiled step takes by the compiler's own cost model, by kind of work, and what its collectives move.
+
+Cycles over the clock, one instruction after the other. An instruction takes at least as long as its share of HBM takes
+to read, also where a copy brings that beside the computation: the cost model counts those copies nowhere, and not those
+that bring an updated cache back. What carries no cycles is counted and filled from its bytes over the bandwidth.
+Collectives carry none and are left to latency.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.plan.chips import Chip
+from runtime.plan.hlo import Instruction, Module
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Neither computing nor moving data, or done on the scalar unit beside the rest.
+_FREE = frozenset(
+    {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "copy-done", "partition-id", "replica-id"}
+)
+_FREE_CALLS = ("ConcatBitcast", "X64SplitLow", "X64SplitHigh", "X64Combine")
+# Copies that run beside the computation: their bytes are charged to what reads them.
+_BESIDE = frozenset({"copy-start", "slice-start", "slice-done", "async-start", "async-update", "async-done"})
+_LOOPS = ("while", "conditional", "call")
+_LEAST_UNPRICED_BYTES = 1024  # of scalars and their like, of which a step has hundreds; their time is nothing
+
+
+class Kind(Enum):
+    """Kinds of work in a decode step."""
+
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    REST = "rest"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Time of one kind of work: by the cost model, and of reading its bytes from HBM alone."""
+
+    estimated_s: float
+    roofline_s: float
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind, and the bytes of their results on each chip."""
+
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step's time without its collectives, and its collectives.
+
+    ``unpriced`` counts instructions without cycles by opcode, whose ``unpriced_s`` comes from their bytes, and
+    ``unknown`` those of which no time can be told at all: loops, whose rounds the text doesn't say.
+    """
+
+    shares: dict[Kind, Share]
+    collectives: dict[str, Collective]
+    unpriced: dict[str, int]
+    unpriced_s: float
+    unknown: dict[str, int]
+
+    @property
+    def estimated_s(self) -> float:
+        return sum(share.estimated_s for share in self.shares.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every instruction of the step has a time."""
+        return not self.unknown
+
+
+def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> Estimate:
+    """Price a module's entry computation; without a published clock the bytes alone count.
+
+    ``caches`` are the numbers of the parameters that are KV cache, of which the step looks at ``slots`` slots.
+    """
+    seconds: Counter[Kind] = Counter()
+    roofline: Counter[Kind] = Counter()
+    counts: Counter[Kind] = Counter()
+    collectives: dict[str, Collective] = {}
+    unpriced: Counter[str] = Counter()
+    unpriced_s = 0.0
+    for instruction in module.entry.instructions.values():
+        if (name := _collective(instruction.opcode)) is not None:
+            before = collectives.get(name, Collective(0, 0))
+            collectives[name] = Collective(before.count + 1, before.nbytes + instruction.nbytes)
+        elif (price := _price(module, instruction, chip)) is not None:
+            kind = _kind(module, instruction, caches, slots)
+            seconds[kind] += price.seconds
+            roofline[kind] += price.hbm_s
+            counts[kind] += 1
+            if price.filled:
+                unpriced[instruction.opcode] += 1
+                unpriced_s += price.seconds
+    shares = {kind: Share(seconds[kind], roofline[kind], counts[kind]) for kind in Kind}
+    unknown = Counter(each.opcode for each in module.entry.instructions.values() if each.opcode in _LOOPS)
+    return Estimate(shares, collectives, dict(unpriced), unpriced_s, dict(unknown))
+
+
+@dataclass(frozen=True)
+class _Price:
+    """Seconds that an instruction computes, and that its share of HBM takes to read, which goes on beside that."""
+
+    compute_s: float
+    hbm_s: float
+    filled: bool = False  # no cycles: the time is that of its bytes
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_s, self.hbm_s)
+
+
+def _price(module: Module, instruction: Instruction, chip: Chip) -> _Price | None:
+    """None for what takes no time of its own."""
+    if written := module.entry.written_back(instruction):
+        return _Price(written / chip.hbm_bandwidth, 0.0, filled=True)
+    if _is_free(instruction):
+        return None
+    if instruction.opcode == "dynamic-update-slice":  # in place: it writes the slice and leaves the rest
+        hbm_bytes, moved = 0, 2 * module.entry.operands(instruction)[1].nbytes
+    else:
+        hbm_bytes = sum(module.parameters_read(instruction).values())
+        moved = instruction.nbytes + sum(nbytes for _, nbytes in module.reads(instruction))
+    hbm_s = hbm_bytes / chip.hbm_bandwidth
+    if instruction.cycles is not None:
+        return _Price(instruction.cycles / (chip.clock_hz or math.inf), hbm_s)
+    if moved < _LEAST_UNPRICED_BYTES:
+        return None
+    return _Price(moved / chip.hbm_bandwidth, hbm_s, filled=True)
+
+
+def _is_free(instruction: Instruction) -> bool:
+    opcode = instruction.opcode
+    is_end = _collective(opcode.removesuffix("-done")) is not None
+    return opcode in _FREE or opcode in _BESIDE or instruction.target in _FREE_CALLS or is_end
+
+
+def _collective(opcode: str) -> str | None:
+    name = opcode.removesuffix("-start")
+    return name if name in _COLLECTIVES else None
+
+
+def _kind(module: Module, instruction: Instruction, caches: frozenset[int], slots: int) -> Kind:
+    reads = module.parameters_read(instruction)
+    parameters = [module.entry.instructions[name] for name in reads]
+    near = [instruction, *(source for source, _ in module.reads(instruction))]
+    if any(each.parameter in caches for each in parameters) or any(_has_scores(each, slots) for each in near):
+        return Kind.ATTENTION
+    weights = [each for each in parameters if _is_matrix(each) and reads[each.name] == each.nbytes]
+    return Kind.MATMUL if weights else Kind.REST
+
+
+def _is_matrix(parameter: Instruction) -> bool:
+    dims = parameter.results[0].dims
+    return len(dims) == 2 and min(dims) > 1
+
+
+def _has_scores(instruction: Instruction, slots: int) -> bool:
+    """Whether a result ends in the slots that are looked at, as only attention's do; a parameter is none."""
+    return instruction.parameter is None and any(
+        len(array.dims) > 1 and array.dims[-1] == slots for array in instruction.results
+    )

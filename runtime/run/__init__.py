@@ -1,0 +1,1 @@
+"""One run of a model: loading, prompts, generation, figures."""

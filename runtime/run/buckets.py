@@ -1,0 +1,53 @@
+"""Prompt lengths rounded up to a few fixed sizes, so that a handful of compiled graphs serves every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from converters.console.errors import InputError
+from converters.console.units import parse_integers
+
+
+class Section(NamedTuple):
+    """A stretch of the prompt processed in one execution: ``length`` tokens from ``start``, padded to ``bucket``."""
+
+    start: int
+    length: int
+    bucket: int
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """``128,256`` -> (128, 256). Raises InputError for anything but ascending positive numbers."""
+    try:
+        buckets = parse_integers(text)
+    except ValueError:
+        buckets = ()
+    if not buckets or buckets[0] < 1 or any(a >= b for a, b in pairwise(buckets)):
+        raise InputError(f"--buckets {text!r}: give ascending prompt lengths like 128,256,384,512.")
+    return buckets
+
+
+def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
+    """The buckets that fit into the cache; where none does, the cache's length is the only one."""
+    return tuple(bucket for bucket in buckets if bucket <= max_seq_len) or (max_seq_len,)
+
+
+def sections(length: int, buckets: Sequence[int]) -> list[Section]:
+    """Cut ``length`` prompt tokens into what is left over, rounded up to the nearest bucket, and full largest buckets.
+
+    So there are length / largest sections, rounded up. What stands on the padding of the first is written over by the
+    second, and all later ones are of a single shape.
+    """
+    if not length:
+        return []
+    largest = buckets[-1]
+    first = (length - 1) % largest + 1
+    bucket = next(bucket for bucket in buckets if bucket >= first)
+    return [Section(0, first, bucket), *(Section(start, largest, largest) for start in range(first, length, largest))]
+
+
+def has_later_sections(buckets: Sequence[int], longest_prompt: int) -> bool:
+    """Whether a prompt of so many tokens takes more than one section; its last token is left to the decode step."""
+    return buckets[-1] < longest_prompt - 1

@@ -1,0 +1,67 @@
+"""A decoder and its cache on a device, from shards on the disk, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from converters.console.progress import Advance
+from converters.model.config import ModelConfig
+from quantize.shards.partition import plan_heads
+from quantize.shards.reading import Shards
+from runtime.devices.backend import Backend
+from runtime.model.decoder import Decoder
+from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.kv_cache import HEAD_AXIS, KVCache
+from runtime.model.sizing import cache_shape
+
+if TYPE_CHECKING:
+    from runtime.devices.xla import Tracer
+
+
+def load_decoder(
+    shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
+) -> tuple[Decoder, int]:
+    """The decoder on the device, and the bytes of parameters that each chip holds; as ``load_tensors``."""
+    tensors, bytes_per_chip = load_tensors(shards, config, backend, advance)
+    return make_decoder(config, dtype, backend, tensors), bytes_per_chip
+
+
+def load_tensors(
+    shards: Shards, config: ModelConfig, backend: Backend, advance: Advance
+) -> tuple[dict[str, torch.Tensor], int]:
+    """What ``make_decoder`` takes, on the device, and the bytes of it that each chip holds.
+
+    ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are placed. Raises
+    InputError where a file is missing or isn't what the manifest says.
+    """
+    tensors = {}
+    bytes_per_chip = 0
+    for placed in placed_tensors(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes):
+        tensor = backend.load(shards, placed)
+        bytes_per_chip += tensor.nbytes // (1 if placed.shard is None else backend.chips)
+        tensors[placed.name] = tensor
+        advance(tensor.nbytes, placed.name)
+    return tensors, bytes_per_chip
+
+
+def make_decoder(
+    config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, tensors: Mapping[str, torch.Tensor]
+) -> Decoder:
+    """The decoder over tensors that are on the device already, by the names of ``placed_tensors``."""
+    heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
+    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.form).eval()
+
+
+def make_cache(
+    config: ModelConfig, backend: Backend | Tracer, batch_size: int, max_seq_len: int, dtype: torch.dtype
+) -> KVCache:
+    """An empty cache on the device, split over the chips by KV heads; ``dtype`` may be int8."""
+    shape = cache_shape(config, backend.chips, batch_size, max_seq_len)
+    tensors = [(shape, dtype)] * 2
+    if dtype == torch.int8:
+        tensors += [((*shape[:-1], 1), torch.float32)] * 2
+    held = [(sizes, backend.cache_type.stored_as(each)) for sizes, each in tensors]
+    return KVCache([[backend.zeros(*tensor, HEAD_AXIS) for tensor in held] for _ in range(config.num_layers)])

@@ -1,0 +1,75 @@
+"""Text to token ids and back, by the tokenizer beside the shards."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from converters.console.errors import InputError, advising, shown
+from converters.console.notes import note
+from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.reader import TOKENIZER, read_tokenizer
+
+
+class TextCodec:
+    """The tokenizer of a model."""
+
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        with advising("Put the model's own there, or take it away and give --prompt-ids."):
+            self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,
+        for one without a row in the model, and for text that isn't any.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(_not_text(text[error.start])) from None
+        for token in self._left_out:
+            if token in text:
+                note(f"The prompt holds {shown(token)}, a token without a row in the model: it is cut as any text.")
+        ids = self._tokenizer.encode(text).ids
+        if not ids:
+            raise InputError("The prompt holds no token; give some text.")
+        beyond = next((i for i in ids if i >= self._vocab_size), None)
+        if beyond is not None:
+            text = f" ({shown(self.token(beyond))})" if self.token(beyond) else ""
+            raise InputError(
+                f"The tokenizer gives the prompt token {beyond}{text}, and the model has {self._vocab_size} rows of "
+                "embeddings. Give another text, or --prompt-ids."
+            )
+        return ids
+
+    def control_tokens(self) -> dict[int, str]:
+        """The texts, by id, of the tokens that are no part of a text."""
+        return {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def token(self, i: int) -> str:
+        """A token's text, empty for an id that the tokenizer doesn't know."""
+        return self._tokenizer.id_to_token(i) or ""
+
+    def continuation(self, prompt: list[int], ids: list[int]) -> str:
+        """The text that ``ids`` add behind a prompt's, without special tokens.
+
+        Decoded alone they would lose the space before their first word, where a tokenizer strips the text's first.
+        """
+        before, whole = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
+        before = before.rstrip("\ufffd")  # half a character, which the ids complete
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
+
+
+def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
+    """The tokenizer in a directory of shards; None for a model without one."""
+    return TextCodec(directory, vocab_size) if (directory / TOKENIZER).is_file() else None
+
+
+def _not_text(surrogate: str) -> str:
+    """What is wrong with a prompt that holds a surrogate, as Python has bytes that the locale's encoding lacks."""
+    byte = ord(surrogate) - 0xDC00
+    found = f"the byte 0x{byte:02X}, which is no character of" if 0x80 <= byte <= 0xFF else "half a character in"
+    return (
+        f"The prompt is not text: it holds {found} {sys.getfilesystemencoding().upper()}. Convert it, for example "
+        "with: iconv -f LATIN1 -t UTF-8."
+    )
