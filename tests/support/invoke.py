@@ -15,6 +15,8 @@ from converters.cli import command as convert
 from converters.console.command import run
 from quantize.cli import command as quantize
 
+SUPPORT = Path(__file__).parent  # where the programs are that tests start
+
 
 class Result(NamedTuple):
     """What a command printed."""

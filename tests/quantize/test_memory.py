@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from invoke import SUPPORT
 from safetensors import safe_open
 
 LIMIT_BYTES = 1.5e9  # resident at the peak, mapped files and the interpreter with torch (about 0.5 GB) included
@@ -24,7 +25,7 @@ FIELDS = {
 def _run(command: str, *arguments: object) -> None:
     """Run a console script and hold its peak against the limit."""
     script = Path(sys.executable).with_name(command)
-    launcher = Path(__file__).with_name("child_rusage.py")
+    launcher = SUPPORT / "child_rusage.py"
     done = subprocess.run(
         [sys.executable, launcher, script, *map(str, arguments)], capture_output=True, text=True, check=False
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from invoke import invoke
+from invoke import SUPPORT, invoke
 from models import snapshot, write_hf
 
 from converters.cli import command as convert
@@ -75,7 +75,7 @@ def test_plan(closed: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_bench(closed: str, root: Path, tmp_path: Path) -> None:
     """It says on stderr how each run went."""
-    child = Path(__file__).with_name("child_bench.py")
+    child = SUPPORT / "child_bench.py"
     code = f"import runpy; runpy.run_path({str(child)!r})"
     arguments = ("--shards", root / "shards", "--out", tmp_path / "out", "--figures", "3", "--batch-size", "1,2")
     sizes = ("--prompt-len", "3", "--max-seq-len", "24", "--max-new-tokens", "2", "--repeat", "1")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from invoke import invoke, invoke_error, refuse
+from invoke import SUPPORT, invoke, invoke_error, refuse
 from models import random_tensors, write_hf
 
 from converters.cli import command as convert
@@ -231,7 +231,7 @@ for arguments in eval(sys.argv[2]):
 print("done")
 """
     errors = repr([arguments for arguments, _ in RUN_ERRORS])
-    words = [sys.executable, "-c", code, str(Path(__file__).parent), errors]
+    words = [sys.executable, "-c", code, str(SUPPORT), errors]
     done = subprocess.run(words, capture_output=True, text=True, cwd=root)
     assert done.stdout == "done\n", done.stderr
 

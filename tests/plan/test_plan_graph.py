@@ -6,10 +6,9 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from invoke import invoke
+from invoke import SUPPORT, invoke
 from models import make_model, make_opt
 
 from quantize.cli import command as quantize
@@ -25,7 +24,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         make_opt(root / "hf", heads=6, hidden=48, layers=2, ffn=90, vocab=211, width=40, do_layer_norm_before=False)
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
-    child = Path(__file__).with_name("child_graph.py")
+    child = SUPPORT / "child_graph.py"
     subprocess.run([sys.executable, child, root / "out", root / "result.json"], check=True, timeout=300)
     return json.loads((root / "result.json").read_text()) | {"model": request.param}
 

@@ -245,7 +245,7 @@ def test_defaults_for_what_a_file_may_leave_out(tmp_path: Path) -> None:
 
 def test_importing_the_module_is_cheap() -> None:
     code = "import sys, converters.sources.gguf; print({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules))"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"
 

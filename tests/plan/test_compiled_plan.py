@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from invoke import invoke
+from invoke import SUPPORT, invoke
 
 from converters.model.config import PRESETS
 from quantize.shards.stored import Scheme
@@ -113,7 +113,7 @@ def test_a_second_row_brings_batch_1_to_the_matrix_unit() -> None:
 def test_175b_at_full_depth(scheme: str, target: str, fits: bool, tmp_path: Path) -> None:
     """All 96 layers in 8 GB of memory; held bytes as the files', caches in place, two all-reduces a layer."""
     program = [Path(sys.executable).with_name("llama-plan"), "--config", "175B", f"--{scheme}", "--target", target]
-    child = [sys.executable, Path(__file__).with_name("child_rusage.py"), *program]
+    child = [sys.executable, SUPPORT / "child_rusage.py", *program]
     done = subprocess.run(
         [*child, "--compile", "--json", tmp_path / "plan.json"], check=True, capture_output=True, text=True, timeout=900
     )

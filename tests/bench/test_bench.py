@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from invoke import invoke, refuse
+from invoke import SUPPORT, invoke, refuse
 from models import edit_json, snapshot, write_hf
 
 from converters.cli import command as convert
@@ -173,7 +173,7 @@ def test_runs_of_two_devices_are_not_mixed(tmp_path: Path) -> None:
 
 
 def _command(root: Path, out: Path, *more: object) -> list[str]:
-    child = Path(__file__).with_name("child_bench.py")
+    child = SUPPORT / "child_bench.py"
     figures = ",".join(name for name in FIGURES if name != "5")  # whose shards would have torch loaded
     arguments = ("--shards", root / "shards", "--out", out, "--figures", figures, *SIZES, "--repeat", 3, *more)
     return [sys.executable, str(child), str(out) + ".log", *map(str, arguments)]
