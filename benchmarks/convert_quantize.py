@@ -137,9 +137,9 @@ def table(results: dict[str, Any]) -> str:
 
 def before_the_disk() -> dict[str, float]:
     """Rates of the two inner loops on all cores, values going nowhere."""
+    from converters.files.row_blocks import row_blocks
     from converters.model.config import PRESETS
     from converters.sources.random_init import RandomSource
-    from converters.sources.source import row_blocks
     from quantize.formats.int8 import quantize_rows
 
     source, name = RandomSource(PRESETS["7B"], 0), "model.layers.0.mlp.up_proj.weight"
@@ -245,9 +245,9 @@ def write_gguf(work: Path) -> None:
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    from converters.checkpoint import open_source
     from converters.model.parameters import parameters
     from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
+    from converters.sources.opening import open_source
 
     source = open_source(work / "checkpoint")
     config = source.config

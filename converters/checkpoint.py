@@ -11,19 +11,15 @@ from typing import Any
 from converters.console.errors import InputError
 from converters.console.progress import Advance
 from converters.contents import Form, block_tasks
+from converters.files.json_file import read_json
 from converters.files.parallel import in_order
 from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
-from converters.model.config import read_json
 from converters.output.claim import Finished, Output, check_finished
 from converters.output.journal import Journal
 from converters.output.record import WRITTEN, read_file_record, read_record, verify_files
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.sources import random_init
-from converters.sources.huggingface import open_hf
 from converters.sources.huggingface_files import INDEX, weight_map
-from converters.sources.meta import is_meta, open_meta
-from converters.sources.registry import find_opener
-from converters.sources.single_file import find_gguf, open_file
 from converters.sources.source import TensorSource
 
 # What is kept in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
@@ -42,31 +38,6 @@ class ModelFile:
     @property
     def nbytes(self) -> int:
         return safetensors_bytes(self.specs)
-
-
-def open_source(path: Path) -> TensorSource:
-    """Open whatever holds a model's weights: a checkpoint, a Hugging Face or Meta directory, a GGUF file, shards.
-
-    Nothing but headers is read. Raises InputError where the path holds no such thing.
-    """
-    if path.is_file():
-        return open_file(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist. Give a .gguf file, or a directory of Hugging Face's or Meta's.")
-    registered = find_opener(path)
-    if registered is not None:
-        return registered(path)
-    if (path / "shards.json").exists():
-        raise InputError(
-            f"{path} holds shards, and nothing that reads them is announced by this installation. Install it again "
-            "(pip install -e .)."
-        )
-    check_finished(path, "llama-convert", INDEX)
-    if (path / random_init.FILE_NAME).exists():
-        return random_init.open_random_init(path)
-    if path.is_dir() and (gguf := find_gguf(path)):
-        return open_file(gguf)
-    return open_meta(path) if is_meta(path) else open_hf(path)
 
 
 def plan_files(form: Form, max_shard_bytes: int) -> list[ModelFile]:

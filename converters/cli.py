@@ -96,7 +96,7 @@ def command(
         config = found.cut(layers).with_dtype(dtype or found.dtype)
         weights = RandomSource(config, seed)
     else:
-        from converters.checkpoint import open_source
+        from converters.sources.opening import open_source
 
         _check_distinct(source, out)
         weights = open_source(source)

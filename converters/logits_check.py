@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from converters.console.errors import InputError
 from converters.console.units import format_bytes
 from converters.convert import Conversion
+from converters.files.row_blocks import row_blocks
 from converters.files.text_path import text_path
 from converters.model.parameters import parameters
 from converters.output.preflight import available_memory
 from converters.sources.gguf import GGUFSource
 from converters.sources.huggingface import CompressedSource, HFSource
-from converters.sources.source import row_blocks
 
 if TYPE_CHECKING:
     import torch

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.checkpoint import finished as written
-from converters.checkpoint import open_source
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, plural
 from converters.output.claim import State, Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
+from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, chip_file

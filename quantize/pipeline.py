@@ -13,6 +13,7 @@ import torch
 
 from converters.console.progress import Advance
 from converters.files.parallel import in_order
+from converters.files.row_blocks import row_blocks
 from converters.files.whole import (
     SafetensorsWriter,
     TensorSpec,
@@ -22,7 +23,6 @@ from converters.files.whole import (
 from converters.model.config import ModelConfig
 from converters.output.claim import Finished, Output, Wanted
 from converters.output.journal import Journal
-from converters.sources.source import row_blocks
 from quantize.report import FILE_NAME as REPORT
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.shards.partition import Segment, parameter_segments

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError, shown
 from converters.console.notes import note
-from converters.files.stand_ins import check_itself
+from converters.files.json_file import read_json
 from converters.model.architecture import LLAMA, OPT, OPT_POST_NORM, Architecture, Positions
 from converters.model.dtypes import DTYPES, said_dtype
 from converters.model.end_tokens import token_ids
@@ -193,20 +192,6 @@ def read_config(path: Path, quantized: bool = False) -> ModelConfig:
         return from_hf(fields, name=name_of_directory(path.parent))
     except InputError as error:
         raise InputError(f"{path.parent}: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in a file. Raises InputError, naming the file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        check_itself(path)
-        place = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{path} is not valid JSON{place}; correct it, or fetch it again.") from None
 
 
 def _name(fields: dict[str, Any]) -> str:

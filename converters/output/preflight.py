@@ -18,9 +18,9 @@ from converters.console.notes import note
 from converters.console.units import format_bytes, format_seconds
 from converters.files.file_system import sync_file
 from converters.files.parallel import AHEAD, WORKERS, in_order
+from converters.files.row_blocks import BLOCK_ELEMENTS
 from converters.files.streams import chunk_bytes
 from converters.model.config import ModelConfig
-from converters.sources.source import BLOCK_ELEMENTS
 
 _PROGRAM_BYTES = 550_000_000  # the interpreter with torch
 _BLOCK_BYTES = 10 * BLOCK_ELEMENTS  # a block as it is read (float32 at most), and what is made of it

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
+from converters.files.json_file import read_json
 from converters.files.whole import FileRecord, partial_path, write_json
-from converters.model.config import read_json
 from converters.output.journal import FILE_NAME as JOURNAL
 
 IN_PROGRESS, WRITTEN = ".in-progress.json", ".written.json"

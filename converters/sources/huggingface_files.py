@@ -8,9 +8,9 @@ from typing import Any
 
 from converters.console.errors import InputError, MissingTensor, shown
 from converters.console.notes import note
+from converters.files.json_file import read_json
 from converters.files.stand_ins import check_itself
 from converters.formats.tensor_files import TensorFile, open_tensor_file
-from converters.model.config import read_json
 from converters.sources.huggingface_surplus import is_computed
 
 INDEX = "model.safetensors.index.json"

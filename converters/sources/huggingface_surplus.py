@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from converters.console.notes import note
 from converters.console.units import plural
+from converters.files.row_blocks import row_blocks
 from converters.model.config import ModelConfig
 from converters.model.dtypes import READ_DTYPES
 from converters.model.parameters import EMBEDDING, LM_HEAD
-from converters.sources.source import row_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,8 @@ from typing import Any
 
 from converters.console.errors import InputError, shown
 from converters.console.notes import note
-from converters.model.config import ModelConfig, read_json
+from converters.files.json_file import read_json
+from converters.model.config import ModelConfig
 from converters.model.rope import Llama3Scaling
 
 FILE_NAME = "params.json"

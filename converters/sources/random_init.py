@@ -15,9 +15,10 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
-from converters.model.config import ModelConfig, read_config, read_json
+from converters.files.json_file import read_json
+from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
+from converters.model.config import ModelConfig, read_config
 from converters.model.parameters import parameters
-from converters.sources.source import CACHED_ELEMENTS, row_blocks
 
 if TYPE_CHECKING:
     import numpy as np

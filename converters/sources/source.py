@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -12,9 +11,6 @@ if TYPE_CHECKING:
     import torch
 
     from converters.files.whole import TensorSpec
-
-BLOCK_ELEMENTS = 1 << 21  # 4 MB in bfloat16: few enough to hold several, enough to be worth handing to a thread
-CACHED_ELEMENTS = 1 << 19  # as float32, 2 MB: arithmetic in steps of this size stays in the cache
 
 
 class TensorSource(Protocol):
@@ -64,10 +60,3 @@ class Int8Source(TensorSource, Protocol):
     def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
         """What config.json has to say of these tensors: its ``quantization_config``."""
         ...
-
-
-def row_blocks(start: int, stop: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges that cover rows [start, stop) of ``width`` elements, each of about ``elements``."""
-    step = max(1, elements // width)
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from converters.sources.source import CACHED_ELEMENTS, row_blocks
+from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
 
 QMAX = 127
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it float32 loses the precision that a division needs

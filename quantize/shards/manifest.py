@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
+from converters.files.json_file import read_json
 from converters.files.whole import FileRecord
-from converters.model.config import ModelConfig, read_json
+from converters.model.config import ModelConfig
 from converters.output.record import read_file_record
 from quantize.shards.partition import MAX_CHIPS, padding
 from quantize.shards.stored import SCHEMES, Scheme, stored_tensors

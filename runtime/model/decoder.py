@@ -9,13 +9,12 @@ one index serves index_copy for the whole batch, and a row's position is its slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from converters.console.errors import MissingTensor, UnexpectedTensor
-from converters.model.architecture import Architecture, FeedForward, Norm, Positions
+from converters.model.architecture import Architecture, FeedForward, Positions
 from converters.model.config import ModelConfig
 from converters.model.parameters import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.model.rope import inverse_frequencies
@@ -23,105 +22,8 @@ from quantize.shards.partition import HeadPlan
 from runtime.model.decoder_tensors import FUSED
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.linear import MakeLinear
-
-
-class Weights:
-    """Tensors by their name in the shards, each to be taken once, under names that grow with the module tree."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], make_linear: MakeLinear) -> None:
-        self._left, self._make_linear = dict(tensors), make_linear
-
-    def take(self, name: str) -> torch.Tensor:
-        if name not in self._left:
-            raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
-        return self._left.pop(name)
-
-    def linear(self, name: str, bias: bool = False) -> nn.Module:
-        """The linear ``name``.weight, quantized where there is a scale beside it; with ``bias`` it has one."""
-        weight = f"{name}.weight"
-        linear = self._make_linear(self.take(weight), self._left.pop(weight + "_scale", None))
-        return Biased(linear, self.take(f"{name}.bias")) if bias else linear
-
-    def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
-        """The linears that ``fused`` of ``placed.FUSED`` stands for, as one where they have been put together."""
-        whole = prefix + fused
-        names = [whole] if f"{whole}.weight" in self._left else [prefix + part for part in FUSED[fused]]
-        return Projections([self.linear(name, bias) for name in names], shares, chips)
-
-    def norm(self, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-        """The normalization ``name``, given out in ``dtype``."""
-        if config.architecture.norm is Norm.RMS:
-            return RMSNorm(self.take(f"{name}.weight"), config.norm_eps, dtype)
-        learned = ("weight", "bias") if config.architecture.norm_weights else ()
-        return LayerNorm(config.norm_eps, dtype, *(self.take(f"{name}.{part}") for part in learned))
-
-    def check_all_taken(self) -> None:
-        for name in self._left:
-            raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
-
-
-class Biased(nn.Module):
-    """A linear of any form, and the bias [out] that is added to what it gives: on every chip, or once to their sum."""
-
-    def __init__(self, linear: nn.Module, bias: torch.Tensor) -> None:
-        super().__init__()
-        self.linear = linear
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        return y + self.bias.to(y.dtype)
-
-
-class Projections(nn.Module):
-    """Linears of one input: each by itself, or all as one product of their weights put together chip by chip.
-
-    ``shares`` are the sizes of their outputs relative to each other. Gives a tensor [..., chips, size] for each.
-    """
-
-    def __init__(self, linears: Sequence[nn.Module], shares: Sequence[int], chips: int) -> None:
-        super().__init__()
-        self.linears, self.shares, self.chips = nn.ModuleList(linears), shares, chips
-
-    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        outputs = [linear(x).unflatten(-1, (self.chips, -1)) for linear in self.linears]
-        if len(outputs) > 1:
-            return outputs
-        unit = outputs[0].shape[-1] // sum(self.shares)
-        return outputs[0].split([unit * share for share in self.shares], dim=-1)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang & Sennrich 2019) of float32 [..., E], given out in ``dtype``."""
-
-    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps, self.dtype = eps, dtype
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(self.dtype)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``; weight and bias may be none."""
-
-    def __init__(
-        self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.eps, self.dtype = eps, dtype
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            x = x * self.weight.float() + self.bias.float()
-        return x.to(self.dtype)
+from runtime.model.norms import make_norm
+from runtime.model.weights import Projections, Weights
 
 
 class Attention(nn.Module):
@@ -213,9 +115,9 @@ class Block(nn.Module):
         made_of = config.architecture
         self.norm_first, self.dtype = made_of.norm_first, dtype
         normed = dtype if self.norm_first else torch.float32  # behind the sums, norms give the next layer's input
-        self.attention_norm = weights.norm(prefix + made_of.attention_norm, config, normed)
+        self.attention_norm = make_norm(weights, prefix + made_of.attention_norm, config, normed)
         self.attention = Attention(weights, prefix + "self_attn.", heads, config, form)
-        self.feed_forward_norm = weights.norm(prefix + made_of.feed_forward_norm, config, normed)
+        self.feed_forward_norm = make_norm(weights, prefix + made_of.feed_forward_norm, config, normed)
         self.feed_forward = _feed_forward(weights, prefix, made_of, heads.chips)
 
     def forward(
@@ -263,7 +165,7 @@ class Decoder(nn.Module):
         self.position_offset = made_of.position_offset
         prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, form) for name in prefixes)
-        self.norm = weights.norm(prefix + made_of.final_norm, config, dtype) if made_of.final_norm else None
+        self.norm = make_norm(weights, prefix + made_of.final_norm, config, dtype) if made_of.final_norm else None
         self.project_in, self.project_out = (
             None if config.word_embed_proj_dim is None else weights.linear(prefix + row.name.removesuffix(".weight"))
             for row in (PROJECT_IN, PROJECT_OUT)

@@ -13,10 +13,10 @@ from parity import count_greedy, decode, logits_after, reference, relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.model.config import PRESETS, from_hf
+from converters.sources.opening import open_source
 from converters.sources.random_init import STD, RandomSource
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards

@@ -17,8 +17,8 @@ from models import edit_json, make_model, make_opt, random_tensors, stored, writ
 from parity import count_greedy, decode, logits_after, reference, relative
 from safetensors.torch import load_file
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 

@@ -11,9 +11,9 @@ from invoke import invoke
 from meta_format import write_meta
 from models import SMALL, edit_json, make_model, write_hf
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.model.config import from_hf
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
 HASH = "0123456789abcdef0123456789abcdef01234567"

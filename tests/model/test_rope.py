@@ -17,10 +17,10 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.model.config import PRESETS, ModelConfig, from_hf
 from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 

@@ -18,9 +18,9 @@ from invoke import error_line, invoke, run_command
 from meta_format import write_meta
 from models import make_model, snapshot
 
-from converters.checkpoint import open_source
 from converters.console.errors import InputError
 from converters.output import preflight
+from converters.sources.opening import open_source
 from quantize.shards.reading import Shards
 
 KILLS = 20  # of each of the kinds of run

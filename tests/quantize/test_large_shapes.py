@@ -9,8 +9,8 @@ import torch
 from invoke import invoke
 from safetensors import safe_open
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
 

@@ -15,8 +15,8 @@ from parity import decode, logits_after, relative
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
 # Sizes divisible by nothing: heads of zeros and repeated KV heads on 3 and 8 chips, padded vocabularies.

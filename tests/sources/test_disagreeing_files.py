@@ -14,10 +14,10 @@ from models import edit_json, make_model, make_opt, random_tensors, snapshot, wr
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.model.config import from_hf
 from converters.model.rope import inverse_frequencies
+from converters.sources.opening import open_source
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OPT_EMBEDDING = "model.decoder.embed_tokens.weight"

@@ -15,10 +15,10 @@ from invoke import invoke, refuse_source
 from models import SMALL, edit_json, random_tensors, snapshot, write_hf
 from safetensors.torch import save_file
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.console.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.sources.huggingface import open_hf
+from converters.sources.opening import open_source
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

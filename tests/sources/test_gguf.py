@@ -27,12 +27,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.console.errors import InputError
+from converters.files.row_blocks import row_blocks
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.sources.fingerprint import sample_files
 from converters.sources.gguf import open_gguf
 from converters.sources.interleaved_rows import interleaved_rows
-from converters.sources.source import row_blocks
 
 
 def unpermuted(values: np.ndarray, heads: int) -> torch.Tensor:

@@ -15,9 +15,9 @@ from models import make_model, random_tensors, snapshot, stored, write_hf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.model.parameters import parameters
+from converters.sources.opening import open_source
 
 VARIETIES: dict[str, dict[str, Any]] = {
     "multi-head": {},

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.model.config import PRESETS
@@ -27,6 +26,7 @@ from converters.model.parameters import parameters
 from converters.model.rope import Llama3Scaling
 from converters.sources.meta import open_meta
 from converters.sources.meta_params import Params
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
 # 8 heads of 6 dimensions; 2/3 of 4 * 48 is 128, a multiple of 4; 208 = 8 * 26 tokens.

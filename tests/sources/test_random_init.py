@@ -16,11 +16,11 @@ from invoke import invoke
 from models import SMALL, snapshot
 from safetensors import safe_open
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.model.config import PRESETS
 from converters.model.parameters import parameters
 from converters.output import preflight
+from converters.sources.opening import open_source
 from converters.sources.random_init import STD, RandomSource
 
 DTYPES = ("bfloat16", "float16", "float32")

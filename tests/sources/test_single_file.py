@@ -20,8 +20,8 @@ from safetensors.torch import save
 from test_gguf_parts import write_split
 from tokenizer_models import train_sentencepiece
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
+from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
 SHA1, SHA256 = "0123456789abcdef" * 2 + "01234567", "0123456789abcdef" * 4

@@ -13,8 +13,8 @@ from models import edit_json, make_model, write_hf
 from tokenizer_models import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
+from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import read_companions
 from quantize.cli import command as quantize
 from runtime.run.text import find_codec

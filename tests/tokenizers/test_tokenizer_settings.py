@@ -19,9 +19,9 @@ from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiec
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.console.notes import forget_notes, print_notes
+from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import read_companions
 from converters.tokenizers.reader import read_tokenizer
 from runtime.run.text import find_codec

@@ -20,10 +20,10 @@ from tokenizer_models import TEXTS, as_bytes, novel, tiktoken_file, train_byte_l
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from converters.checkpoint import open_source
 from converters.cli import command as convert
 from converters.console.errors import InputError
 from converters.model.rope import Llama3Scaling, scaling_to_hf
+from converters.sources.opening import open_source
 from converters.tokenizers.sentencepiece import read_sentencepiece
 from converters.tokenizers.tiktoken import read_tiktoken, special_tokens
 from quantize.cli import command as quantize

@@ -1,0 +1,71 @@
+"""The decoder's weights by name, and its linears made of them: alone, with a bias, or several of one input together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from converters.console.errors import MissingTensor, UnexpectedTensor
+from runtime.model.decoder_tensors import FUSED
+from runtime.model.linear import MakeLinear
+
+
+class Weights:
+    """Tensors by their name in the shards, each to be taken once, under names that grow with the module tree."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], make_linear: MakeLinear) -> None:
+        self._left, self._make_linear = dict(tensors), make_linear
+
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self._left:
+            raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
+        return self._left.pop(name)
+
+    def linear(self, name: str, bias: bool = False) -> nn.Module:
+        """The linear ``name``.weight, quantized where there is a scale beside it; with ``bias`` it has one."""
+        weight = f"{name}.weight"
+        linear = self._make_linear(self.take(weight), self._left.pop(weight + "_scale", None))
+        return Biased(linear, self.take(f"{name}.bias")) if bias else linear
+
+    def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
+        """The linears that ``fused`` of ``placed.FUSED`` stands for, as one where they have been put together."""
+        whole = prefix + fused
+        names = [whole] if f"{whole}.weight" in self._left else [prefix + part for part in FUSED[fused]]
+        return Projections([self.linear(name, bias) for name in names], shares, chips)
+
+    def check_all_taken(self) -> None:
+        for name in self._left:
+            raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
+
+
+class Biased(nn.Module):
+    """A linear of any form, and the bias [out] that is added to what it gives: on every chip, or once to their sum."""
+
+    def __init__(self, linear: nn.Module, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y + self.bias.to(y.dtype)
+
+
+class Projections(nn.Module):
+    """Linears of one input: each by itself, or all as one product of their weights put together chip by chip.
+
+    ``shares`` are the sizes of their outputs relative to each other. Gives a tensor [..., chips, size] for each.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module], shares: Sequence[int], chips: int) -> None:
+        super().__init__()
+        self.linears, self.shares, self.chips = nn.ModuleList(linears), shares, chips
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs = [linear(x).unflatten(-1, (self.chips, -1)) for linear in self.linears]
+        if len(outputs) > 1:
+            return outputs
+        unit = outputs[0].shape[-1] // sum(self.shares)
+        return outputs[0].split([unit * share for share in self.shares], dim=-1)
