@@ -15,9 +15,9 @@ from invoke import Killed, invoke, kill
 from models import make_model, snapshot
 
 from converters.cli import command as convert
+from converters.files import row_blocks
 from converters.files.whole import SafetensorsWriter
 from converters.output import journal
-from converters.sources import source
 from quantize.cli import command as quantize
 
 Run = tuple[click.Command, tuple[object, ...]]
@@ -34,7 +34,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(journal.Journal, "note", note_and_wait)
     monkeypatch.setattr(journal, "SYNC_BYTES", 20_000)
-    monkeypatch.setattr(source.row_blocks, "__defaults__", (2048,))
+    monkeypatch.setattr(row_blocks.row_blocks, "__defaults__", (2048,))
 
 
 @pytest.fixture(params=["convert", "quantize", "reshard"])

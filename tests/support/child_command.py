@@ -9,8 +9,8 @@ from pathlib import Path
 import quantize.job
 from converters.cli import command as convert
 from converters.console.command import run
+from converters.files import row_blocks
 from converters.output import journal
-from converters.sources import source
 from quantize.cli import command as quantize
 
 COMMANDS = {"convert": convert, "quantize": quantize}
@@ -24,5 +24,5 @@ def main(name: str, arguments: list[str], log: Path) -> None:
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     journal.SYNC_BYTES = 20_000
-    source.row_blocks.__defaults__ = (2048,)
+    row_blocks.row_blocks.__defaults__ = (2048,)
     run(COMMANDS[name], arguments)
