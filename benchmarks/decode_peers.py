@@ -167,7 +167,6 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
 
     def run(options: argparse.Namespace) -> dict[str, Any]:
         import runtime.devices.xla
-        from quantize.dequantize import dequantized_rows
         from runtime.model.device_form import Form
         from runtime.run.generate import Generator
         from runtime.run.load import load_decoder, make_cache
@@ -178,7 +177,7 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
             def local(self, name: str, chip: int) -> torch.Tensor:
                 if name.endswith("_scale"):
                     return torch.ones_like(super().local(name, chip))
-                whole = dequantized_rows(Shards(options.shards), name, 0, self.tensors[name].parameter.shape[0])
+                whole = Shards(options.shards).dequantized(name, 0, self.tensors[name].parameter.shape[0])
                 return whole.to(getattr(torch, dtype))
 
         if unprepared:

@@ -26,7 +26,6 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
     from converters.model.parameters import parameters
     from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
     from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
-    from quantize.dequantize import dequantized_rows
     from quantize.shards.reading import Shards
 
     shards = Shards(shards_directory)
@@ -53,7 +52,7 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
         add(value)
     step_bytes = 0
     for parameter in parameters(config):
-        values = dequantized_rows(shards, parameter.name, 0, parameter.shape[0]).float().numpy()
+        values = shards.dequantized(parameter.name, 0, parameter.shape[0]).float().numpy()
         if parameter.name.endswith(INTERLEAVED):
             kept = np.empty_like(values)
             kept[interleaved_rows(0, len(values), config.head_dim)] = values

@@ -13,7 +13,7 @@ from converters.files.row_blocks import row_blocks
 from converters.files.whole import CODES, DTYPE_NAMES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
-from converters.sources.source import Int8Source, TensorSource
+from converters.sources.source import QuantizedSource, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def floating_form(source: TensorSource, config: ModelConfig) -> Form:
     return Form(config, specs, source.rows, {})
 
 
-def int8_form(source: Int8Source, config: ModelConfig) -> Form:
+def int8_form(source: QuantizedSource, config: ModelConfig) -> Form:
     """The int8 values and scales as the source has them, and the other parameters in ``config.dtype``."""
     return Form(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
 

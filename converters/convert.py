@@ -19,7 +19,7 @@ from converters.output.record import WRITTEN, existing_bytes
 from converters.sources import random_init
 from converters.sources.huggingface_files import INDEX
 from converters.sources.random_init import RandomSource
-from converters.sources.source import Int8Source, TensorSource
+from converters.sources.source import QuantizedSource, TensorSource
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # files are written by themselves only where they leave a tenth of their size free
@@ -37,7 +37,7 @@ class Conversion:
     keep_int8: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep_int8 and not isinstance(self.source, Int8Source):
+        if self.keep_int8 and not isinstance(self.source, QuantizedSource):
             raise InputError(
                 "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."

@@ -10,12 +10,9 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes
-from converters.formats.compressed_tensors import SCALE_SUFFIX, dequantize
 from converters.output.claim import claim, is_complete
 from converters.output.preflight import check_machine, free_bytes, room_for
 from quantize.pipeline import Sharding, finished, write_shards
@@ -24,15 +21,6 @@ from quantize.report import Report
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, StoredParameter
 from quantize.values import Block, Resharder
-
-
-def dequantized_rows(shards: Shards, name: str, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a parameter before the split: float32 where it is int8, else in its stored dtype."""
-    values = shards.rows(name, start, stop)
-    scale = name + SCALE_SUFFIX
-    if scale not in shards.tensors:
-        return values
-    return dequantize(values, shards.rows(scale, start, stop))
 
 
 def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool) -> bool:
@@ -71,11 +59,11 @@ def _check_fits(sharding: Sharding, out: Path, existing: int) -> None:
 
 
 class _Dequantizer(Resharder):
-    """Blocks of int8 shards, in bfloat16."""
+    """Blocks of quantized shards, in the floating format that is wanted."""
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        values = dequantized_rows(self._shards, stored.weight.name, start, stop)
-        return Block(values.to(torch.bfloat16), None, None)
+        values = self._shards.dequantized(stored.name, start, stop)
+        return Block(stored.format.encode(values).tensors)
 
     def small_files(self) -> dict[str, bytes]:
         # An empty report: the int8 shards have the errors.

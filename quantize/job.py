@@ -56,8 +56,8 @@ def quantize(request: Request, force: bool, dry_run: bool) -> str:
     # Of what it wrote itself, llama-convert has said it.
     if isinstance(source, Quantizer) and not _is_converted(request.checkpoint):
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
-    if isinstance(source, Quantizer) and source.report.summary():
-        lines.append(source.report.summary())
+    if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.name)):
+        lines.append(errors)
     return "\n".join(lines)
 
 
@@ -92,11 +92,10 @@ def _plan(request: Request) -> tuple[Sharding, BlockSource]:
         weights = open_source(request.checkpoint)
         config, fingerprint, source = weights.config, weights.fingerprint(), Quantizer(weights)
     config = config.cut(request.layers)
-    if scheme.name == "bf16":
-        config = config.with_dtype("bfloat16")
+    config = config.with_dtype(scheme.floating_dtype(config))
     scheme.check(config)
     if isinstance(source, Quantizer):
-        source.note_int8(config, scheme)
+        source.note_kept(config, scheme)
     return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint), source
 
 

@@ -25,7 +25,7 @@ from converters.output.claim import Finished, Output, Wanted
 from converters.output.journal import Journal
 from quantize.report import FILE_NAME as REPORT
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
-from quantize.shards.partition import Segment, parameter_segments
+from quantize.shards.partition import Segment, Split
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
 from quantize.values import Block, BlockSource
@@ -141,10 +141,10 @@ def _write_pieces(
     """Append what the tasks give to the chips' files, noting how far they have come at the end of each parameter."""
     by_name = {names[chip]: writer for chip, writer in writers.items()}
     advance(sum(writer.nbytes for writer in writers.values()))
-    scales: list[torch.Tensor] = []
+    later: Later = {chip: {} for chip in writers}
     for piece in in_order(tasks):
-        _take(piece, writers, scales, source)
-        advance(piece.nbytes, piece.step.stored.weight.name)
+        _take(piece, writers, later, source)
+        advance(piece.nbytes, piece.step.stored.name)
         if piece.step.ends_parameter:
             journal.note(by_name, source.state())
     journal.wait()
@@ -170,20 +170,24 @@ class _Step:
     start: int | None
     count: int
     chips: tuple[int, ...]
-    ends_tensor: bool  # in the files of these chips: its scale comes next
+    ends_tensor: bool  # its first tensor, in the files of these chips: the others come next
     ends_parameter: bool  # in all files
 
 
 class _Piece(NamedTuple):
-    """A step done: for each of its chips the values to append, and the scale of the rows."""
+    """A step done: for each of its chips what to append, by suffix."""
 
     step: _Step
-    parts: list[torch.Tensor]
+    parts: list[dict[str, torch.Tensor]]
     block: Block
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(tensor.nbytes for part in self.parts for tensor in part.values())
+
+
+# By chip and suffix, blocks of the tensors that follow a parameter's first one in the file.
+Later = dict[int, dict[str, list[torch.Tensor]]]
 
 
 def piece_tasks(
@@ -195,21 +199,22 @@ def piece_tasks(
         tensors += len(stored.tensors)
         if tensors <= skip:
             continue
-        parameter = stored.weight.parameter
-        columns = parameter_segments(sharding.config, parameter, sharding.chips) if parameter.row.shard == 1 else None
+        columns = {
+            each.part.suffix: each.split(sharding.config, sharding.chips) for each in stored.tensors if each.shard == 1
+        }
         for step in _steps(stored, sharding, chips):
             yield partial(_do, step, columns, source)
 
 
 def _steps(stored: StoredParameter, sharding: Sharding, chips: tuple[int, ...]) -> Iterator[_Step]:
     """A parameter split along its rows goes chip by chip; any other, block by block into all files."""
-    parameter = stored.weight.parameter
+    parameter = stored.parameter
     if parameter.row.shard != 0:
         for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
             last = stop == parameter.shape[0]
             yield _Step(stored, start, stop - start, chips, last, last)
         return
-    segments = parameter_segments(sharding.config, parameter, sharding.chips)
+    segments = stored.tensors[0].split(sharding.config, sharding.chips).segments
     for chip in chips:
         blocks = [block for segment in segments[chip] for block in _segment_blocks(segment, parameter.width)]
         for number, (start, count) in enumerate(blocks, 1):
@@ -223,41 +228,39 @@ def _segment_blocks(segment: Segment, width: int) -> Iterator[tuple[int | None, 
         yield (None if segment.start is None else start), stop - start
 
 
-def _do(step: _Step, columns: list[list[Segment]] | None, source: BlockSource) -> _Piece:
+def _do(step: _Step, columns: dict[str, Split], source: BlockSource) -> _Piece:
+    tensors = {each.part.suffix: each for each in step.stored.tensors}
     if step.start is None:
-        block = _zero_rows(step.stored, step.count)
+        block = Block({suffix: each.fill_rows(step.count) for suffix, each in tensors.items()})
     else:
         block = source.block(step.stored, step.start, step.start + step.count)
-    parts = [block.values if columns is None else _take_columns(block.values, columns[chip]) for chip in step.chips]
+    parts = [dict(block.tensors) for _ in step.chips]
+    for suffix, split in columns.items():
+        values = block.tensors[suffix]
+        if split.repeat > 1:
+            values = values.repeat_interleave(split.repeat, dim=1)
+        for chip, part in zip(step.chips, parts, strict=True):
+            part[suffix] = _take_columns(values, split.segments[chip], tensors[suffix].part.fill)
     return _Piece(step, parts, block)
 
 
-def _take(
-    piece: _Piece, writers: dict[int, SafetensorsWriter], scales: list[torch.Tensor], source: BlockSource
-) -> None:
-    """Append a piece to its files; ``scales`` gathers the scale that follows when the tensor ends."""
-    step, block = piece.step, piece.block
+def _take(piece: _Piece, writers: dict[int, SafetensorsWriter], later: Later, source: BlockSource) -> None:
+    """Append a piece's part of the first tensor to its files; ``later`` gathers the others until the first one ends."""
+    step = piece.step
+    first, *others = (each.part.suffix for each in step.stored.tensors)
+    source.passed(step.stored, step.start, piece.block)
     for chip, part in zip(step.chips, piece.parts, strict=True):
-        writers[chip].append(part)
-    source.passed(step.stored, step.start, block)
-    if block.scale is not None:
-        scales.append(block.scale)
-        if step.ends_tensor:
-            for chip in step.chips:
-                writers[chip].append(torch.cat(scales))
-            scales.clear()
+        writers[chip].append(part[first])
+        for suffix in others:
+            later[chip].setdefault(suffix, []).append(part[suffix])
+            if step.ends_tensor:
+                writers[chip].append(torch.cat(later[chip].pop(suffix)))
 
 
-def _zero_rows(stored: StoredParameter, count: int) -> Block:
-    """Padding: zeros, whose scale is 1 like that of any row of zeros."""
-    values = torch.zeros((count, *stored.weight.parameter.shape[1:]), dtype=getattr(torch, stored.weight.dtype))
-    return Block(values, None if stored.scale is None else torch.ones((count, 1)), None)
-
-
-def _take_columns(values: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-    """The columns that one chip holds of rows [n, in]; padding is zeros."""
+def _take_columns(values: torch.Tensor, segments: Sequence[Segment], fill: float) -> torch.Tensor:
+    """The columns that one chip holds of rows [n, in]; padding is ``fill``."""
     pieces = [
-        values.new_zeros((values.shape[0], segment.length))
+        values.new_full((values.shape[0], segment.length), fill)
         if segment.start is None
         else values[:, segment.start : segment.start + segment.length]
         for segment in segments

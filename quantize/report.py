@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantize.formats.int8 import RowErrors
+from quantize.formats.weight_format import RowErrors
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +56,17 @@ class Report:
         worst = max(tensors, key=lambda name: tensors[name]["relative_error"], default=None)
         return {"format_version": FORMAT_VERSION, "worst": worst, "tensors": tensors}
 
-    def summary(self) -> str:
-        """One line on what was quantized here, without tensors that were kept as they are; empty where nothing was."""
+    def summary(self, format_name: str) -> str:
+        """One line on what was quantized here, to the format of this name; empty where nothing was.
+
+        Tensors that were kept as they are don't count.
+        """
         self._close()
         errors = {name: sums.entry()["relative_error"] for name, sums in self._tensors.items() if sums.squared_weight}
         if not errors:
             return ""
         mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
-        return f"Relative error of the int8 weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
+        return f"Relative error of the {format_name} weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
 
     def _close(self) -> None:
         """Sum up the rows that have been coming."""

@@ -11,11 +11,10 @@ import torch
 from converters.console.errors import InputError
 from converters.console.notes import note
 from converters.contents import check_finite
-from converters.files.whole import CODES
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD
-from converters.sources.source import Int8Source, TensorSource
-from quantize.formats.int8 import RowErrors, quantize_rows
+from converters.sources.source import QuantizedSource, TensorSource
+from quantize.formats.weight_format import RowErrors
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.shards.manifest import FILE_NAME as MANIFEST
@@ -26,11 +25,10 @@ _SHOWN_NAMES = 3  # of many, in a note
 
 
 class Block(NamedTuple):
-    """Some rows of a parameter in stored form: values, the scale [rows, 1] of a quantized one, and what that cost."""
+    """Some rows of a parameter in stored form: its tensors by suffix, and what that cost where rows were quantized."""
 
-    values: torch.Tensor
-    scale: torch.Tensor | None
-    errors: RowErrors | None
+    tensors: dict[str, torch.Tensor]
+    errors: RowErrors | None = None
 
 
 class BlockSource(Protocol):
@@ -62,53 +60,56 @@ class BlockSource(Protocol):
 class Quantizer:
     """Blocks of a checkpoint, quantized as they are read. Scales see whole rows, so chips never change them.
 
-    What the checkpoint holds as int8 values and scales already is taken as it is.
+    What the checkpoint holds in the wanted format already is taken as it is.
     """
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
-        self._kept = _int8_names(source)
+        self._quantized = source if isinstance(source, QuantizedSource) else None
+        self._held = self._quantized.quantized_names(source.config) if self._quantized else set()
         self.report = Report()
 
-    def note_int8(self, config: ModelConfig, scheme: Scheme) -> None:
-        """Say what becomes of an int8 source's weights: kept, dequantized, or quantized here beside the kept ones."""
+    def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
+        """Say what becomes of a quantized source's weights: kept, dequantized, or quantized here beside kept ones."""
+        source = self._quantized
+        if source is None:
+            return
         stored = stored_parameters(config, scheme)
-        held = self._kept & {each.weight.name for each in stored}
-        wanted = {each.weight.name for each in stored if each.scale is not None}
-        if held & wanted:
-            note(f"int8 values and scales are kept as the source has them: {_listed(held & wanted)}.")
-        if held and wanted - held:
-            note(f"Quantized here, since the source does not hold them in int8: {_listed(wanted - held)}.")
+        held = self._held & {each.name for each in stored}
+        wanted = {each.name for each in stored if each.format.quantizes}
+        kept = held & {each.name for each in stored if each.format.name == source.format}
+        if kept:
+            note(f"{source.format} values and scales are kept as the source has them: {_listed(kept)}.")
+        if held and wanted - kept:
+            note(f"Quantized here, since the source does not hold them in {scheme.name}: {_listed(wanted - kept)}.")
         if held - wanted:
             hint = " --quantize-lm-head keeps lm_head.weight." if wanted and LM_HEAD.name in held else ""
-            note(f"Dequantized from the source's int8 to {config.dtype}: {_listed(held - wanted)}.{hint}")
+            note(f"Dequantized from the source's {source.format} to {config.dtype}: {_listed(held - wanted)}.{hint}")
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        name = stored.weight.name
-        if stored.scale is not None and name in self._kept:
-            return self._as_it_is(name, stored.scale.name, start, stop)
-        weight = self._source.rows(name, start, stop)
-        if stored.scale is None:
-            weight = weight.to(getattr(torch, stored.weight.dtype))
-            check_finite(weight, name)
-            return Block(weight, None, None)
-        quantized, errors = quantize_rows(weight)
-        check_finite(quantized.scale, name)
-        return Block(*quantized, errors)
+        if stored.name in self._held and stored.format.name == self._quantized.format:
+            return self._as_it_is(stored, start, stop)
+        encoded = stored.format.encode(self._source.rows(stored.name, start, stop))
+        for tensor in encoded.tensors.values():
+            _check_finite(tensor, stored.name)
+        return Block(*encoded)
 
-    def _as_it_is(self, name: str, scale_name: str, start: int, stop: int) -> Block:
-        """int8 rows of the source and their scales in float32; nothing is lost by it."""
-        assert isinstance(self._source, Int8Source)
-        values, scale = (self._source.stored_rows(each, start, stop) for each in (name, scale_name))
-        check_finite(scale, scale_name)
+    def _as_it_is(self, stored: StoredParameter, start: int, stop: int) -> Block:
+        """Rows of the source in the format they are wanted in; nothing is lost by it."""
+        assert self._quantized is not None
+        tensors = {}
+        for each in stored.tensors:
+            rows = self._quantized.stored_rows(each.name, start, stop)
+            _check_finite(rows, each.name)
+            tensors[each.part.suffix] = rows.to(each.torch_dtype)
         nothing = torch.zeros(stop - start, dtype=torch.float64)
-        return Block(values, scale.float(), RowErrors(nothing, nothing, nothing))
+        return Block(tensors, RowErrors(nothing, nothing, nothing))
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
-        if stored.scale is not None:
-            self.report.expect(stored.weight.name)
+        if stored.format.quantizes:
+            self.report.expect(stored.name)
         if start is not None and block.errors is not None:
-            self.report.add(stored.weight.name, start, block.errors)
+            self.report.add(stored.name, start, block.errors)
 
     def state(self) -> Any:
         return self.report.state()
@@ -123,10 +124,10 @@ class Quantizer:
         return self._source.companions() | {REPORT: (json.dumps(self.report.content(), indent=1) + "\n").encode()}
 
 
-def _int8_names(source: TensorSource) -> set[str]:
-    """The names of the weights that a source holds as int8 values and scales."""
-    specs = source.stored_specs(source.config) if isinstance(source, Int8Source) else []
-    return {spec.name for spec in specs if spec.code == CODES["int8"]}
+def _check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise InputError, naming it, where a floating tensor holds NaN or an infinity."""
+    if tensor.is_floating_point():
+        check_finite(tensor, name)
 
 
 def _listed(names: set[str]) -> str:
@@ -142,9 +143,7 @@ class Resharder:
         self._shards = shards
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        values = self._shards.rows(stored.weight.name, start, stop)
-        scale = None if stored.scale is None else self._shards.rows(stored.scale.name, start, stop)
-        return Block(values, scale, None)
+        return Block({each.part.suffix: self._shards.rows(each.name, start, stop) for each in stored.tensors})
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
         """Nothing is kept: the report comes with the shards."""

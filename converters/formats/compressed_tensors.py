@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = "_scale"  # behind the name of the weight
 _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
-_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+# What ``config_groups`` says of weights in this layout.
+INT8_GROUP: dict[str, Any] = {
+    "format": _FORMAT,
+    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+}
 # What a field of ``weights`` is where it isn't given, and fields that say how the scales were found.
 _WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
@@ -32,18 +36,19 @@ _MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # other empty objects g
 _HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
 
 
-def quantization_config(config: ModelConfig, quantized: Container[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of a config.json where the weights of the names in ``quantized`` are of this layout.
+def quantization_config(config: ModelConfig, quantized: Container[str], group: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json where the weights named in ``quantized`` are as ``group`` says.
 
-    Every other linear is listed as ignored, an output head that is tied to the embedding as well.
+    ``group`` has the ``format`` and the ``weights`` of a config group. Every other linear is listed as ignored, an
+    output head that is tied to the embedding as well.
     """
     linears = [LM_HEAD.name, *(parameter.name for parameter in parameters(config) if parameter.row.is_linear)]
     ignored = [name for name in dict.fromkeys(linears) if name not in quantized]
     return {
         "quant_method": _METHOD,
-        "format": _FORMAT,
+        "format": group["format"],
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "format": _FORMAT, "weights": _WEIGHTS}},
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
         "ignore": [name.removesuffix(".weight") for name in ignored],
     }
 
@@ -106,8 +111,12 @@ def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
     if given.get("group_size") == -1:  # another way to say it
         given |= {"strategy": given.get("strategy", "channel")}
         del given["group_size"]
-    _check(where, _WEIGHT_DEFAULTS | {"strategy": None} | given, {key: (value,) for key, value in _WEIGHTS.items()})
-    _check_rest(where, given, (*_WEIGHTS, *_HOW_MADE))
+    _check(
+        where,
+        _WEIGHT_DEFAULTS | {"strategy": None} | given,
+        {key: (value,) for key, value in INT8_GROUP["weights"].items()},
+    )
+    _check_rest(where, given, (*INT8_GROUP["weights"], *_HOW_MADE))
     _check(where, {"format": group.get("format")}, {"format": (None, _FORMAT)})
     _check_rest(where, group, _HARMLESS_IN_GROUP)
     activations = group.get("input_activations")

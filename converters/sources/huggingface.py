@@ -10,7 +10,14 @@ from converters.console.errors import DuplicateTensor, InputError, UnexpectedTen
 from converters.console.notes import note
 from converters.files.json_file import read_json
 from converters.files.whole import CODES, TensorSpec
-from converters.formats.compressed_tensors import SCALE_SUFFIX, dequantize, is_int8, note_ignored, quantization_config
+from converters.formats.compressed_tensors import (
+    INT8_GROUP,
+    SCALE_SUFFIX,
+    dequantize,
+    is_int8,
+    note_ignored,
+    quantization_config,
+)
 from converters.formats.tensor_files import TensorFile
 from converters.model.architecture import Architecture
 from converters.model.config import ModelConfig, read_config
@@ -67,7 +74,9 @@ class HFSource:
 
 
 class CompressedSource(HFSource):
-    """Weights in the compressed-tensors layout (compressed.py) under the Int8Source protocol."""
+    """Weights in the compressed-tensors layout (formats/compressed_tensors.py) under the QuantizedSource protocol."""
+
+    format = "int8"
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         values = super().rows(name, start, stop)
@@ -75,7 +84,7 @@ class CompressedSource(HFSource):
         return dequantize(values, super().rows(scale, start, stop)) if scale in self._holder else values
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
-        specs, quantized = [], self._quantized(config)
+        specs, quantized = [], self.quantized_names(config)
         for parameter in parameters(config):
             is_int8 = parameter.name in quantized
             specs.append(TensorSpec(parameter.name, CODES["int8" if is_int8 else config.dtype], parameter.shape))
@@ -87,10 +96,9 @@ class CompressedSource(HFSource):
         return self.rows(name, start, stop) if name in self._looked_up else super().rows(name, start, stop)
 
     def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(config, self._quantized(config))}
+        return {"quantization_config": quantization_config(config, self.quantized_names(config), INT8_GROUP)}
 
-    def _quantized(self, config: ModelConfig) -> set[str]:
-        """The names of the linears' weights that are int8."""
+    def quantized_names(self, config: ModelConfig) -> set[str]:
         return {p.name for p in parameters(config) if p.row.is_linear and p.name + SCALE_SUFFIX in self._holder}
 
     @cached_property

@@ -43,8 +43,14 @@ class TensorSource(Protocol):
 
 
 @runtime_checkable
-class Int8Source(TensorSource, Protocol):
-    """A source that holds linears as int8 values and scales: ``rows`` dequantizes, ``stored_rows`` doesn't."""
+class QuantizedSource(TensorSource, Protocol):
+    """A source that holds linears in a quantized format: ``rows`` dequantizes, ``stored_rows`` doesn't."""
+
+    format: str  # as llama-quantize names it: "int8" is values and one scale for each output channel
+
+    def quantized_names(self, config: ModelConfig) -> set[str]:
+        """The names of the weights that are in that format."""
+        ...
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
         """Every tensor as it is held, scales by the weight's name and ``_scale``, for this model or a cut of it.

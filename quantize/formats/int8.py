@@ -1,15 +1,37 @@
-"""Symmetric int8 quantization of a linear's weight, one scale per output channel: pure functions."""
+"""Symmetric int8 with one scale per output channel (compressed-tensors: "int-quantized", strategy "channel")."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
+from converters.formats.compressed_tensors import INT8_GROUP, SCALE_SUFFIX, dequantize
+from quantize.formats.weight_format import Encoded, Part, RowErrors
+
+if TYPE_CHECKING:
+    import torch
 
 QMAX = 127
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it float32 loses the precision that a division needs
+_SMALLEST_SCALE = 2.0**-126  # of float32's normal numbers: below it a division has too little precision
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The format of ``--int8``: values int8 [out, in] and scales float32 [out, 1]."""
+
+    name = "int8"
+    quantizes = True
+    config_group = INT8_GROUP
+    parts = (Part("", "int8"), Part(SCALE_SUFFIX, "float32", inputs=None, fill=1.0, is_shared=True))
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        quantized, errors = quantize_rows(weight)
+        return Encoded({"": quantized.values, SCALE_SUFFIX: quantized.scale}, errors)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return dequantize(tensors[""], tensors[SCALE_SUFFIX])
 
 
 class Quantized(NamedTuple):
@@ -17,14 +39,6 @@ class Quantized(NamedTuple):
 
     values: torch.Tensor
     scale: torch.Tensor
-
-
-class RowErrors(NamedTuple):
-    """What quantization cost each row: sums over its elements and the largest difference of one; float64 [out]."""
-
-    squared_error: torch.Tensor
-    squared_weight: torch.Tensor
-    max_error: torch.Tensor
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
@@ -35,6 +49,8 @@ def quantize_rows(weight: torch.Tensor) -> tuple[Quantized, RowErrors]:
     weight may be quantized in any blocks of rows; it must not be split along ``in`` before. NaN or an infinity in a row
     makes its scale not finite.
     """
+    import torch
+
     rows, width = weight.shape
     values = torch.empty(rows, width, dtype=torch.int8)
     scales, squared_errors, squared_weights, max_errors = (torch.empty(rows, 1) for _ in range(4))

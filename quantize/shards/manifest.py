@@ -11,8 +11,9 @@ from converters.files.json_file import read_json
 from converters.files.whole import FileRecord
 from converters.model.config import ModelConfig
 from converters.output.record import read_file_record
-from quantize.shards.partition import MAX_CHIPS, padding
-from quantize.shards.stored import SCHEMES, Scheme, stored_tensors
+from quantize.formats.table import FORMATS
+from quantize.shards.partition import MAX_CHIPS
+from quantize.shards.stored import Scheme, stored_tensors
 
 FILE_NAME = "shards.json"
 FORMAT_VERSION = 1
@@ -52,10 +53,10 @@ def describe_tensors(config: ModelConfig, scheme: Scheme, chips: int) -> dict[st
     """The manifest's entry for every tensor: shape before the split, dtype, shard axis, elements of padding on it."""
     return {
         tensor.name: {
-            "shape": list(tensor.parameter.shape),
+            "shape": list(tensor.shape),
             "dtype": tensor.dtype,
-            "shard_axis": tensor.parameter.row.shard,
-            "padding": padding(config, tensor.parameter, chips),
+            "shard_axis": tensor.shard,
+            "padding": tensor.padding(config, chips),
         }
         for tensor in stored_tensors(config, scheme)
     }
@@ -77,7 +78,7 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
     sound = (
         type(chips) is int
         and 1 <= chips <= MAX_CHIPS
-        and scheme in SCHEMES
+        and scheme in FORMATS
         and isinstance(quantized_lm_head, bool)
         and isinstance(files, dict)
         and all(isinstance(text, str) for text in texts)

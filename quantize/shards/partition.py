@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from math import gcd
 
 from converters.console.errors import InputError
 from converters.model.config import ModelConfig
-from converters.model.parameters import Axis, Parameter
+from converters.model.parameters import Axis
 
 MAX_CHIPS = 4096
 
@@ -23,6 +24,10 @@ class Segment:
 
     start: int | None
     length: int
+
+    def in_units_of(self, step: int) -> Segment:
+        """The same in units of ``step`` elements, a divisor of both."""
+        return Segment(None if self.start is None else self.start // step, self.length // step)
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,11 @@ def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
 
 
 @lru_cache(maxsize=64)  # the layers of a model all ask the same
-def axis_segments(config: ModelConfig, axis: Axis, chips: int) -> tuple[tuple[Segment, ...], ...]:
-    """For each chip, what it holds of an axis that is split: segments in order, adjacent ones joined."""
+def axis_segments(config: ModelConfig, axis: Axis, chips: int, alignment: int = 1) -> tuple[tuple[Segment, ...], ...]:
+    """For each chip, what it holds of an axis that is split: segments in order, adjacent ones joined.
+
+    Blocks are multiples of ``alignment``; heads are taken whole, whatever it is.
+    """
     check_chips(chips)
     if axis in (Axis.QUERY, Axis.KV):
         plan = plan_heads(config.num_heads, config.num_kv_heads, chips)
@@ -96,28 +104,36 @@ def axis_segments(config: ModelConfig, axis: Axis, chips: int) -> tuple[tuple[Se
             _head_segments(heads[chip * per_chip : (chip + 1) * per_chip], config.head_dim) for chip in range(chips)
         )
     length = axis.length(config)
-    block = -(-length // chips)
+    block = -(-length // (chips * alignment)) * alignment
     return tuple(_block_segments(length, block, chip * block) for chip in range(chips))
 
 
-def parameter_segments(config: ModelConfig, parameter: Parameter, chips: int) -> tuple[tuple[Segment, ...], ...]:
-    """For each chip, what it holds of ``parameter`` along its shard axis. The parameter must have one."""
-    return axis_segments(config, parameter.row.axes[parameter.row.shard], chips)
+@dataclass(frozen=True)
+class Split:
+    """What each chip holds of a tensor's axis, in elements that may be finer than the tensor's own.
+
+    Where an element of the tensor stands for several of the axis (a scale for a group of inputs) and chips begin or
+    end within them, every element is repeated ``repeat`` times first, so that chips hold whole ones again.
+    """
+
+    segments: tuple[tuple[Segment, ...], ...]  # by chip
+    repeat: int = 1
+
+    @property
+    def length(self) -> int:
+        """Elements that each chip holds, padding included."""
+        return sum(segment.length for segment in self.segments[0])
 
 
-def local_shape(config: ModelConfig, parameter: Parameter, chips: int) -> tuple[int, ...]:
-    """The shape of the part of ``parameter`` that each chip holds, padding included."""
-    shape = list(parameter.shape)
-    if parameter.row.shard is not None:
-        first_chip = parameter_segments(config, parameter, chips)[0]
-        shape[parameter.row.shard] = sum(segment.length for segment in first_chip)
-    return tuple(shape)
-
-
-def padding(config: ModelConfig, parameter: Parameter, chips: int) -> int:
-    """How much longer the shard axis is over all chips than in the model: zeros and repeated KV heads."""
-    shard = parameter.row.shard
-    return 0 if shard is None else local_shape(config, parameter, chips)[shard] * chips - parameter.shape[shard]
+@lru_cache(maxsize=64)
+def axis_split(config: ModelConfig, axis: Axis, chips: int, alignment: int = 1, inputs: int = 1) -> Split:
+    """How a tensor is split whose elements stand for so many ``inputs`` each of the axis; as ``axis_segments``."""
+    segments = axis_segments(config, axis, chips, alignment)
+    if inputs == 1:
+        return Split(segments)
+    bounds = [bound for chip in segments for each in chip for bound in (each.start or 0, each.length)]
+    step = gcd(inputs, *bounds)
+    return Split(tuple(tuple(each.in_units_of(step) for each in chip) for chip in segments), inputs // step)
 
 
 def check_chips(chips: int) -> None:

@@ -14,8 +14,8 @@ from converters.output.claim import check_finished
 from converters.output.record import WRITTEN, read_record, verify_files
 from converters.tokenizers.auxiliary_files import read_companions
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, read_manifest
-from quantize.shards.partition import Segment, parameter_segments
-from quantize.shards.stored import StoredTensor, chip_specs, stored_tensors
+from quantize.shards.partition import Split
+from quantize.shards.stored import StoredParameter, StoredTensor, chip_specs, stored_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,9 @@ class Shards:
         self.directory = directory
         self.config: ModelConfig = read_config(directory / "config.json", quantized=True)
         self.manifest: Manifest = read_manifest(directory, self.config)
-        self.tensors: dict[str, StoredTensor] = {
-            tensor.name: tensor for tensor in stored_tensors(self.config, self.manifest.scheme)
-        }
+        stored = stored_parameters(self.config, self.manifest.scheme)
+        self.parameters: dict[str, StoredParameter] = {each.name: each for each in stored}
+        self.tensors: dict[str, StoredTensor] = {tensor.name: tensor for each in stored for tensor in each.tensors}
         self._files: dict[int, SafetensorsFile] = {}
 
     @property
@@ -62,11 +62,17 @@ class Shards:
         import torch
 
         tensor = self.tensors[name]
-        shard = tensor.parameter.row.shard
-        if shard is None:
+        if tensor.shard is None:
             return self._open(0).rows(name, start, stop)
-        pieces = self._row_pieces if shard == 0 else self._column_pieces
-        return torch.cat(pieces(tensor, start, stop), dim=shard)
+        split = tensor.split(self.config, self.chips)
+        if tensor.shard == 0:
+            return torch.cat(self._row_pieces(name, split, start, stop))
+        return torch.cat(self._column_pieces(name, split, start, stop), dim=1)[:, :: split.repeat]
+
+    def dequantized(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a parameter before the split: float32 where it is quantized, else as it is stored."""
+        parameter = self.parameters[name]
+        return parameter.decode({each.name: self.rows(each.name, start, stop) for each in parameter.tensors})
 
     def verify(self, advance: Advance) -> None:
         """Read every file that the manifest or the record lists; raise InputError, naming it, where a byte differs."""
@@ -120,27 +126,24 @@ class Shards:
                     f"{self.chips} chips holds {spec.code} {list(spec.shape)}. It belongs to another output."
                 )
 
-    def _segments(self, tensor: StoredTensor) -> tuple[tuple[Segment, ...], ...]:
-        return parameter_segments(self.config, tensor.parameter, self.chips)
-
-    def _row_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
+    def _row_pieces(self, name: str, split: Split, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
         at = start
-        for chip, segments in enumerate(self._segments(tensor)):
+        for chip, segments in enumerate(split.segments):
             offset = 0
             for segment in segments:
                 if segment.start is not None and segment.start <= at < min(stop, segment.start + segment.length):
                     end = min(stop, segment.start + segment.length)
                     first = offset + at - segment.start
-                    pieces.append(self._open(chip).rows(tensor.name, first, first + end - at))
+                    pieces.append(self._open(chip).rows(name, first, first + end - at))
                     at = end
                 offset += segment.length
         return pieces
 
-    def _column_pieces(self, tensor: StoredTensor, start: int, stop: int) -> list[torch.Tensor]:
+    def _column_pieces(self, name: str, split: Split, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
-        for chip, segments in enumerate(self._segments(tensor)):
-            local = self._open(chip).rows(tensor.name, start, stop)
+        for chip, segments in enumerate(split.segments):
+            local = self._open(chip).rows(name, start, stop)
             offset = 0
             for segment in segments:
                 if segment.start is not None:

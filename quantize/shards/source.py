@@ -1,4 +1,4 @@
-"""Shards as a source of weights for llama-convert: put together again, dequantized or as int8 values and scales."""
+"""Shards as a source of weights for llama-convert: put together again, dequantized or in their format."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from converters.files.whole import CODES, TensorSpec
 from converters.model.config import ModelConfig
-from converters.sources.source import Int8Source, TensorSource
-from quantize.dequantize import dequantized_rows
+from converters.sources.source import QuantizedSource, TensorSource
 from quantize.shards.manifest import FILE_NAME
 from quantize.shards.reading import Shards
-from quantize.shards.stored import quantization_fields, stored_tensors
+from quantize.shards.stored import quantization_fields, stored_parameters, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,7 @@ class ShardsSource:
         self._shards = shards
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return dequantized_rows(self._shards, name, start, stop)
+        return self._shards.dequantized(name, start, stop)
 
     def default_dtype(self) -> str:
         return self.config.dtype
@@ -47,12 +46,20 @@ class ShardsSource:
         return self._shards.companions()
 
 
-class Int8ShardsSource(ShardsSource):
-    """int8 shards, which also give values and scales as they are: the Int8Source protocol."""
+class QuantizedShardsSource(ShardsSource):
+    """Quantized shards, which also give their tensors as they are: the QuantizedSource protocol."""
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(shards)
+        self.format = shards.manifest.scheme.name
+
+    def quantized_names(self, config: ModelConfig) -> set[str]:
+        stored = stored_parameters(config, self._shards.manifest.scheme)
+        return {each.name for each in stored if each.format.quantizes}
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
         tensors = stored_tensors(config, self._shards.manifest.scheme)
-        return [TensorSpec(tensor.name, CODES[tensor.dtype], tensor.parameter.shape) for tensor in tensors]
+        return [TensorSpec(tensor.name, CODES[tensor.dtype], tensor.shape) for tensor in tensors]
 
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._shards.rows(name, start, stop)
@@ -61,8 +68,8 @@ class Int8ShardsSource(ShardsSource):
         return quantization_fields(config, self._shards.manifest.scheme)
 
 
-def open_shards(directory: Path) -> TensorSource | Int8Source:
+def open_shards(directory: Path) -> TensorSource | QuantizedSource:
     """Open the shards of a model, all chips' files of which must be there. Raises InputError for what is damaged."""
     shards = Shards(directory)
     shards.require(range(shards.chips))
-    return Int8ShardsSource(shards) if shards.manifest.scheme.name == "int8" else ShardsSource(shards)
+    return (QuantizedShardsSource if shards.manifest.scheme.format.quantizes else ShardsSource)(shards)

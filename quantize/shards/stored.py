@@ -1,86 +1,182 @@
-"""What the shards hold of each parameter: int8 values with their scales, or the weight in a floating dtype."""
+"""What the shards hold of each parameter: which weights are in which format, as which tensors, split in which way."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
 from converters.files.whole import CODES, ITEM_BYTES, TensorSpec
 from converters.formats.compressed_tensors import quantization_config
 from converters.model.config import ModelConfig
-from converters.model.parameters import LM_HEAD, Parameter, Row, make_parameter, parameters
-from quantize.shards.partition import local_shape, padding
+from converters.model.parameters import LM_HEAD, Axis, Parameter, Row, parameters
+from quantize.formats.floating import Floating
+from quantize.formats.table import FORMATS
+from quantize.formats.weight_format import Part, WeightFormat
+from quantize.shards.partition import Split, axis_split
 
-SCHEMES = ("int8", "bf16")
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """``int8``: the blocks' linears (and lm_head on demand) in int8; ``bf16``: everything in bfloat16."""
+    """Which weights are in which format: the blocks' linears (and lm_head on demand) in ``name``, by the table.
+
+    Everything else is in the model's own dtype, or in that of ``name`` where it is a floating format.
+    """
 
     name: str
     quantize_lm_head: bool = False
 
-    def quantizes(self, row: Row) -> bool:
-        return self.name == "int8" and (row.quantized or (self.quantize_lm_head and row is LM_HEAD))
+    @property
+    def format(self) -> WeightFormat:
+        return FORMATS[self.name]
+
+    @property
+    def alignment(self) -> int:
+        """What every chip's part of a feed-forward layer is a multiple of: inputs that can't be on two chips."""
+        return max(1 if part.is_shared or part.inputs is None else part.inputs for part in self.format.parts)
+
+    def floating_dtype(self, config: ModelConfig) -> str:
+        """The dtype of what is not quantized."""
+        return config.dtype if self.format.quantizes else self.format.parts[0].dtype
+
+    def format_of(self, row: Row, config: ModelConfig) -> WeightFormat:
+        """The format of one kind of parameter."""
+        if not self.format.quantizes or row.quantized or (self.quantize_lm_head and row is LM_HEAD):
+            return self.format
+        return Floating(config.dtype)
 
     def check(self, config: ModelConfig) -> None:
         """Raise InputError where the scheme doesn't fit the model."""
-        if self.quantize_lm_head and (self.name != "int8" or config.tie_word_embeddings):
+        if self.quantize_lm_head and (not self.format.quantizes or config.tie_word_embeddings):
             why = (
-                "it has no lm_head of its own (tied embeddings)" if self.name == "int8" else "--bf16 quantizes nothing"
+                "it has no lm_head of its own (tied embeddings)"
+                if self.format.quantizes
+                else f"--{self.name} quantizes nothing"
             )
             raise InputError(f"--quantize-lm-head can't be applied to {config.name}: {why}. Leave it out.")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the shards before its split: a parameter of the model, or the scale that goes with one."""
+    """A tensor of the shards before its split: the ``part`` of a parameter's format."""
 
     parameter: Parameter
-    dtype: str
+    part: Part
+    alignment: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.parameter.name + self.part.suffix
+
+    @property
+    def dtype(self) -> str:
+        return self.part.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Before the split."""
+        return self._shape(self.parameter.shape)
+
+    @property
+    def shard(self) -> int | None:
+        """The axis along which it is split over the chips; None where every chip holds it whole."""
+        shard = self.parameter.row.shard
+        return None if shard == 1 and self.part.inputs is None else shard
+
+    def split(self, config: ModelConfig, chips: int) -> Split:
+        """What each chip holds along its shard axis, which it must have."""
+        axis = self.parameter.row.axes[self.shard]
+        alignment = 1 if axis is Axis.VOCAB else self.alignment
+        return axis_split(config, axis, chips, alignment, self.part.inputs if self.shard == 1 else 1)
+
+    def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
+        """Of the part that each chip holds, padding included."""
+        shape = list(self.shape)
+        if self.shard is not None:
+            shape[self.shard] = self.split(config, chips).length
+        return tuple(shape)
+
+    def padding(self, config: ModelConfig, chips: int) -> int:
+        """How much longer the shard axis is over all chips than in the model: zeros and what several chips hold."""
+        return 0 if self.shard is None else self.split(config, chips).length * chips - self.shape[self.shard]
+
+    def spec(self, config: ModelConfig, chips: int) -> TensorSpec:
+        """Its entry in each chip's file."""
+        return TensorSpec(self.name, CODES[self.dtype], self.local_shape(config, chips))
+
+    def fill_rows(self, count: int) -> torch.Tensor:
+        """Rows of padding."""
+        import torch
+
+        return torch.full(self._shape((count, *self.parameter.shape[1:])), self.part.fill, dtype=self.torch_dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
+    def _shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape) if self.part.inputs == 1 else (shape[0], self.part.width(shape[1]))
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """How the shards hold one parameter of the model."""
+
+    parameter: Parameter
+    format: WeightFormat
+    alignment: int = 1
 
     @property
     def name(self) -> str:
         return self.parameter.name
 
-    def spec(self, config: ModelConfig, chips: int) -> TensorSpec:
-        """Its entry in each chip's file."""
-        return TensorSpec(self.name, CODES[self.dtype], local_shape(config, self.parameter, chips))
-
-
-@dataclass(frozen=True)
-class StoredParameter:
-    """How the shards hold one parameter of the model; ``scale`` is there where it is quantized."""
-
-    weight: StoredTensor
-    scale: StoredTensor | None
-
-    @property
+    @cached_property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        return (self.weight,) if self.scale is None else (self.weight, self.scale)
+        """In the order of the files."""
+        return tuple(StoredTensor(self.parameter, part, self.alignment) for part in self.format.parts)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What its tensors, by their names, stand for."""
+        return self.format.decode({each.part.suffix: tensors[each.name] for each in self.tensors})
+
+    def check(self) -> None:
+        """Raise InputError where the weight's inputs are not what the format can hold."""
+        for part in self.format.parts:
+            if part.inputs is not None and self.parameter.shape[-1] % part.inputs:
+                raise InputError(
+                    f"{self.name} has {self.parameter.shape[-1]} inputs, which is no multiple of {part.inputs}, as "
+                    f"{self.format.name} needs it. Give another format."
+                )
 
 
 def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParameter]:
-    """Every parameter in its stored form, in the order of the files. ``config.dtype`` is that of unquantized ones."""
+    """Every parameter in its stored form, in the order of the files. ``config.dtype`` is that of unquantized ones.
+
+    Raises InputError where the scheme doesn't fit the model.
+    """
     scheme.check(config)
-    plain = "bfloat16" if scheme.name == "bf16" else config.dtype
-    stored = []
-    for parameter in parameters(config):
-        if not scheme.quantizes(parameter.row):
-            stored.append(StoredParameter(StoredTensor(parameter, plain), None))
-            continue
-        prefix = parameter.name.removesuffix(parameter.row.name)
-        scale = make_parameter(parameter.row.scale(), config, prefix, parameter.in_block)
-        stored.append(StoredParameter(StoredTensor(parameter, "int8"), StoredTensor(scale, "float32")))
+    alignment = scheme.alignment
+    stored = [StoredParameter(each, scheme.format_of(each.row, config), alignment) for each in parameters(config)]
+    for each in stored:
+        each.check()
     return stored
 
 
 def quantization_fields(config: ModelConfig, scheme: Scheme) -> dict[str, Any]:
-    """What config.json says beside the model's dimensions: its ``quantization_config`` where there are int8 weights."""
-    quantized = {stored.weight.name for stored in stored_parameters(config, scheme) if stored.scale is not None}
-    return {"quantization_config": quantization_config(config, quantized)} if quantized else {}
+    """What config.json says beside the model's dimensions: its ``quantization_config`` where weights are quantized."""
+    group = scheme.format.config_group
+    if group is None:
+        return {}
+    quantized = {stored.name for stored in stored_parameters(config, scheme) if stored.format.quantizes}
+    return {"quantization_config": quantization_config(config, quantized, group)}
 
 
 def stored_tensors(config: ModelConfig, scheme: Scheme) -> list[StoredTensor]:
@@ -97,8 +193,7 @@ def padding_bytes(config: ModelConfig, scheme: Scheme, chips: int) -> int:
     """What splitting adds over all chips: heads of zeros, repeated KV heads, blocks rounded up to equal ones."""
     total = 0
     for tensor in stored_tensors(config, scheme):
-        extra = padding(config, tensor.parameter, chips)
+        extra = tensor.padding(config, chips)
         if extra:
-            shard_length = tensor.parameter.shape[tensor.parameter.row.shard]
-            total += extra * tensor.parameter.elements // shard_length * ITEM_BYTES[CODES[tensor.dtype]]
+            total += extra * prod(tensor.shape) // tensor.shape[tensor.shard] * ITEM_BYTES[CODES[tensor.dtype]]
     return total

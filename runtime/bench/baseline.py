@@ -100,11 +100,10 @@ def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
 def _weights(shards: Shards, layers: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every parameter by its name in transformers, dequantized."""
     from converters.model.parameters import EMBEDDING, LM_HEAD, parameters
-    from quantize.dequantize import dequantized_rows
 
     config = shards.config.cut(layers)
     tensors = {
-        parameter.name: dequantized_rows(shards, parameter.name, 0, parameter.shape[0]).to(dtype)
+        parameter.name: shards.dequantized(parameter.name, 0, parameter.shape[0]).to(dtype)
         for parameter in parameters(config)
     }
     if config.tie_word_embeddings:

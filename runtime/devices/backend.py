@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from quantize.shards.reading import Shards
-from runtime.model.decoder_tensors import PlacedTensor
+from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
 
@@ -32,7 +32,7 @@ class Backend(Protocol):
     form: Form  # what of the computation is fast there in another form
     fuse_bytes: int | None  # of a weight that is put together from several; None where no size is too large
 
-    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
         """A tensor on the device, put together over the chips. Raises InputError for missing files."""
         ...
 

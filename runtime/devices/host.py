@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantize.shards.reading import Shards
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
-from runtime.devices.cpu.packed_linear import PackedLinear
 from runtime.devices.cpu.process import prepare_cpu_process
 from runtime.model.attention import attend_fused
-from runtime.model.decoder_tensors import PlacedTensor
+from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.linear import Linear, MakeLinear
+from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.table import Device, linear_kind
 
 
 class HostBackend:
@@ -41,12 +42,16 @@ class HostBackend:
             prepare_cpu_process()
         self.platform = f"{self._device.type}/{mode}"
         # On CUDA Inductor fuses the conversion into the product by itself.
-        make_linear: MakeLinear = PackedLinear if self.platform == "cpu/inductor" else Linear
-        self.form = Form(make_linear, attend_many=attend_fused) if self._device.type == "cpu" else Form()
+        self._kind = Device.INDUCTOR_CPU if self.platform == "cpu/inductor" else Device.ANY
+        on_cpu = Form(self._make_linear, attend_many=attend_fused)
+        self.form = on_cpu if self._device.type == "cpu" else Form()
 
-    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
-        parts = [shards.rows(part.name, 0, part.parameter.shape[0]) for part in tensor.parts]
+    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
+        parts = [shards.rows(part.name, 0, part.shape[0]) for part in tensor.parts]
         return tensor.join(parts).to(self._device)
+
+    def _make_linear(self, weight: LinearWeight) -> nn.Module:
+        return linear_kind(weight.format, self._kind).make(weight, torch.ones)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

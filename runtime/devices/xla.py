@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from converters.console.errors import InputError
@@ -25,11 +26,13 @@ from quantize.shards.reading import Shards
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cpu.process import prepare_cpu_process
-from runtime.devices.cpu.tiled_linear import TiledLinear, Tiles, cut
 from runtime.model.attention import attend_by_products, attend_by_vectors, attend_exactly
-from runtime.model.decoder_tensors import PlacedTensor
+from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import SLOT_AXIS, FunctionalKVCache
+from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.table import Device, linear_kind
+from runtime.model.linears.tiled import Tiles, cut
 
 TPU_LEAST_ROWS = 2  # what the matrix unit is given; one row goes to the vector unit
 TPU_FUSE_BYTES = 24_000_000  # a larger weight is not fetched to the chip's own memory ahead of its use
@@ -78,7 +81,7 @@ class XLABackend:
         if self.tiled:
             self.cache_type = _StretchKVCache
             by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
-            self.form = Form(self._tiled_linear, attend_one=by_vectors, attend_many=attend_by_products, keep=self._keep)
+            self.form = Form(self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, keep=self._keep)
         else:
             self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
@@ -92,10 +95,10 @@ class XLABackend:
 
         return [_ordinal(name) for name in _XLAC._xla_get_runtime_devices()]
 
-    def load(self, shards: Shards, tensor: PlacedTensor) -> torch.Tensor:
+    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
         """Each local chip's part, read from its file; no host ever puts the whole tensor together."""
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in self.local_chips]
-        if self.tiled and tensor.is_linear:
+        if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).in_tiles:
             return self._place_tiles(parts, tensor.shard)
         return self._place(parts, tensor.shard)
 
@@ -154,9 +157,8 @@ class XLABackend:
             return Tiles([self._place(tile, axis) for tile in tiles])
         return Tiles([self._place([part[None] for part in tile], 0) for tile in tiles])
 
-    def _tiled_linear(self, weight: torch.Tensor | Tiles, scale: torch.Tensor | None) -> TiledLinear:
-        width = weight.inputs if isinstance(weight, Tiles) else weight.shape[1]
-        return TiledLinear(weight, scale, self._ones_of(width))
+    def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
+        return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._ones_of)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """XLA:CPU thinks a division too dear to do anew in every kernel that uses it; sines it doesn't."""
@@ -395,7 +397,7 @@ class Tracer:
         self.chips, self.form = chips, _chip_form(least_rows)
         self._axes: dict[int, int | None] = {}
 
-    def load(self, config: ModelConfig, tensor: PlacedTensor) -> torch.Tensor:
+    def load(self, config: ModelConfig, tensor: DecoderTensor) -> torch.Tensor:
         """A tensor as ``XLABackend.load`` gives it, but for its values."""
         shape = list(tensor.local_shape(config, self.chips))
         if tensor.shard is not None:

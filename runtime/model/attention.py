@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from runtime.devices.cpu.tiled_linear import times_vector
+from runtime.model.linears.tiled import times_vector
 
 _BLOCK = 128  # tokens of a first section whose scores are made at once
 _MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile

@@ -9,7 +9,7 @@ one index serves index_copy for the whole batch, and a row's position is its slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ from converters.model.architecture import Architecture, FeedForward, Positions
 from converters.model.config import ModelConfig
 from converters.model.parameters import EMBEDDING, LM_HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT
 from converters.model.rope import inverse_frequencies
+from quantize.formats.floating import Floating
 from quantize.shards.partition import HeadPlan
-from runtime.model.decoder_tensors import FUSED
+from runtime.model.decoder_tensors import FUSED, DecoderParameters
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
+from runtime.model.linears.linear import LinearWeight
 from runtime.model.norms import make_norm
 from runtime.model.weights import Projections, Weights
 
@@ -149,14 +151,14 @@ class Decoder(nn.Module):
         config: ModelConfig,
         heads: HeadPlan,
         dtype: torch.dtype,
-        tensors: Mapping[str, torch.Tensor],
+        parameters: DecoderParameters,
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         form: Form | None = None,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``tensors`` are; ``form`` is what that device wants."""
+        """``place`` brings a host tensor to the device where ``parameters`` are; ``form`` is what that device wants."""
         super().__init__()
         self.form = form = form or Form()
-        weights = Weights(tensors, form.make_linear)
+        weights = Weights(parameters, form.make_linear)
         made_of, prefix = config.architecture, config.architecture.prefix
         self.vocab_size, self.dtype = config.vocab_size, dtype
         self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or of a width of its own
@@ -171,12 +173,17 @@ class Decoder(nn.Module):
             for row in (PROJECT_IN, PROJECT_OUT)
         )
         head = LM_HEAD.name.removesuffix(".weight")
-        self.lm_head = form.make_linear(self.embedding, None) if config.tie_word_embeddings else weights.linear(head)
+        self.lm_head = self._tied_head() if config.tie_word_embeddings else weights.linear(head)
         weights.check_all_taken()
         frequencies = None
         if made_of.positions is Positions.ROTARY:
             frequencies = place(torch.tensor(inverse_frequencies(config), dtype=torch.float32))  # [D / 2]
         self.register_buffer("frequencies", frequencies)
+
+    def _tied_head(self) -> nn.Module:
+        """The output head over the embedding's own tensor."""
+        dtype = str(self.embedding.dtype).removeprefix("torch.")
+        return self.form.make_linear(LinearWeight(Floating(dtype), {"": self.embedding}))
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits [B, V] after the last of ``tokens`` [B, T], which take ``slots`` [T] of the cache.

@@ -1,44 +1,50 @@
-"""Which tensors the decoder holds: those of the shards, the ones that take the same input put together.
+"""Which parameters the decoder holds: those of the shards, linears that take the same input fused into one.
 
-Fewer, larger matrix products use the chip better than several small ones. Putting together is done on every chip by
-itself, one part upon the other, so that a chip still needs nothing but its own file.
+Fewer, larger matrix products use the chip better than several small ones. Every chip fuses its own parts, one upon the
+other, so that it still needs nothing but its own file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from converters.formats.compressed_tensors import SCALE_SUFFIX
 from converters.model.config import ModelConfig
+from quantize.formats.weight_format import WeightFormat
 from quantize.shards.stored import Scheme, StoredParameter, StoredTensor, stored_parameters
+from runtime.model.linears.linear import LinearWeight
 
 # Linears of one input, by the name of what they become together.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+DecoderParameters = Mapping[str, torch.Tensor | LinearWeight]  # by name; linears' weights are LinearWeights
 
 
 @dataclass(frozen=True)
-class PlacedTensor:
+class DecoderTensor:
     """A tensor of the decoder: one of the shards, or several of them one upon the other, chip by chip."""
 
     name: str
+    format: WeightFormat
     parts: tuple[StoredTensor, ...]
+
+    @property
+    def are_values(self) -> bool:
+        """Whether it holds the values of a linear's weight, and not what goes with them."""
+        first = self.parts[0]
+        return first.parameter.row.is_linear and first.part == self.format.parts[0]
 
     @property
     def shard(self) -> int | None:
         """The axis along which it is split over the chips; None where every chip holds it whole."""
-        return self.parts[0].parameter.row.shard
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is the weight of a matrix product."""
-        return self.parts[0].parameter.row.is_linear
+        return self.parts[0].shard
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self._is_norm else getattr(torch, self.parts[0].dtype)
+        return torch.float32 if self._is_norm else self.parts[0].torch_dtype
 
     def nbytes(self, config: ModelConfig, chips: int) -> int:
         """On each chip."""
@@ -46,50 +52,91 @@ class PlacedTensor:
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
         """Of each chip's part of it, as ``join`` gives it."""
-        specs = [part.spec(config, chips) for part in self.parts]
-        rows = sum(spec.shape[0] for spec in specs)
-        return (rows,) if self._is_scale else (rows, *specs[0].shape[1:])
+        shapes = [part.local_shape(config, chips) for part in self.parts]
+        rows = sum(shape[0] for shape in shapes)
+        return (rows,) if self._is_column else (rows, *shapes[0][1:])
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """One chip's part of it, from those of its parts.
 
-        A scale, [out, 1] in the shards, becomes [out], and what a norm has float32, as they are used: on TPU a step
-        would begin by making them so, one operation for each.
+        A column [out, 1], as a scale for each output channel is in the shards, becomes [out], and what a norm has
+        float32, as they are used: on TPU a step would begin by making them so, one operation for each.
         """
         joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
         if self._is_norm:
             return joined.float()
-        return joined.flatten() if self._is_scale else joined
+        return joined.flatten() if self._is_column else joined
 
     @property
     def _is_norm(self) -> bool:
         return self.parts[0].parameter.row.is_norm
 
     @property
-    def _is_scale(self) -> bool:
-        return self.name.endswith(SCALE_SUFFIX)
+    def _is_column(self) -> bool:
+        return self.parts[0].part.inputs is None
 
 
-def placed_tensors(config: ModelConfig, scheme: Scheme, chips: int, fuse_bytes: int | None) -> list[PlacedTensor]:
-    """Every tensor that the decoder holds, in the order of the files.
+@dataclass(frozen=True)
+class DecoderParameter:
+    """A parameter of the decoder: one of the shards, or several that are fused."""
 
-    Weights are put together where that makes no more than ``fuse_bytes`` on each chip; None sets no limit.
+    name: str
+    members: tuple[StoredParameter, ...]
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.members[0].format
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a matrix product."""
+        return self.members[0].parameter.row.is_linear
+
+    @cached_property
+    def tensors(self) -> dict[str, DecoderTensor]:
+        """Those of its format, by suffix."""
+        by_part = zip(*(member.tensors for member in self.members), strict=True)
+        tensors = [DecoderTensor(self.name + parts[0].part.suffix, self.format, tuple(parts)) for parts in by_part]
+        return {tensor.parts[0].part.suffix: tensor for tensor in tensors}
+
+
+def decoder_parameters(
+    config: ModelConfig, scheme: Scheme, chips: int, fuse_bytes: int | None
+) -> list[DecoderParameter]:
+    """Every parameter that the decoder holds, in the order of the files.
+
+    Weights are fused where that makes no more than ``fuse_bytes`` of values on each chip; None sets no limit.
     """
-    stored = {each.weight.name: each for each in stored_parameters(config, scheme)}
+    stored = {each.name: each for each in stored_parameters(config, scheme)}
     gone: set[str] = set()  # into another
-    placed = []
+    found = []
     for name in stored:
         if name in gone:
             continue
         linear, _, kind = name.rpartition(".")
         whole, linears = _fusion(linear)
-        weights = PlacedTensor(whole, tuple(stored[f"{part}.weight"].weight for part in linears))
-        if fuse_bytes is not None and weights.nbytes(config, chips) > fuse_bytes:
-            whole, linears = linear, [linear]  # with its bias
+        if len(linears) > 1 and fuse_bytes is not None:
+            values = [stored[f"{part}.weight"].tensors[0] for part in linears]
+            if sum(each.spec(config, chips).nbytes for each in values) > fuse_bytes:
+                whole, linears = linear, [linear]  # with its bias
         names = [f"{part}.{kind}" for part in linears]
-        placed += _put_together(f"{whole}.{kind}", [stored[part] for part in names])
+        found.append(DecoderParameter(f"{whole}.{kind}", tuple(stored[part] for part in names)))
         gone.update(names)
-    return placed
+    return found
+
+
+def decoder_tensors(parameters: Iterable[DecoderParameter]) -> list[DecoderTensor]:
+    """All tensors of these parameters."""
+    return [tensor for parameter in parameters for tensor in parameter.tensors.values()]
+
+
+def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTensor], Any]) -> DecoderParameters:
+    """What the decoder is made of, each tensor brought to the device by ``load``, one after the other."""
+    held: dict[str, torch.Tensor | LinearWeight] = {}
+    for parameter in parameters:
+        tensors = {suffix: load(tensor) for suffix, tensor in parameter.tensors.items()}
+        held[parameter.name] = LinearWeight(parameter.format, tensors) if parameter.is_linear else tensors[""]
+    return held
 
 
 def _fusion(linear: str) -> tuple[str, list[str]]:
@@ -99,10 +146,3 @@ def _fusion(linear: str) -> tuple[str, list[str]]:
             prefix = linear.removesuffix(parts[0])
             return prefix + whole, [prefix + part for part in parts]
     return linear, [linear]
-
-
-def _put_together(name: str, parameters: Sequence[StoredParameter]) -> list[PlacedTensor]:
-    """The weights (or biases) as one, and their scales where they are quantized."""
-    tensors = [PlacedTensor(name, tuple(each.weight for each in parameters))]
-    scales = tuple(each.scale for each in parameters if each.scale is not None)
-    return [*tensors, PlacedTensor(name + SCALE_SUFFIX, scales)] if scales else tensors

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from runtime.model.attention import Attend, attend
-from runtime.model.linear import Linear, MakeLinear
+from runtime.model.linears.linear import MakeLinear
+from runtime.model.linears.table import make_linear
 
 
 def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -19,7 +20,7 @@ def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 class Form:
     """The parts that a device may have its own form of; by default, those that the TPU's compiler does well on."""
 
-    make_linear: MakeLinear = Linear
+    make_linear: MakeLinear = make_linear
     # Rows that a matrix product is given at least, by copies: a TPU gives a single one to its vector unit, which takes
     # up to five times as long as the matrix unit for two.
     least_rows: int = 1

@@ -68,10 +68,10 @@ def decode_bytes_per_chip(
     """
     weights = 0
     for stored, count in _kinds(config, scheme):
-        parameter = stored.weight.parameter
+        parameter = stored.parameter
         head_too = parameter.row is EMBEDDING and config.tie_word_embeddings
         if parameter.row.looked_up and not head_too:
-            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.weight.dtype]]
+            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.tensors[0].dtype]]
         else:
             weights += count * _stored_bytes(config, stored, chips)
     return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)
@@ -100,9 +100,9 @@ def post_cache_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> 
 def _kinds(config: ModelConfig, scheme: Scheme) -> Iterator[tuple[StoredParameter, int]]:
     """Every stored parameter of the first layer and around the layers, with how many like it the model has."""
     for stored in stored_parameters(config.cut(1), scheme):
-        yield stored, config.num_layers if stored.weight.parameter.in_block else 1
+        yield stored, config.num_layers if stored.parameter.in_block else 1
 
 
 def _stored_bytes(config: ModelConfig, stored: StoredParameter, chips: int) -> int:
-    """Bytes of one stored parameter, weight and scale, on each chip."""
+    """Bytes of one stored parameter, all its tensors, on each chip."""
     return sum(tensor.spec(config, chips).nbytes for tensor in stored.tensors)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from converters.console.errors import MissingTensor, UnexpectedTensor
-from runtime.model.decoder_tensors import FUSED
-from runtime.model.linear import MakeLinear
+from runtime.model.decoder_tensors import FUSED, DecoderParameters
+from runtime.model.linears.linear import MakeLinear
 
 
 class Weights:
-    """Tensors by their name in the shards, each to be taken once, under names that grow with the module tree."""
+    """A decoder's parameters by name, each to be taken once."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], make_linear: MakeLinear) -> None:
-        self._left, self._make_linear = dict(tensors), make_linear
+    def __init__(self, parameters: DecoderParameters, make_linear: MakeLinear) -> None:
+        self._left, self._make_linear = dict(parameters), make_linear
 
-    def take(self, name: str) -> torch.Tensor:
+    def take(self, name: str) -> Any:
+        """A parameter: a tensor, or the LinearWeight of a linear. Raises MissingTensor where there is none."""
         if name not in self._left:
             raise MissingTensor(f"The shards lack the tensor {name}, which the decoder needs.")
         return self._left.pop(name)
 
     def linear(self, name: str, bias: bool = False) -> nn.Module:
-        """The linear ``name``.weight, quantized where there is a scale beside it; with ``bias`` it has one."""
-        weight = f"{name}.weight"
-        linear = self._make_linear(self.take(weight), self._left.pop(weight + "_scale", None))
+        """The linear of the parameter ``name``.weight; with ``bias`` it has one."""
+        linear = self._make_linear(self.take(f"{name}.weight"))
         return Biased(linear, self.take(f"{name}.bias")) if bias else linear
 
     def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
-        """The linears that ``fused`` of ``placed.FUSED`` stands for, as one where they have been put together."""
+        """The linears that ``fused`` of FUSED stands for, as one where they have been fused."""
         whole = prefix + fused
         names = [whole] if f"{whole}.weight" in self._left else [prefix + part for part in FUSED[fused]]
         return Projections([self.linear(name, bias) for name in names], shares, chips)

@@ -10,7 +10,7 @@ import torch
 
 from quantize.slices import Slice
 from runtime.devices.xla import TPU_LEAST_ROWS, TracedGraph, Tracer
-from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.decoder_tensors import collect, decoder_parameters
 from runtime.model.graphs import CACHE_ARGUMENT, MakeGraph, fill_graph, greedy_graph, later_fill_graph
 from runtime.plan.chips import chip_of
 from runtime.plan.estimate import Estimate, estimate
@@ -165,9 +165,9 @@ def trace_graph(
     config, rows = workload.config, workload.batch_size
     tracer = Tracer(chips, least_rows)
     with torch.no_grad():
-        placed = placed_tensors(config, workload.scheme, chips, tracer.fuse_bytes)
-        tensors = {tensor.name: tracer.load(config, tensor) for tensor in placed}
-        decoder = make_decoder(config, dtype, tracer, tensors)
+        wanted = decoder_parameters(config, workload.scheme, chips, tracer.fuse_bytes)
+        parameters = collect(wanted, lambda tensor: tracer.load(config, tensor))
+        decoder = make_decoder(config, dtype, tracer, parameters)
         cache = make_cache(config, tracer, rows, workload.max_seq_len, dtype)
         shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
         arguments = [tracer.zeros(shape, torch.long, None) for shape in shapes]

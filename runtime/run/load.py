@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +12,7 @@ from quantize.shards.partition import plan_heads
 from quantize.shards.reading import Shards
 from runtime.devices.backend import Backend
 from runtime.model.decoder import Decoder
-from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.decoder_tensors import DecoderParameters, DecoderTensor, collect, decoder_parameters
 from runtime.model.kv_cache import HEAD_AXIS, KVCache
 from runtime.model.sizing import cache_shape
 
@@ -31,28 +30,31 @@ def load_decoder(
 
 def load_tensors(
     shards: Shards, config: ModelConfig, backend: Backend, advance: Advance
-) -> tuple[dict[str, torch.Tensor], int]:
+) -> tuple[DecoderParameters, int]:
     """What ``make_decoder`` takes, on the device, and the bytes of it that each chip holds.
 
-    ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are placed. Raises
+    ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are loaded. Raises
     InputError where a file is missing or isn't what the manifest says.
     """
-    tensors = {}
     bytes_per_chip = 0
-    for placed in placed_tensors(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes):
-        tensor = backend.load(shards, placed)
-        bytes_per_chip += tensor.nbytes // (1 if placed.shard is None else backend.chips)
-        tensors[placed.name] = tensor
-        advance(tensor.nbytes, placed.name)
-    return tensors, bytes_per_chip
+
+    def load(tensor: DecoderTensor) -> Any:
+        nonlocal bytes_per_chip
+        loaded = backend.load(shards, tensor)
+        bytes_per_chip += loaded.nbytes // (1 if tensor.shard is None else backend.chips)
+        advance(loaded.nbytes, tensor.name)
+        return loaded
+
+    wanted = decoder_parameters(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes)
+    return collect(wanted, load), bytes_per_chip
 
 
 def make_decoder(
-    config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, tensors: Mapping[str, torch.Tensor]
+    config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, parameters: DecoderParameters
 ) -> Decoder:
-    """The decoder over tensors that are on the device already, by the names of ``placed_tensors``."""
+    """The decoder over parameters that are on the device already, as ``collect`` has them."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
-    return Decoder(config, heads, dtype, tensors, backend.replicate, backend.form).eval()
+    return Decoder(config, heads, dtype, parameters, backend.replicate, backend.form).eval()
 
 
 def make_cache(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from converters.tokenizers.auxiliary_files import read_companions
 from quantize.shards.reading import Shards
 from quantize.shards.stored import padding_bytes, stored_tensors
 from runtime.devices.backend import Backend
+from runtime.model.decoder_tensors import DecoderParameters
 from runtime.model.kv_cache import scale_bytes
 from runtime.model.sampling import Sampling
 from runtime.model.sizing import cache_bytes_per_chip, decode_bytes_per_chip
@@ -126,7 +127,7 @@ def _shown_ends(config: ModelConfig, stated: tuple[int, ...], codec: TextCodec |
     return ", ".join(f"{i} {codec.token(i) if codec else ''}".rstrip() for i in config.eos_token_ids)
 
 
-def _load(shards: Shards, config: ModelConfig, backend: Backend) -> tuple[dict[str, torch.Tensor], int]:
+def _load(shards: Shards, config: ModelConfig, backend: Backend) -> tuple[DecoderParameters, int]:
     """The decoder's tensors, and the bytes of parameters that each chip holds."""
     total = sum(stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, shards.manifest.scheme))
     with progress("Loading", total * backend.chips) as advance:
@@ -164,7 +165,7 @@ def _measure(
     request: Request,
     config: ModelConfig,
     backend: Backend,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: DecoderParameters,
     prompts: list[list[int]],
 ) -> Measured:
     """What is measured when the generation is over: first the peaks, which the rest may raise."""
@@ -184,7 +185,7 @@ def _cache_error(
     request: Request,
     config: ModelConfig,
     backend: Backend,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: DecoderParameters,
     prompts: list[list[int]],
 ) -> LogitError:
     """What the cache's dtype costs: logits [B, V] through it against those through one of float32.

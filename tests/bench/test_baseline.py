@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from converters.console.errors import InputError
 from converters.output import preflight
 from quantize.cli import command as quantize
-from quantize.dequantize import dequantized_rows, write_dequantized
+from quantize.dequantize import write_dequantized
 from quantize.shards.reading import Shards
 from runtime.bench.baseline import _generate, _HostCPU, load_model
 
@@ -98,7 +98,7 @@ def test_the_model_is_what_from_pretrained_makes_of_the_same_values(tmp_path: Pa
     invoke(quantize, tmp_path / "hf", "--int8", "--chips", 3, "--out", tmp_path / "int8")
     shards = Shards(tmp_path / "int8")
     tensors = {
-        name: dequantized_rows(shards, name, 0, tensor.parameter.shape[0])
+        name: shards.dequantized(name, 0, tensor.parameter.shape[0])
         for name, tensor in shards.tensors.items()
         if not name.endswith("_scale")
     }

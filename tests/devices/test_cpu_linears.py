@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from quantize.formats.floating import Floating
+from quantize.formats.int8 import Int8
 from runtime.devices.capture import capture
-from runtime.devices.cpu.packed_linear import KERNEL_ROWS, LOOP_ROWS, PackedLinear
-from runtime.devices.cpu.tiled_linear import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
-from runtime.model.linear import Linear
+from runtime.model.linears.linear import Linear, LinearWeight
+from runtime.model.linears.packed import KERNEL_ROWS, LOOP_ROWS, PackedLinear
+from runtime.model.linears.tiled import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
 
 SHAPES = [
     (1, 1),
@@ -26,6 +28,13 @@ SHAPES = [
     (1030, 4100),
 ]  # out, in
 ROWS = (1, 2, 4, 5, VECTOR_ROWS, VECTOR_ROWS + 1, KERNEL_ROWS + 1, 128)
+
+
+def held(values: object, scale: torch.Tensor | None) -> LinearWeight:
+    """As loading gives a weight to a linear."""
+    if scale is None:
+        return LinearWeight(Floating("bfloat16"), {"": values})
+    return LinearWeight(Int8(), {"": values, "_scale": scale})
 
 
 class Case(NamedTuple):
@@ -64,7 +73,7 @@ def _check(found: torch.Tensor, x: torch.Tensor, case: Case) -> None:
 def test_tiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
     case = _case(*shape, dtype)
     for weight in (Tiles([part.contiguous() for part in cut(case.weight)]), case.weight):
-        linear = TiledLinear(weight, case.scale, torch.ones(shape[1]))
+        linear = TiledLinear(held(weight, case.scale), torch.ones(shape[1]))
         for rows in ROWS:
             for activations in (torch.float32, torch.bfloat16):
                 x = _rows(rows, shape[1], activations)
@@ -76,7 +85,9 @@ def test_tiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_tiled_with_its_inputs_on_several_chips(chips: int, local: int) -> None:
     case = _case(11, chips * local, torch.int8)
     parts = [cut(part) for part in case.weight.chunk(chips, dim=1)]
-    linear = TiledLinear(Tiles([torch.stack(tile) for tile in zip(*parts, strict=True)]), case.scale, torch.ones(local))
+    linear = TiledLinear(
+        held(Tiles([torch.stack(tile) for tile in zip(*parts, strict=True)]), case.scale), torch.ones(local)
+    )
     for rows in ROWS:
         x = _rows(rows, chips * local, torch.float32)
         _check(linear(x), x, case)
@@ -96,7 +107,7 @@ def test_tiles_are_the_weight_cut(inputs: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
 def test_packed(shape: tuple[int, int], dtype: torch.dtype) -> None:
     case = _case(*shape, dtype)
-    linear = PackedLinear(case.weight, case.scale)
+    linear = PackedLinear(held(case.weight, case.scale))
     for rows in ROWS:
         for activations in (torch.float32, torch.bfloat16):
             if activations == torch.bfloat16 and dtype == torch.float32:
@@ -111,7 +122,7 @@ def test_packed(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_packed_under_inductor(rows: int, activations: torch.dtype) -> None:
     """A step of several shapes compiled whole, with the weights not copied."""
     cases = [_case(out, inputs, dtype) for out, inputs in SHAPES[2:8] for dtype in (torch.int8, torch.bfloat16)]
-    linears = [PackedLinear(case.weight, case.scale) for case in cases]
+    linears = [PackedLinear(held(case.weight, case.scale)) for case in cases]
     inputs = [_rows(rows, case.weight.shape[1], activations) for case in cases]
     step = capture(lambda xs: [linear(x) for linear, x in zip(linears, xs, strict=True)], "inductor")
     with torch.no_grad():
@@ -124,7 +135,7 @@ def test_packed_under_inductor(rows: int, activations: torch.dtype) -> None:
 def test_rows_are_made_before_inductors_loop(activations: torch.dtype) -> None:
     """Fused into the loop over a weight, what makes the rows would be done anew for every output."""
     case = _case(48, 4096, torch.int8)
-    linear = PackedLinear(case.weight, case.scale)
+    linear = PackedLinear(held(case.weight, case.scale))
     x = _rows(1, 4096, activations)
     with torch.no_grad():
         _, (code,) = run_and_get_code(capture(lambda x: linear(x.erf()), "inductor"), x)
@@ -136,8 +147,8 @@ def test_rows_are_made_before_inductors_loop(activations: torch.dtype) -> None:
 def test_forms_hold_no_second_weight() -> None:
     case = _case(64, 1600, torch.int8)
     tiles = Tiles([part.contiguous() for part in cut(case.weight)])
-    for linear in (TiledLinear(tiles, case.scale, torch.ones(1600)), PackedLinear(case.weight, case.scale)):
-        held = [*linear.parameters(), *linear.buffers()]
-        assert sum(t.nbytes for t in held if t.dtype == torch.int8) == case.weight.nbytes
-        assert sum(t.nbytes for t in held if t.dtype != torch.int8) <= 8 * len(case.weight) + 4 * 1600
-    assert Linear(case.weight, case.scale).weight is case.weight
+    for linear in (TiledLinear(held(tiles, case.scale), torch.ones(1600)), PackedLinear(held(case.weight, case.scale))):
+        kept = [*linear.parameters(), *linear.buffers()]
+        assert sum(t.nbytes for t in kept if t.dtype == torch.int8) == case.weight.nbytes
+        assert sum(t.nbytes for t in kept if t.dtype != torch.int8) <= 8 * len(case.weight) + 4 * 1600
+    assert Linear(held(case.weight, case.scale)).weight is case.weight

@@ -15,7 +15,7 @@ from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, stored_tensors
 from runtime.devices.xla import XLABackend
-from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.decoder_tensors import decoder_parameters, decoder_tensors
 
 
 class OneHostOfTwo(XLABackend):
@@ -44,10 +44,10 @@ def test_a_host_needs_only_its_own_files(shards: Path) -> None:
     for chip in (0, 1):
         (shards / f"chip-0{chip}-of-04.safetensors").unlink()
     half = Shards(shards)
-    placed = placed_tensors(half.config, half.manifest.scheme, 4, None)
-    assert sorted(part.name for tensor in placed for part in tensor.parts) == sorted(whole.tensors)
-    assert max(len(tensor.parts) for tensor in placed) == 3
-    for tensor in placed:
+    held = decoder_tensors(decoder_parameters(half.config, half.manifest.scheme, 4, None))
+    assert sorted(part.name for tensor in held for part in tensor.parts) == sorted(whole.tensors)
+    assert max(len(tensor.parts) for tensor in held) == 3
+    for tensor in held:
         found = OneHostOfTwo().load(half, tensor)
         parts = [torch.cat([expected[part.name][host] for part in tensor.parts]) for host in (0, 1)]
         joined = parts[0] if tensor.shard is None else torch.cat(parts, dim=tensor.shard)
@@ -60,10 +60,10 @@ def test_a_host_needs_only_its_own_files(shards: Path) -> None:
 def test_weights_are_put_together_up_to_a_size(limit: int | None, fused: set[str]) -> None:
     """int8 weights of the tiny model on 64 chips: 3 heads of 32 rows, and 2 * 12 rows, of 256 each."""
     config = PRESETS["tiny"]
-    placed = placed_tensors(config, Scheme("int8"), 64, limit)
-    names = {tensor.name.split(".")[-2] for tensor in placed if len(tensor.parts) > 1}
+    held = decoder_tensors(decoder_parameters(config, Scheme("int8"), 64, limit))
+    names = {tensor.name.split(".")[-2] for tensor in held if len(tensor.parts) > 1}
     assert names == fused
-    parts = [part.name for tensor in placed for part in tensor.parts]
+    parts = [part.name for tensor in held for part in tensor.parts]
     assert sorted(parts) == sorted(tensor.name for tensor in stored_tensors(config, Scheme("int8")))
 
 
@@ -71,19 +71,19 @@ def test_weights_are_put_together_up_to_a_size(limit: int | None, fused: set[str
 def test_biases_go_with_their_weights(limit: int | None, fused: int) -> None:
     """OPT's q, k and v: weight, scale and bias each, in two layers."""
     config = PRESETS["opt-125m"].cut(2)
-    placed = placed_tensors(config, Scheme("int8"), 5, limit)
-    together = {tensor.name: tensor for tensor in placed if len(tensor.parts) == 3}
+    held = decoder_tensors(decoder_parameters(config, Scheme("int8"), 5, limit))
+    together = {tensor.name: tensor for tensor in held if len(tensor.parts) == 3}
     assert len(together) == fused
     for name, tensor in together.items():
         kind = name.rpartition("qkv_proj.")[2]
         assert [part.name.rpartition("self_attn.")[2] for part in tensor.parts] == [f"{p}_proj.{kind}" for p in "qkv"]
-    parts = [part.name for tensor in placed for part in tensor.parts]
+    parts = [part.name for tensor in held for part in tensor.parts]
     assert sorted(parts) == sorted(tensor.name for tensor in stored_tensors(config, Scheme("int8")))
 
 
 def test_a_missing_file_of_its_own_is_named(shards: Path) -> None:
     (shards / "chip-03-of-04.safetensors").unlink()
     half = Shards(shards)
-    tensor = placed_tensors(half.config, half.manifest.scheme, 4, None)[0]
+    tensor = decoder_tensors(decoder_parameters(half.config, half.manifest.scheme, 4, None))[0]
     with pytest.raises(InputError, match=r"chip-03-of-04\.safetensors"):
         OneHostOfTwo().load(half, tensor)

@@ -13,7 +13,7 @@ from converters.model.parameters import check_names, is_known, parameters
 from quantize.shards.partition import plan_heads
 from quantize.shards.stored import Scheme
 from runtime.model.decoder import Decoder
-from runtime.model.decoder_tensors import placed_tensors
+from runtime.model.decoder_tensors import DecoderTensor, collect, decoder_parameters
 from runtime.model.kv_cache import KVCache
 from runtime.model.sizing import cache_shape
 
@@ -105,14 +105,16 @@ def test_feed_forward_sizes(name: str, ffn: int) -> None:
 def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: int, fuse_bytes: int | None) -> None:
     """At full width and depth, on the meta device: what the shards hold is what the decoder takes."""
     scheme = Scheme("int8")
-    tensors = {}
-    for placed in placed_tensors(config, scheme, chips, fuse_bytes):
-        shape = list(placed.local_shape(config, chips))
-        if placed.shard is not None:
-            shape[placed.shard] *= chips
-        tensors[placed.name] = torch.empty(shape, dtype=placed.dtype, device="meta")
+
+    def load(tensor: DecoderTensor) -> torch.Tensor:
+        shape = list(tensor.local_shape(config, chips))
+        if tensor.shard is not None:
+            shape[tensor.shard] *= chips
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    wanted = collect(decoder_parameters(config, scheme, chips, fuse_bytes), load)
     heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
-    decoder = Decoder(config, heads, torch.bfloat16, tensors, lambda tensor: tensor.to("meta"))
+    decoder = Decoder(config, heads, torch.bfloat16, wanted, lambda tensor: tensor.to("meta"))
     shape = cache_shape(config, chips, 2, 64)
     with torch.device("meta"):
         cache = KVCache([[torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv"] for _ in range(config.num_layers)])
@@ -122,10 +124,8 @@ def test_decoder_runs_on_the_shapes_of_the_shards(config: ModelConfig, chips: in
 
 
 def test_decoder_names_a_tensor_too_many_or_too_few() -> None:
-    tensors = {
-        placed.name: torch.empty(placed.local_shape(ODD, 1), dtype=placed.dtype)
-        for placed in placed_tensors(ODD, Scheme("int8"), 1, fuse_bytes=0)
-    }
+    wanted = decoder_parameters(ODD, Scheme("int8"), 1, fuse_bytes=0)
+    tensors = dict(collect(wanted, lambda tensor: torch.empty(tensor.local_shape(ODD, 1), dtype=tensor.dtype)))
     heads = plan_heads(ODD.num_heads, ODD.num_kv_heads, 1)
     with pytest.raises(UnexpectedTensor, match="extra"):
         Decoder(ODD, heads, torch.float32, tensors | {"extra": torch.empty(1)})

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from converters.console.errors import InputError
 from converters.model.config import PRESETS, ModelConfig
-from converters.model.parameters import Axis, parameters
-from quantize.shards.partition import axis_segments, check_chips, local_shape, padding, plan_heads
+from converters.model.parameters import Axis
+from quantize.shards.partition import axis_segments, check_chips, plan_heads
+from quantize.shards.stored import Scheme, stored_tensors
 
 CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515)
 
@@ -72,12 +73,12 @@ def test_segments_cover_an_axis(axis: Axis, chips: int) -> None:
 def test_33b_padding_is_what_the_heads_cost() -> None:
     """52 heads on 8 chips take 56 places: 4 heads of zeros, 512 rows of 6,656, in q, k, v and 512 columns in o."""
     config = PRESETS["33B"]
-    extra = {p.name: padding(config, p, 8) for p in parameters(replace(config, num_layers=1))}
+    stored = {each.name: each for each in stored_tensors(replace(config, num_layers=1), Scheme("bf16"))}
+    extra = {name: each.padding(config, 8) for name, each in stored.items()}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         assert extra[f"model.layers.0.self_attn.{name}.weight"] == 4 * 128
     assert extra["model.layers.0.mlp.up_proj.weight"] == 0
-    down = next(p for p in parameters(config) if p.name.endswith("0.mlp.down_proj.weight"))
-    assert local_shape(config, down, 8) == (6656, 17920 // 8)
+    assert stored["model.layers.0.mlp.down_proj.weight"].local_shape(config, 8) == (6656, 17920 // 8)
 
 
 @pytest.mark.parametrize("chips", [0, -1, 1 << 20, 2.0, True, None])

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from runtime.model.linears.linear import LinearWeight
+
 LOOP_ROWS = 8  # at most; each is a sum more to compile
 LOOP_INPUTS = 8192  # at most of all rows together where there is a kernel: 32 KB in float32
 KERNEL_ROWS = 24  # at most; the weight-only kernel reads the weight once for every four rows
@@ -27,12 +29,13 @@ _KERNEL_INPUTS = 16  # the kernel takes so many at a time and drops what is left
 class PackedLinear(nn.Module):
     """y = x W^T for a weight [out, in] and x [..., in], without a bias; a weight with a scale [out] is int8."""
 
-    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> None:
+    def __init__(self, weight: LinearWeight) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        packs = weight.dtype == torch.int8 and weight.shape[1] % _KERNEL_INPUTS == 0
-        self.register_buffer("ones", torch.ones(len(weight), dtype=torch.bfloat16) if packs else None)
+        values = weight.tensors[""]
+        self.register_buffer("weight", values)
+        self.register_buffer("weight_scale", weight.scale)
+        packs = values.dtype == torch.int8 and values.shape[1] % _KERNEL_INPUTS == 0
+        self.register_buffer("ones", torch.ones(len(values), dtype=torch.bfloat16) if packs else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, in]

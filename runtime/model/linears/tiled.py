@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from runtime.model.linears.linear import LinearWeight
+
 TILE = 512  # inputs, about
 VECTOR_ROWS = 8  # at most; each is a kernel to compile
 _SMALL = 1 << 22  # elements of a weight that is put together for a matrix product
@@ -57,18 +59,25 @@ def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight.split(width, dim=1)
 
 
+def inputs_of(weight: LinearWeight) -> int:
+    """The inputs of a weight, of each chip where chips hold them apart."""
+    values = weight.tensors[""]
+    return values.inputs if isinstance(values, Tiles) else values.shape[1]
+
+
 class TiledLinear(nn.Module):
     """y = x W^T for a weight in tiles and x [..., in], without a bias; computed in float32, given in x's dtype."""
 
-    def __init__(self, weight: Tiles | torch.Tensor, scale: torch.Tensor | None, ones: torch.Tensor) -> None:
-        """``scale`` is float32 [out]; ``ones`` is float32 [in], ones on the device (``in`` of one chip, of several).
+    def __init__(self, weight: LinearWeight, ones: torch.Tensor) -> None:
+        """``ones`` is float32 [in], ones on the device (``in`` of one chip, of several); a scale is float32 [out].
 
         A weight [out, in] that isn't in tiles, as an embedding that is the output head too, is read as it is.
         """
         super().__init__()
-        parts = weight.parts if isinstance(weight, Tiles) else [weight]
+        values = weight.tensors[""]
+        parts = values.parts if isinstance(values, Tiles) else [values]
         self.tiles = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", weight.scale)
         self.register_buffer("ones", ones)
         self._is_small = sum(part.numel() for part in parts) < _SMALL
 

@@ -1,0 +1,64 @@
+"""Linears that any device runs: the weight is converted where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.formats.weight_format import WeightFormat
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The weight of a linear on a device: the tensors of its format by suffix, those with one column as [out].
+
+    A device may hold a tensor in a form of its own (``tiled.Tiles``).
+    """
+
+    format: WeightFormat
+    tensors: Mapping[str, Any]
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """The one scale [out] of each output channel; None for a format without."""
+        return self.tensors.get("_scale")
+
+
+MakeLinear = Callable[[LinearWeight], nn.Module]
+
+
+class Linear(nn.Module):
+    """y = x W^T for values [out, in], floating or int8 with a scale [out], and x [..., in], without a bias.
+
+    XLA fuses the conversion of the values into the product on TPU, so int8 is what is read from memory.
+    """
+
+    def __init__(self, weight: LinearWeight) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.tensors[""])
+        self.register_buffer("weight_scale", weight.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x, self.weight.to(x.dtype))  # [..., out]
+        if self.weight_scale is None:
+            return y
+        return (y * self.weight_scale).to(x.dtype)
+
+
+class DecodedLinear(nn.Module):
+    """y = x W^T for a weight of any format, decoded in x's dtype before the product, and x [..., in]."""
+
+    def __init__(self, weight: LinearWeight) -> None:
+        super().__init__()
+        self._format = weight.format
+        self._names = {suffix: f"weight{suffix}" for suffix in weight.tensors}
+        for suffix, name in self._names.items():
+            self.register_buffer(name, weight.tensors[suffix])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        decoded = self._format.decode({suffix: getattr(self, name) for suffix, name in self._names.items()})
+        return nn.functional.linear(x, decoded.to(x.dtype))  # [..., out]

@@ -1,0 +1,56 @@
+"""From a weight format and a device to the linear that runs there: the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from quantize.formats.floating import Floating
+from quantize.formats.int8 import Int8
+from quantize.formats.weight_format import WeightFormat
+from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight
+from runtime.model.linears.packed import PackedLinear
+from runtime.model.linears.tiled import TiledLinear, inputs_of
+
+
+class Device(Enum):
+    """Kinds of devices that want linears of their own."""
+
+    ANY = auto()  # TPUs, CUDA, eager execution: weights as they are
+    XLA_CPU = auto()
+    INDUCTOR_CPU = auto()
+
+
+class LinearKind(NamedTuple):
+    """``make`` is given a weight, and how to get a vector of ones of some length on the device."""
+
+    make: Callable[[LinearWeight, Callable[[int], torch.Tensor]], nn.Module]
+    in_tiles: bool = False  # whether its values are to be loaded as ``Tiles``
+
+
+_PLAIN = LinearKind(lambda weight, ones: Linear(weight))
+_TILED = LinearKind(lambda weight, ones: TiledLinear(weight, ones(inputs_of(weight))), in_tiles=True)
+_PACKED = LinearKind(lambda weight, ones: PackedLinear(weight))
+_DECODED = LinearKind(lambda weight, ones: DecodedLinear(weight))
+_LINEARS: dict[tuple[type[WeightFormat], Device], LinearKind] = {
+    (Int8, Device.ANY): _PLAIN,
+    (Int8, Device.XLA_CPU): _TILED,
+    (Int8, Device.INDUCTOR_CPU): _PACKED,
+    (Floating, Device.ANY): _PLAIN,
+    (Floating, Device.XLA_CPU): _TILED,
+    (Floating, Device.INDUCTOR_CPU): _PACKED,
+}
+
+
+def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
+    """What runs weights of this format on this device; a format without a linear of its own there is decoded."""
+    return _LINEARS.get((type(weight_format), device), _DECODED)
+
+
+def make_linear(weight: LinearWeight) -> nn.Module:
+    """The linear of a weight on a device of kind ``ANY``."""
+    return linear_kind(weight.format, Device.ANY).make(weight, torch.ones)
