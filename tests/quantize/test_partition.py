@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.console.errors import InputError
-from converters.model.config import PRESETS, ModelConfig
+from converters.model.config import ModelConfig
+from converters.model.families.llama import LLAMA
+from converters.model.families.presets import PRESETS
 from converters.model.parameters import Axis, parameters
 from quantize.shards.partition import axis_segments, check_chips, local_shape, padding, plan_heads
 
-CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515)
+CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515, architecture=LLAMA.architecture)
 
 
 @given(st.integers(1, 24), st.integers(1, 16), st.integers(1, 40))
