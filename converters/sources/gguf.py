@@ -15,7 +15,7 @@ from converters.model.architecture import Positions
 from converters.model.config import ModelConfig
 from converters.model.dtypes import dtype_to_write
 from converters.model.families.family import Family
-from converters.model.families.registry import FAMILIES, find_gguf_family
+from converters.model.families.registry import find_gguf_family, known_gguf_architectures
 from converters.model.model_name import is_name, name_of_file
 from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
 from converters.sources.fingerprint import sample_files
@@ -160,7 +160,7 @@ def _family(metadata: Metadata) -> Family:
     architecture = metadata.text("general.architecture")
     family = find_gguf_family(architecture)
     if family is None:
-        known = ", ".join(repr(each.gguf.architecture) for each in FAMILIES if each.gguf)
+        known = ", ".join(map(repr, known_gguf_architectures()))
         raise InputError(f"{metadata.path} is of architecture {architecture!r}; this tool converts {known}.")
     return family
 

@@ -49,18 +49,18 @@ class Family:
     silent.
 
     ``check`` raises InputError for what a config.json, completed by these, asks for and the decoder lacks. ``read``
-    gives, from one with all of ``required``, those arguments of ModelConfig that differ between families, at least
-    architecture, intermediate_size, num_kv_heads and norm_eps, and may refuse as well. ``write`` gives the same
-    fields of config.json back.
+    gives, from one that has the ``required`` fields, the arguments of ModelConfig that differ between families
+    (architecture, intermediate_size, num_kv_heads and norm_eps at least), and may refuse as well. ``write`` gives the
+    same fields of config.json back.
     """
 
     architecture: Architecture
     model_types: Mapping[str, Mapping[str, Any]]
-    required: tuple[str, ...]
+    required: tuple[str, ...]  # of its own fields
     read: Callable[[Fields], Fields]
     write: Callable[[ModelConfig], Fields]
     check: Callable[[Fields], None] = _nothing
-    not_implemented: tuple[tuple[str, str], ...] = NOT_IMPLEMENTED
+    not_implemented: tuple[tuple[str, str], ...] = NOT_IMPLEMENTED  # fields that are refused where true
     ignored: tuple[str, ...] = ()  # fields that transformers doesn't look at either
     gpt2_vocabulary: bool = False  # a vocab.json with a merges.txt is GPT-2's, also where no file says so
     gguf: GGUFForm | None = None  # None: GGUF files of the family are not read

@@ -12,9 +12,11 @@ from converters.model.config import ModelConfig
 from converters.model.dtypes import said_dtype
 from converters.model.end_tokens import token_ids
 from converters.model.families.family import NOT_IMPLEMENTED, Family, Fields
-from converters.model.families.registry import FAMILIES, UNNAMED, family_of, find_family
+from converters.model.families.registry import UNNAMED, family_of, find_family, known_model_types
 from converters.model.hf_fields import MAX_POSITIONS, optional
 from converters.model.model_name import name_in_path, name_of_directory
+
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of every family
 
 
 def to_hf(config: ModelConfig) -> Fields:
@@ -46,7 +48,7 @@ def from_hf(fields: Any, name: str = "") -> ModelConfig:
     if not isinstance(fields, dict):
         raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
     family, fields = _completed(fields)
-    absent = [field for field in family.required if field not in fields]
+    absent = [field for field in (*_REQUIRED, *family.required) if field not in fields]
     if absent:
         raise InputError(f"config.json lacks {', '.join(absent)}; it is no {family.title} configuration.")
     return ModelConfig(
@@ -77,7 +79,7 @@ def _completed(fields: Fields) -> tuple[Family, Fields]:
         if fields.get(field):
             raise InputError(f"config.json asks for {feature} ({field}), which the decoder does not implement.")
     if family is None:
-        known = ", ".join(repr(name) for each in FAMILIES for name in each.model_types)
+        known = ", ".join(map(repr, known_model_types()))
         feature = " (mixture of experts)" if kind == "mixtral" else ""
         raise InputError(f"config.json is of model type {shown(kind)}{feature}; this tool converts {known}.")
     fields = {**family.model_types[kind], **fields}

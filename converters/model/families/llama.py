@@ -155,7 +155,7 @@ LLAMA = Family(
         "llama": {},
         "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     },
-    required=("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    required=("intermediate_size",),
     check=check,
     read=read,
     write=write,

@@ -107,7 +107,7 @@ def _preset(name: str, hidden_size: int, heads: int, layers: int, **fields: Any)
 OPT = Family(
     architecture=ARCHITECTURE,
     model_types={"opt": _DEFAULTS},
-    required=("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    required=("ffn_dim",),
     read=read,
     write=write,
     ignored=("head_dim",),  # its heads share the hidden size, whatever else is said

@@ -16,9 +16,19 @@ def find_family(model_type: object) -> Family | None:
     return next((family for family in FAMILIES if model_type in list(family.model_types)), None)
 
 
+def known_model_types() -> list[str]:
+    """All model types of config.json that are read."""
+    return [name for family in FAMILIES for name in family.model_types]
+
+
 def family_of(architecture: Architecture) -> Family:
     """The family that an architecture is of, or a variant of."""
     return next(family for family in FAMILIES if family.model_type == architecture.model_type)
+
+
+def known_gguf_architectures() -> list[str]:
+    """Every ``general.architecture`` of the GGUF files that are read."""
+    return [family.gguf.architecture for family in FAMILIES if family.gguf]
 
 
 def find_gguf_family(architecture: str) -> Family | None:
