@@ -77,9 +77,9 @@ class XLABackend:
         self.tiled = kind == "CPU"
         if self.tiled:
             self.cache_type = _StretchKVCache
-            by_vectors = partial(attend_by_vectors, chips=chips, materialize=self._materialize)
+            by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
             self.form = Form(
-                self._tiled_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._materialize
+                self._tiled_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._keep
             )
         else:
             self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
@@ -160,7 +160,7 @@ class XLABackend:
         width = weight.inputs if isinstance(weight, Tiles) else weight.shape[1]
         return TiledLinear(weight, scale, self._ones_of(width))
 
-    def _materialize(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """XLA:CPU thinks a division too dear to do anew in every kernel that uses it; sines it doesn't."""
         return tensor / self._ones_of(tensor.shape[-1])
 

@@ -48,17 +48,17 @@ def attend_by_vectors(
     cached: Sequence[torch.Tensor],
     mask: torch.Tensor,
     chips: int,
-    materialize: Callable[[torch.Tensor], torch.Tensor],
+    keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """For one token to a row (T is 1) on XLA:CPU: a product of the keys and a vector for each query head.
 
-    XLA:CPU converts the keys within that product's loop (tiled_linear.py); for a matrix of vectors it writes them all
-    anew in float32, transposed. Of each of the ``chips`` one head is taken at a time; ``materialize`` is ``Form``'s.
+    XLA:CPU converts the keys within that product's loop (tiles.py); for a matrix of vectors it writes them all anew in
+    float32, transposed. Of each of the ``chips`` one head is taken at a time; ``keep`` is ``Form``'s.
     """
     rows, _, heads, group, _ = q.shape
     if rows * (heads // chips) * group > _MOST_VECTORS:
         return attend(q, cached, mask)
-    vectors = materialize(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
+    vectors = keep(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
     keys = cached[0].unflatten(1, (chips, -1))  # [B, C, H / C, S, D]
     products = [
         [
