@@ -128,10 +128,10 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """The last layer's output [C * B, T, E], with C copies of every row where ``least_rows`` asks for them."""
         rotary = self.positions.rotary(slots, offsets)
-        places = torch.arange(seen, device=tokens.device)  # [S]
+        cached = torch.arange(seen, device=tokens.device)  # [S]
         # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
-        begun = (places >= offsets[:, None])[:, None] | (places == slots[:, None])
-        mask = begun & (places <= slots[:, None])  # [B, T, S]
+        begun = (cached >= offsets[:, None])[:, None] | (cached == slots[:, None])
+        mask = begun & (cached <= slots[:, None])  # [B, T, S]
         x = self._embed(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
         for layer, block in enumerate(self.layers):
             x = block(x, rotary, mask, slots, cache, layer)

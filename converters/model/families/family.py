@@ -26,7 +26,7 @@ class GGUFForm:
     """How GGUF files hold a family's models.
 
     ``model_names`` are the tensors outside the blocks, GGUF name -> Hugging Face name; ``block_names`` those of block N
-    between ``blk.N.`` and ``.weight`` -> between ``layers.N.`` and ``.weight``.
+    between ``blk.N.`` and ``.weight`` or ``.bias`` -> between ``layers.N.`` and the same.
     """
 
     architecture: str  # general.architecture, which is also how the keys of the metadata begin
