@@ -138,7 +138,7 @@ def table(results: dict[str, Any]) -> str:
 def before_the_disk() -> dict[str, float]:
     """Rates of the two inner loops on all cores, values going nowhere."""
     from converters.files.row_blocks import row_blocks
-    from converters.model.config import PRESETS
+    from converters.model.families.presets import PRESETS
     from converters.sources.random_init import RandomSource
     from quantize.formats.int8 import quantize_rows
 
@@ -245,8 +245,8 @@ def write_gguf(work: Path) -> None:
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
+    from converters.model.families.llama import GGUF
     from converters.model.parameters import parameters
-    from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
     from converters.sources.opening import open_source
 
     source = open_source(work / "checkpoint")
@@ -260,10 +260,10 @@ def write_gguf(work: Path) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
-    names = {hf: gguf for gguf, hf in MODEL_NAMES.items()} | {
+    names = {hf: gguf for gguf, hf in GGUF.model_names.items()} | {
         f"model.layers.{n}.{hf}.weight": f"blk.{n}.{gguf}.weight"
         for n in range(layers)
-        for gguf, hf in BLOCK_NAMES.items()
+        for gguf, hf in GGUF.block_names.items()
     }
     kinds = {1: (torch.float32, GGMLQuantizationType.F32), 2: (torch.bfloat16, GGMLQuantizationType.BF16)}
     for parameter in parameters(config):

@@ -23,17 +23,17 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
+    from converters.model.families.llama import GGUF
     from converters.model.parameters import parameters
-    from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
     from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
     from quantize.shards.reading import Shards
 
     shards = Shards(shards_directory)
     config = shards.config
-    names = {hf: gguf for gguf, hf in MODEL_NAMES.items()} | {
+    names = {hf: gguf for gguf, hf in GGUF.model_names.items()} | {
         f"model.layers.{n}.{hf}.weight": f"blk.{n}.{gguf}.weight"
         for n in range(config.num_layers)
-        for gguf, hf in BLOCK_NAMES.items()
+        for gguf, hf in GGUF.block_names.items()
     }
     writer = GGUFWriter(path, "llama")
     for add, value in (

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from quantize.shards.stored import Scheme
 from quantize.slices import find_slice
 from runtime.plan.latency import PUBLISHED, Point, fit_hop_ms, foretold_ms

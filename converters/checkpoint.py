@@ -14,6 +14,7 @@ from converters.contents import Form, block_tasks
 from converters.files.json_file import read_json
 from converters.files.parallel import in_order
 from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.model.families.hf_config import to_hf
 from converters.output.claim import Finished, Output, check_finished
 from converters.output.journal import Journal
 from converters.output.record import WRITTEN, read_file_record, read_record, verify_files
@@ -74,7 +75,7 @@ def write_files(
     bytes as they are done. Returns what the files were found to hold.
     """
     out = output.directory
-    _write_small_files(source, form.config.to_hf() | form.fields, output)
+    _write_small_files(source, to_hf(form.config) | form.fields, output)
     with closing(Journal(out)) as journal:
         for file in files:
             if output.take_whole(file.name):
@@ -107,7 +108,7 @@ def _write_file(form: Form, output: Output, file: ModelFile, journal: Journal, a
 
 def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:
     """Write the checkpoint as its configuration and the seed that its weights come from."""
-    _write_small_files(source, source.config.to_hf(), output)
+    _write_small_files(source, to_hf(source.config), output)
     check = check_configuration(output.directory)
     files = {name: file.as_json() for name, file in output.files.items()}
     record = random_init.random_init_record(source.seed)

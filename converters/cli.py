@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from converters.console.command import DISTRIBUTION, run
-from converters.model.config import DTYPES
+from converters.model.dtypes import DTYPES
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -79,7 +79,8 @@ def command(
     from converters.console.errors import InputError
     from converters.console.units import parse_bytes
     from converters.convert import Conversion, convert, describe, verify_output
-    from converters.model.config import find_config, read_config
+    from converters.model.families.hf_config import read_config
+    from converters.model.families.presets import find_config
     from converters.sources.random_init import RandomSource
     from converters.tokenizers.auxiliary_files import note_without_tokenizer
 

@@ -15,6 +15,7 @@ from converters.console.units import format_bytes
 from converters.convert import Conversion
 from converters.files.row_blocks import row_blocks
 from converters.files.text_path import text_path
+from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.output.preflight import available_memory
 from converters.sources.gguf import GGUFSource
@@ -143,7 +144,7 @@ def _filled(conversion: Conversion) -> PreTrainedModel:
 def _configuration(conversion: Conversion) -> Any:
     from transformers import AutoConfig
 
-    fields = conversion.config.to_hf()
+    fields = to_hf(conversion.config)
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 

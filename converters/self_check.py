@@ -11,7 +11,8 @@ from pathlib import Path
 from converters.console.errors import InputError
 from converters.formats.compressed_tensors import SCALE_SUFFIX
 from converters.formats.tensor_files import SafetensorsFile
-from converters.model.config import ModelConfig, read_config
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import read_config
 from converters.model.parameters import check_names, parameters
 
 

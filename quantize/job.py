@@ -149,10 +149,10 @@ def _describe(sharding: Sharding, out: Path) -> list[str]:
         f"{format_bytes(sharding.nbytes)} in all ({files})"
     ]
     plan = plan_heads(config.num_heads, config.num_kv_heads, sharding.chips)
-    if plan.query_slots != config.num_heads or plan.kv_slots != config.num_kv_heads:
+    if plan.query_places != config.num_heads or plan.kv_places != config.num_kv_heads:
         lines.append(
-            f"{config.num_heads} query and {config.num_kv_heads} KV heads take {plan.query_slots} and {plan.kv_slots} "
-            f"places on {sharding.chips} chips (heads of zeros, repeated KV heads)."
+            f"{config.num_heads} query and {config.num_kv_heads} KV heads take {plan.query_places} and "
+            f"{plan.kv_places} places on {sharding.chips} chips (heads of zeros, repeated KV heads)."
         )
     extra = padding_bytes(config, sharding.scheme, sharding.chips)
     if extra:

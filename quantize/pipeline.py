@@ -21,6 +21,7 @@ from converters.files.whole import (
     tensors_before,
 )
 from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
 from converters.output.claim import Finished, Output, Wanted
 from converters.output.journal import Journal
 from quantize.report import FILE_NAME as REPORT
@@ -86,7 +87,7 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
     _write_chips(sharding, source, output, advance)
     for name, content in source.small_files().items():
         output.write(name, content)
-    output.write_json("config.json", config.to_hf() | quantization_fields(config, scheme))
+    output.write_json("config.json", to_hf(config) | quantization_fields(config, scheme))
     tensors = describe_tensors(config, scheme, chips)
     numbers = {chip_file(chip, chips): chip for chip in range(chips)}
     records = {numbers[name]: record for name, record in output.files.items() if name in numbers}

@@ -96,7 +96,7 @@ def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_
 
     Those whose learned positions end before ``max_seq_len`` are left out.
     """
-    from converters.model.config import PRESETS
+    from converters.model.families.presets import PRESETS
     from quantize.shards.stored import Scheme
     from runtime.plan.plan import Plan, Workload
     from runtime.plan.plan_overview import overview, overview_on
@@ -165,7 +165,8 @@ def _buckets(text: str | None, max_seq_len: int) -> tuple[int, ...]:
 
 def _read_config(config_name: str) -> ModelConfig:
     """The configuration that --config names, in the bfloat16 in which llama-convert writes by default."""
-    from converters.model.config import find_config, read_config
+    from converters.model.families.hf_config import read_config
+    from converters.model.families.presets import find_config
 
     found = find_config(config_name)
     return (read_config(found) if isinstance(found, Path) else found).with_dtype("bfloat16")

@@ -34,6 +34,10 @@ class Metadata:
     path: Path
     values: dict[str, Any]
 
+    def key(self, name: str) -> str:
+        """The key of a property of the model: such begin with its architecture."""
+        return f"{self.text('general.architecture')}.{name}"
+
     def whole(self, key: str, default: Any = _ABSENT) -> Any:
         return self._get(key, (int,), "a whole number", default)
 

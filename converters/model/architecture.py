@@ -1,26 +1,26 @@
-"""What sets one family of decoders apart from another, as data: the kinds of its parts, the names of its tensors.
+"""What sets one architecture of decoders apart from another, as data: the kinds of its parts, the names of its tensors.
 
-The parameter table (layout.py) and the decoder are built from this; so a model of another family needs no code of its
-own, unless it has a kind of part that none had before.
+The parameter table (parameters.py) and the decoder are built from this. Each kind of part is a member of an enum here
+and a class of the decoder: in runtime/model/norms.py, positions.py or feed_forward.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 
 class Norm(Enum):
-    """How activations are normalized."""
+    """How activations are normalized: the tensors that it learns, each with the value that changes nothing."""
 
-    RMS = "root mean square"  # one weight
-    LAYER = "layer normalization"  # a weight and a bias
+    RMS = (("weight", 1.0),)  # root mean square
+    LAYER = (("weight", 1.0), ("bias", 0.0))  # layer normalization
 
 
 class Positions(Enum):
     """How a token learns its position."""
 
-    ROTARY = "rotary"  # queries and keys are turned (rope.py); nothing is stored
+    ROTARY = "rotary"  # queries and keys are rotated (rope.py); nothing is stored
     LEARNED = "learned"  # a table of vectors, added to the tokens' own
 
 
@@ -33,9 +33,12 @@ class FeedForward(Enum):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of decoders, or one of its variants. Names are those of Hugging Face, without ``.weight``."""
+    """The architecture of a family of decoders, or of one of its variants.
 
-    model_type: str  # of config.json; variants share it
+    Names are those of Hugging Face, without ``.weight``.
+    """
+
+    model_type: str  # of config.json as this tool writes it; variants share it
     title: str  # for people
     prefix: str  # before the name of every tensor but the output head's
     norm: Norm
@@ -52,39 +55,3 @@ class Architecture:
     norm_weights: bool = True  # whether norms have learned weights (and biases) at all
     projects: bool = False  # whether some have an embedding of another width, with linears from it and to the head
     position_offset: int = 0  # of learned positions: rows of the table before the first position's
-
-
-LLAMA = Architecture(
-    model_type="llama",
-    title="LLaMA",
-    prefix="model.",
-    norm=Norm.RMS,
-    positions=Positions.ROTARY,
-    feed_forward=FeedForward.SWIGLU,
-    attention_norm="input_layernorm",
-    attention_out="o_proj",
-    feed_forward_norm="post_attention_layernorm",
-    feed_forward_in=("mlp.gate_proj", "mlp.up_proj"),
-    feed_forward_out="mlp.down_proj",
-    final_norm="norm",
-)
-# Zhang et al. 2022.
-OPT = Architecture(
-    model_type="opt",
-    title="OPT",
-    prefix="model.decoder.",
-    norm=Norm.LAYER,
-    positions=Positions.LEARNED,
-    feed_forward=FeedForward.RELU,
-    attention_norm="self_attn_layer_norm",
-    attention_out="out_proj",
-    feed_forward_norm="final_layer_norm",  # a block's; the one behind all blocks has the same name without a layer
-    feed_forward_in=("fc1",),
-    feed_forward_out="fc2",
-    final_norm="final_layer_norm",
-    biases=True,
-    projects=True,
-    position_offset=2,
-)
-OPT_POST_NORM = replace(OPT, norm_first=False, final_norm=None)  # the 350M model
-FAMILIES = {family.model_type: family for family in (LLAMA, OPT)}

@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import prod
 
 from converters.console.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
-from converters.model.architecture import FAMILIES, Architecture, Norm, Positions
+from converters.model.architecture import Architecture, Positions
 from converters.model.config import ModelConfig
 
 
@@ -78,10 +78,8 @@ LM_HEAD = Row("lm_head.weight", (Axis.VOCAB, Axis.WORD), shard=0)
 
 
 def _norm(architecture: Architecture, name: str) -> Iterator[Row]:
-    if architecture.norm_weights:
-        yield Row(f"{name}.weight", (Axis.HIDDEN,), fill=1.0)
-        if architecture.norm is Norm.LAYER:
-            yield Row(f"{name}.bias", (Axis.HIDDEN,), fill=0.0)
+    for tensor, neutral in architecture.norm.value if architecture.norm_weights else ():
+        yield Row(f"{name}.{tensor}", (Axis.HIDDEN,), fill=neutral)
 
 
 # Column-parallel linears are split by output rows, row-parallel ones by input columns (Megatron-LM, Shoeybi 2019). So a
@@ -176,14 +174,16 @@ def make_parameter(row: Row, config: ModelConfig, prefix: str = "", in_block: bo
 
 
 def is_known(name: str, architecture: Architecture) -> bool:
-    """Whether ``name`` is that of a parameter that some model of this family has, of any number of layers."""
-    return _known_names(architecture.model_type).fullmatch(name) is not None
+    """Whether ``name`` is that of a parameter that some model of a family has, of any number of layers.
+
+    ``architecture`` is the family's own, which has every tensor that one of its variants may have.
+    """
+    return _known_names(architecture).fullmatch(name) is not None
 
 
 @lru_cache
-def _known_names(model_type: str) -> re.Pattern[str]:
-    family = FAMILIES[model_type]
-    rows, prefix = table(family, family.projects), re.escape(family.prefix)
+def _known_names(architecture: Architecture) -> re.Pattern[str]:
+    rows, prefix = table(architecture, architecture.projects), re.escape(architecture.prefix)
     outside, inside = (
         "|".join(re.escape(row.name) for row in kind) for kind in ((*rows.before, *rows.after), rows.block)
     )

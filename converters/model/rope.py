@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from converters.console.errors import InputError, shown
 from converters.console.notes import note
-from converters.model.refusals import MAX_POSITIONS
+from converters.model.hf_fields import MAX_POSITIONS
 
 if TYPE_CHECKING:
     from converters.model.config import ModelConfig

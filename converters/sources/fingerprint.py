@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.console.errors import InputError
 from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
 
 _HEAD_BYTES = 1 << 20
 _PAGE_BYTES = 4096
@@ -18,7 +19,7 @@ _PAGES = 64
 
 def fingerprint(config: ModelConfig, files: Iterable[Path], companions: dict[str, bytes]) -> str:
     """A hex sha256 over a configuration, a sample of the weights' files and the content of the files beside them."""
-    digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(to_hf(config), sort_keys=True).encode())
     digest.update(sample_files(files).encode())
     for name, content in companions.items():
         digest.update(name.encode() + hashlib.sha256(content).digest())

@@ -1,4 +1,4 @@
-"""LLaMA models in GGUF files (llama.cpp's format), dequantized row by row, in Hugging Face's names and row order."""
+"""Models in GGUF files (llama.cpp's format), dequantized row by row, in Hugging Face's names and row order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from converters.console.errors import InputError, MissingTensor, UnmappedTensor
 from converters.formats.gguf_header import Metadata
 from converters.formats.gguf_parts import Parts, StoredTensor, open_parts
+from converters.model.architecture import Positions
 from converters.model.config import ModelConfig
 from converters.model.dtypes import dtype_to_write
+from converters.model.families.family import Family
+from converters.model.families.registry import find_gguf_family, known_gguf_architectures
 from converters.model.model_name import is_name, name_of_file
-from converters.model.parameters import Parameter, check_names, parameters
+from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
 from converters.sources.fingerprint import sample_files
 from converters.sources.gguf_rope import TABLE as ROPE_TABLE
 from converters.sources.gguf_rope import rope_scaling
@@ -24,26 +27,10 @@ from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokeni
 if TYPE_CHECKING:
     import torch
 
-# GGUF name -> Hugging Face name: the tensors outside the blocks, and those of block N between "blk.N." and ".weight".
-MODEL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.weight")
+_BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
+_EMBEDDING = "token_embd.weight"
 
-# Metadata that changes the arithmetic: key after "llama." -> the values that leave the feature off, and its name.
+# Metadata that changes the arithmetic: key without architecture -> the values that leave the feature off, and its name.
 _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_count": ((0,), "mixture of experts"),
     "attention.causal": ((True,), "attention to later tokens"),
@@ -62,10 +49,16 @@ class GGUFSource:
     """A GGUF file's weights as a TensorSource: float32, in Hugging Face's names and rotate-half row order."""
 
     def __init__(
-        self, config: ModelConfig, parts: Parts, stored: dict[str, StoredTensor], files: dict[str, bytes]
+        self,
+        config: ModelConfig,
+        parts: Parts,
+        stored: dict[str, StoredTensor],
+        files: dict[str, bytes],
+        interleaved: bool,
     ) -> None:
+        """``interleaved``: the rows of Q and K are in the file in the order of interleaved rotary embeddings."""
         self.config = config
-        self._parts, self._stored, self._files = parts, stored, files
+        self._parts, self._stored, self._files, self._interleaved = parts, stored, files, interleaved
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, dequantized: float32, [stop - start, ...]."""
@@ -77,7 +70,7 @@ class GGUFSource:
         with np.errstate(all="ignore"):  # overflow and NaN are judged by whoever reads the values
             if len(tensor.shape) == 1:  # a single row of blocks, which only dequantize as a whole
                 values = gguf.dequantize(tensor.raw(start, stop), tensor.type)[start:stop]
-            elif name.endswith(INTERLEAVED):
+            elif self._interleaved and name.endswith(INTERLEAVED):
                 head_dim = self.config.head_dim
                 first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
                 order = interleaved_rows(start, stop, head_dim) - first
@@ -106,33 +99,42 @@ class GGUFSource:
 
 
 def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF model of LLaMA architecture by its file or any part, checking everything but the values.
+    """Open a GGUF model by its file or any part, checking everything but the values.
 
     Raises InputError for a damaged file, another architecture and any feature that the decoder or this reader lacks;
     of its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor for the names of tensors.
     """
     parts = open_parts(path)
+    family = _family(parts.metadata)
     _check_features(parts.metadata)
-    config = _config(parts.metadata, {tensor.name: tensor for tensor in parts.tensors})
-    stored = _by_hf_name(parts.tensors)
+    config = _config(family, parts.metadata, {tensor.name: tensor for tensor in parts.tensors})
+    stored = _by_hf_name(family, parts.tensors)
     check_names(config, stored, str(path))
     for parameter in parameters(config):
         _check_tensor(parameter, stored[parameter.name])
-    return GGUFSource(config, parts, stored, tokenizer_files(parts.metadata, config.vocab_size))
+    files = tokenizer_files(parts.metadata, config.vocab_size)
+    return GGUFSource(config, parts, stored, files, family.gguf.interleaved)
 
 
-def _by_hf_name(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
+def _by_hf_name(family: Family, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors by Hugging Face name. Raises UnmappedTensor, naming the first one that has none."""
     named = {}
     for tensor in tensors:
-        block = _BLOCK_NAME.fullmatch(tensor.name)
-        if tensor.name in MODEL_NAMES:
-            named[MODEL_NAMES[tensor.name]] = tensor
-        elif block and block[2] in BLOCK_NAMES:
-            named[f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.weight"] = tensor
+        name = _hf_name(family, tensor.name)
+        if is_known(name, family.architecture):
+            named[name] = tensor
         elif tensor.name != ROPE_TABLE:  # a part of the configuration
-            raise UnmappedTensor(f"{tensor.path} holds the tensor {tensor.name!r}, which no LLaMA model has.")
+            raise UnmappedTensor(f"{tensor.path} holds the tensor {tensor.name!r}, which no {family.title} model has.")
     return named
+
+
+def _hf_name(family: Family, name: str) -> str:
+    """A tensor's Hugging Face name; empty where its family has no such tensor."""
+    block = _BLOCK_NAME.fullmatch(name)
+    if block and block[2] in family.gguf.block_names:
+        layer, part, kind = block.groups()
+        return f"{family.architecture.prefix}layers.{layer}.{family.gguf.block_names[part]}.{kind}"
+    return family.gguf.model_names.get(name, "")
 
 
 def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
@@ -154,59 +156,76 @@ def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
         ) from None
 
 
-def _check_features(metadata: Metadata) -> None:
-    """Refuse another architecture, and features that the decoder doesn't implement, by name."""
-    path = metadata.path
+def _family(metadata: Metadata) -> Family:
     architecture = metadata.text("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"{path} is of architecture {architecture!r}; this tool converts 'llama'.")
-    for key, (off, feature) in _FEATURES.items():
-        value = metadata.values.get(f"llama.{key}", off[0])
-        if value not in off:
-            raise InputError(f"{path} asks for {feature} (llama.{key}), which the decoder does not implement.")
-    window, positions = metadata.whole("llama.attention.sliding_window", 0), metadata.whole("llama.context_length")
+    family = find_gguf_family(architecture)
+    if family is None:
+        known = ", ".join(map(repr, known_gguf_architectures()))
+        raise InputError(f"{metadata.path} is of architecture {architecture!r}; this tool converts {known}.")
+    return family
+
+
+def _check_features(metadata: Metadata) -> None:
+    """Refuse features that the decoder doesn't implement, by name."""
+    path = metadata.path
+    for name, (off, feature) in _FEATURES.items():
+        key = metadata.key(name)
+        if metadata.values.get(key, off[0]) not in off:
+            raise InputError(f"{path} asks for {feature} ({key}), which the decoder does not implement.")
+    key = metadata.key("attention.sliding_window")
+    window, positions = metadata.whole(key, 0), metadata.whole(metadata.key("context_length"))
     if 0 < window < positions:  # a longer one hides nothing
         raise InputError(
-            f"{path} asks for a sliding window of {window} tokens (llama.attention.sliding_window) within {positions} "
-            "positions, which the decoder does not implement."
+            f"{path} asks for a sliding window of {window} tokens ({key}) within {positions} positions, which the "
+            "decoder does not implement."
         )
 
 
-def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig:
-    path, embedding = metadata.path, "token_embd.weight"
-    if embedding not in tensors:
-        raise MissingTensor(f"{path} lacks the tensor {embedding} ({MODEL_NAMES[embedding]}).")
-    vocab_size = tensors[embedding].shape[0] if tensors[embedding].shape else 0
-    hidden, heads = metadata.whole("llama.embedding_length"), metadata.whole("llama.attention.head_count")
-    if heads < 1:
-        raise InputError(f"{path} has {heads} attention heads; give another file of the model.")
-    head_dim = metadata.whole("llama.attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if metadata.whole(f"llama.{key}", head_dim) != head_dim:
-            raise InputError(
-                f"{path} has llama.{key} {metadata.whole(f'llama.{key}')} and heads of {head_dim} dimensions; "
-                "the decoder implements only equal ones."
-            )
+def _config(family: Family, metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig:
+    path, key, form = metadata.path, metadata.key, family.gguf
+    if _EMBEDDING not in tensors:
+        raise MissingTensor(f"{path} lacks the tensor {_EMBEDDING} ({form.model_names[_EMBEDDING]}).")
+    vocab_size = tensors[_EMBEDDING].shape[0] if tensors[_EMBEDDING].shape else 0
+    hidden, heads = metadata.whole(key("embedding_length")), metadata.whole(key("attention.head_count"))
+    head_dim = _head_dim(metadata, hidden, heads)
     ids = special_ids(metadata, vocab_size)
     name = " ".join(metadata.text("general.name", "").split())
     config = ModelConfig(
         name=name if is_name(name) else name_of_file(path),
+        architecture=family.architecture,
         hidden_size=hidden,
-        intermediate_size=metadata.whole("llama.feed_forward_length"),
-        num_layers=metadata.whole("llama.block_count"),
+        intermediate_size=metadata.whole(key("feed_forward_length")),
+        num_layers=metadata.whole(key("block_count")),
         num_heads=heads,
-        num_kv_heads=metadata.whole("llama.attention.head_count_kv", heads),
+        num_kv_heads=metadata.whole(key("attention.head_count_kv"), heads),
         head_dim=head_dim,
         vocab_size=vocab_size,
-        norm_eps=_decimal(metadata.number("llama.attention.layer_norm_rms_epsilon")),
-        rope_theta=_decimal(metadata.number("llama.rope.freq_base", 10000.0)),
-        max_position_embeddings=metadata.whole("llama.context_length"),
-        tie_word_embeddings="output.weight" not in tensors,
+        norm_eps=_decimal(metadata.number(key(form.norm_eps))),
+        rope_theta=_decimal(metadata.number(key("rope.freq_base"), 10000.0)),
+        max_position_embeddings=metadata.whole(key("context_length")),
+        tie_word_embeddings=not any(form.model_names.get(name) == LM_HEAD.name for name in tensors),
         bos_token_id=ids.get("bos"),
         eos_token_ids=end_tokens(metadata, vocab_size),
         dtype="float32",
     )
+    if family.architecture.positions is not Positions.ROTARY:
+        return config
     return replace(config, rope_scaling=rope_scaling(metadata, tensors, config))
+
+
+def _head_dim(metadata: Metadata, hidden: int, heads: int) -> int:
+    """The dimensions of each head. Raises InputError where values or rotary embeddings have others."""
+    path = metadata.path
+    if heads < 1:
+        raise InputError(f"{path} has {heads} attention heads; give another file of the model.")
+    head_dim = metadata.whole(metadata.key("attention.key_length"), hidden // heads)
+    for key in (metadata.key("attention.value_length"), metadata.key("rope.dimension_count")):
+        found = metadata.whole(key, head_dim)
+        if found != head_dim:
+            raise InputError(
+                f"{path} has {key} {found} and heads of {head_dim} dimensions; the decoder implements only equal ones."
+            )
+    return head_dim
 
 
 def _decimal(value: float) -> float:

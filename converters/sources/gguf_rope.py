@@ -51,14 +51,15 @@ def rope_scaling(metadata: Metadata, tensors: Mapping[str, StoredTensor], config
 
 def _linear(metadata: Metadata) -> LinearScaling | None:
     """Scaling by the metadata: a factor without a type is a linear one, and 0 or 1 is none, as in llama.cpp."""
-    path, kind = metadata.path, metadata.text("llama.rope.scaling.type", "linear")
+    path, key = metadata.path, metadata.key("rope.scaling.type")
+    kind = metadata.text(key, "linear")
     if kind not in ("none", "linear"):
         raise InputError(
-            f"{path} asks for RoPE scaling of type {shown(kind)} (llama.rope.scaling.type); implemented: 'none', "
-            f"'linear', and LLaMA 3.1's by {TABLE}."
+            f"{path} asks for RoPE scaling of type {shown(kind)} ({key}); implemented: 'none', 'linear', "
+            f"and LLaMA 3.1's by {TABLE}."
         )
-    old = metadata.number("llama.rope.scale_linear", 0)
-    factor = metadata.number("llama.rope.scaling.factor", old)
+    old = metadata.number(metadata.key("rope.scale_linear"), 0)
+    factor = metadata.number(metadata.key("rope.scaling.factor"), old)
     return None if kind == "none" or factor in (0, 1) else _made(path, LinearScaling, factor)
 
 

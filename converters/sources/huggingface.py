@@ -20,8 +20,10 @@ from converters.formats.compressed_tensors import (
 )
 from converters.formats.tensor_files import TensorFile
 from converters.model.architecture import Architecture
-from converters.model.config import ModelConfig, read_config
+from converters.model.config import ModelConfig
 from converters.model.dtypes import DTYPES, READ_DTYPES, dtype_to_write, said_dtype, widest
+from converters.model.families.hf_config import read_config
+from converters.model.families.registry import family_of
 from converters.model.parameters import LM_HEAD, check_names, is_known, parameters
 from converters.sources.fingerprint import fingerprint
 from converters.sources.huggingface_files import weight_files
@@ -141,18 +143,17 @@ def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str
     The name of a weight may be followed by ``suffix``. Raises UnmappedTensor for any other name, and DuplicateTensor
     for a tensor that is held twice with different values.
     """
-    needed = {parameter.name for parameter in parameters(config)}
+    needed, whole = {parameter.name for parameter in parameters(config)}, family_of(config.architecture).architecture
     holder: dict[str, Held] = {}
     computed, zeros, twice = [], [], []
     for held in (Held(file, stored) for file in files for stored in file.names()):
-        name = _whole_name(held.name, suffix, config.architecture)
+        name = _whole_name(held.name, suffix, whole)
         if is_computed(name):
             computed.append(held.name)
-        elif name not in needed and is_known(biased_weight(name), config.architecture) and is_zero(held):
+        elif name not in needed and is_known(biased_weight(name), whole) and is_zero(held):
             zeros.append(held.name)
-        elif not is_known(name.removesuffix(suffix), config.architecture):
-            title = config.architecture.title
-            raise UnmappedTensor(f"{held.path} holds the tensor {name}, which is not part of a model of {title}.")
+        elif not is_known(name.removesuffix(suffix), whole):
+            raise UnmappedTensor(f"{held.path} holds the tensor {name}, which is not part of a model of {whole.title}.")
         elif name not in holder:
             holder[name] = held
         elif same_bytes(holder[name], held):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from converters.console.errors import InputError, MissingTensor, UnmappedTensor
 from converters.formats.tensor_files import PickleFile
-from converters.model.config import DTYPES, ModelConfig
-from converters.model.dtypes import dtype_to_write
+from converters.model.config import ModelConfig
+from converters.model.dtypes import DTYPES, dtype_to_write
 from converters.model.model_name import name_of_directory
 from converters.model.parameters import EMBEDDING, Parameter, check_names, parameters
 from converters.sources.fingerprint import fingerprint

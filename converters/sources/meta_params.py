@@ -10,6 +10,7 @@ from converters.console.errors import InputError, shown
 from converters.console.notes import note
 from converters.files.json_file import read_json
 from converters.model.config import ModelConfig
+from converters.model.families.llama import LLAMA
 from converters.model.rope import Llama3Scaling
 
 FILE_NAME = "params.json"
@@ -89,6 +90,7 @@ class Params:
         unscaled = 8192 if third else 16384 if self.rope_theta == _CODE_LLAMA_THETA else 2048
         return ModelConfig(
             name=name,
+            architecture=LLAMA.architecture,
             hidden_size=self.dim,
             intermediate_size=self.intermediate_size,
             num_layers=self.n_layers,

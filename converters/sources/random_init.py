@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from converters.console.errors import InputError
 from converters.files.json_file import read_json
 from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
-from converters.model.config import ModelConfig, read_config
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import read_config, to_hf
 from converters.model.parameters import parameters
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class RandomSource:
         return self.config.dtype
 
     def fingerprint(self) -> str:
-        described = json.dumps([self.config.to_hf(), random_init_record(self.seed)], sort_keys=True)
+        described = json.dumps([to_hf(self.config), random_init_record(self.seed)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
     def files(self) -> list[Path]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from converters.console.errors import InputError, advising
 from converters.console.notes import note
 from converters.files.stand_ins import stand_in
-from converters.model.architecture import OPT
 from converters.model.config import ModelConfig
 from converters.model.end_tokens import GENERATION
+from converters.model.families.registry import family_of
 from converters.model.rope import Llama3Scaling
 from converters.tokenizers.gpt2 import read_gpt2
 from converters.tokenizers.reader import LLAMA_KINDS, MODEL, TOKENIZER, note_beyond
@@ -98,7 +98,7 @@ def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelCo
     if MODEL in files:
         tokenizer, vocabulary = _read_model(files[MODEL], str(place / MODEL), config, settings)
         bos = "bos" in vocabulary.ids if settings.add_bos is None else settings.add_bos
-    elif settings.kind in _GPT2_KINDS or (not settings.kind and config.architecture.model_type == OPT.model_type):
+    elif settings.kind in _GPT2_KINDS or (not settings.kind and family_of(config.architecture).gpt2_vocabulary):
         tokenizer, vocabulary = read_gpt2(files[VOCAB], files[MERGES], str(directory), settings.add_prefix_space)
         bos = bool(settings.add_bos)
     else:

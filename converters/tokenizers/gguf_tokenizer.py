@@ -156,6 +156,6 @@ def _sentencepiece(metadata: Metadata, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _tokenizer_config(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
-    config = vocabulary.config() | {"model_max_length": metadata.whole("llama.context_length")}
+    config = vocabulary.config() | {"model_max_length": metadata.whole(metadata.key("context_length"))}
     template = metadata.text("tokenizer.chat_template", None)
     return config if template is None else config | {"chat_template": template}

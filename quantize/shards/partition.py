@@ -34,8 +34,8 @@ class Segment:
 class HeadPlan:
     """Which heads each chip holds: ``kv_per_chip`` KV heads, and ``group`` query heads under each of them.
 
-    ``kv_heads`` names the KV head in every slot of every chip, chip by chip, and ``query_heads`` the query head in
-    every slot under those; None is a head of zeros. A KV head may stand in several slots, a query head in one.
+    ``kv_heads`` names the KV head in every place of every chip, chip by chip, and ``query_heads`` the query head in
+    every place under those; None is a head of zeros. A KV head may take several places, a query head takes one.
     """
 
     chips: int
@@ -45,11 +45,11 @@ class HeadPlan:
     query_heads: tuple[int | None, ...]  # [chips * kv_per_chip * group]
 
     @property
-    def kv_slots(self) -> int:
+    def kv_places(self) -> int:
         return len(self.kv_heads)
 
     @property
-    def query_slots(self) -> int:
+    def query_places(self) -> int:
         return len(self.query_heads)
 
 
@@ -57,9 +57,9 @@ class HeadPlan:
 def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
     """Place heads on chips at the least cost in weights and cache.
 
-    Query heads must be on the chip that holds their KV head. With S = chips * kv_per_chip slots for KV heads, each
-    KV head gets at least S // num_kv_heads of them, and a slot serves as many of its query heads as are then needed.
-    Of all kv_per_chip, the one with the fewest head slots in total is taken (the fewest KV slots among equals).
+    Query heads must be on the chip that holds their KV head. With P = chips * kv_per_chip places for KV heads,
+    each KV head gets at least P // num_kv_heads of them, and a place serves as many of its query heads as are then
+    needed. Of all kv_per_chip, the one with the fewest places in total is taken (the fewest for KV heads among equals).
     """
     group_size = num_heads // num_kv_heads
     fewest = -(-num_kv_heads // chips)
@@ -67,7 +67,7 @@ def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
     def group_for(kv_per_chip: int) -> int:
         return -(-group_size // (chips * kv_per_chip // num_kv_heads))
 
-    # Past one query head per slot, further slots are only padding.
+    # Past one query head per place, further places are only padding.
     enough = -(-num_kv_heads * group_size // chips)
     kv_per_chip = min(
         range(fewest, max(fewest, enough) + 1), key=lambda count: (chips * count * (1 + group_for(count)), count)
@@ -81,7 +81,7 @@ def plan_heads(num_heads: int, num_kv_heads: int, chips: int) -> HeadPlan:
             kv_heads.append(kv_head)
             first = copy * group
             query_heads += [
-                kv_head * group_size + place if place < group_size else None for place in range(first, first + group)
+                kv_head * group_size + member if member < group_size else None for member in range(first, first + group)
             ]
     spare = chips * kv_per_chip - len(kv_heads)
     kv_heads += [None] * spare

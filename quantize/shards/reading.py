@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor
 from converters.console.progress import Advance
 from converters.formats.tensor_files import SafetensorsFile
-from converters.model.config import ModelConfig, read_config
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import read_config
 from converters.output.claim import check_finished
 from converters.output.record import WRITTEN, read_record, verify_files
 from converters.tokenizers.auxiliary_files import read_companions

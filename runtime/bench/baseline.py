@@ -80,20 +80,22 @@ def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
 
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     except ImportError as error:
         raise InputError(f"transformers can't be imported ({error}). Install it: {INSTALL}") from None
+    from converters.model.architecture import Positions
+    from converters.model.families.hf_config import to_hf
     from quantize.shards.reading import Shards
 
     shards = Shards(directory)
-    fields = shards.config.cut(layers).to_hf()
+    fields = to_hf(shards.config.cut(layers))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):  # no time is lost on values that are replaced
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(_weights(shards, layers, dtype), assign=True)
     model.tie_weights()
-    if config.model_type == "llama":
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights: they are still meta
+    if shards.config.architecture.positions is Positions.ROTARY:
+        rotary = type(model.model.rotary_emb)
+        model.model.rotary_emb = rotary(config)  # its frequencies are no weights: they are still meta
     return model.eval()
 
 

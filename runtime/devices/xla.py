@@ -81,7 +81,9 @@ class XLABackend:
         if self.tiled:
             self.cache_type = _StretchKVCache
             by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
-            self.form = Form(self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, keep=self._keep)
+            self.form = Form(
+                self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._keep
+            )
         else:
             self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None

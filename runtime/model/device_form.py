@@ -26,4 +26,6 @@ class Form:
     least_rows: int = 1
     attend_one: Attend = attend  # where there is one token to a row
     attend_many: Attend = attend  # where there is more than one token to a row
-    keep: Callable[[torch.Tensor], torch.Tensor] = as_it_is  # around what all layers use and none should do anew
+    materialize: Callable[[torch.Tensor], torch.Tensor] = (
+        as_it_is  # for what all layers use and none should compute anew
+    )

@@ -1,6 +1,11 @@
-"""Normalizations of the sum that runs through the layers."""
+"""Normalizations of the sum that runs through the layers: a module for each kind.
+
+They are made with the learned tensors of the kind by name, or with none where the architecture's norms have none.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,29 +15,23 @@ from converters.model.config import ModelConfig
 from runtime.model.weights import Weights
 
 
-def make_norm(weights: Weights, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The normalization ``name`` of the model, given out in ``dtype``."""
-    if config.architecture.norm is Norm.RMS:
-        return RMSNorm(weights.take(f"{name}.weight"), config.norm_eps, dtype)
-    learned = ("weight", "bias") if config.architecture.norm_weights else ()
-    return LayerNorm(config.norm_eps, dtype, *(weights.take(f"{name}.{part}") for part in learned))
-
-
 class RMSNorm(nn.Module):
     """Root mean square normalization (Zhang & Sennrich 2019) of float32 [..., E], given out in ``dtype``."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None) -> None:
         super().__init__()
         self.eps, self.dtype = eps, dtype
         self.register_buffer("weight", weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(self.dtype)
+        if self.weight is not None:
+            x = x * self.weight.float()
+        return x.to(self.dtype)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``; weight and bias may be none."""
+    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``."""
 
     def __init__(
         self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
@@ -48,3 +47,14 @@ class LayerNorm(nn.Module):
         if self.weight is not None:
             x = x * self.weight.float() + self.bias.float()
         return x.to(self.dtype)
+
+
+NORM_KINDS: dict[Norm, Callable[..., nn.Module]] = {Norm.RMS: RMSNorm, Norm.LAYER: LayerNorm}
+
+
+def make_norm(weights: Weights, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The normalization ``name`` of the model, given out in ``dtype``."""
+    architecture = config.architecture
+    learned = architecture.norm.value if architecture.norm_weights else ()
+    tensors: Mapping[str, torch.Tensor] = {tensor: weights.take(f"{name}.{tensor}") for tensor, _ in learned}
+    return NORM_KINDS[architecture.norm](config.norm_eps, dtype, **tensors)

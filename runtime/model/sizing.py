@@ -37,7 +37,7 @@ def parameter_bytes_per_chip(config: ModelConfig, scheme: Scheme, chips: int) ->
 def cache_shape(config: ModelConfig, chips: int, batch_size: int, max_seq_len: int) -> tuple[int, int, int, int]:
     """[B, H, S, D] of one layer's keys (and of its values) over all chips, repeated and zero heads included."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, chips)
-    return batch_size, heads.kv_slots, max_seq_len, config.head_dim
+    return batch_size, heads.kv_places, max_seq_len, config.head_dim
 
 
 def cache_bytes_per_chip(

@@ -110,10 +110,10 @@ def _per_chip(plan: Plan) -> list[str]:
     ]
     config = workload.config
     heads = plan_heads(config.num_heads, config.num_kv_heads, held.chips)
-    if (heads.query_slots, heads.kv_slots) != (config.num_heads, config.num_kv_heads):
+    if (heads.query_places, heads.kv_places) != (config.num_heads, config.num_kv_heads):
         lines.append(
-            f"{config.num_heads} query and {config.num_kv_heads} KV heads take {heads.query_slots} and "
-            f"{heads.kv_slots} places (heads of zeros, repeated KV heads)."
+            f"{config.num_heads} query and {config.num_kv_heads} KV heads take {heads.query_places} and "
+            f"{heads.kv_places} places (heads of zeros, repeated KV heads)."
         )
     padding = _padding(workload, held.chips)
     return [*lines, f"Padding adds {padding} over all chips."] if padding else lines
@@ -133,7 +133,7 @@ def _slices(workload: Workload) -> list[str]:
         rows.append(
             (
                 str(chips),
-                f"{heads.query_slots}/{heads.kv_slots}",
+                f"{heads.query_places}/{heads.kv_places}",
                 _padding(workload, chips) or "none",
                 format_bytes(held.parameter_bytes),
                 format_bytes(held.cache_bytes),

@@ -11,7 +11,7 @@ from invoke import SUPPORT, invoke, invoke_error, refuse
 from models import random_tensors, write_hf
 
 from converters.cli import command as convert
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 

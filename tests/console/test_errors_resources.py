@@ -16,6 +16,7 @@ from models import SMALL, edit_json, write_hf
 
 from converters.cli import command as convert
 from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
 from quantize.cli import command as quantize
 
 SECONDS = 10
@@ -62,7 +63,7 @@ def test_gigantic_config_beside_a_small_file(tmp_path: Path, usual_bytes: int) -
 
 def test_gigantic_random_model(tmp_path: Path, usual_bytes: int) -> None:
     """Its seed is small and may be kept; shards of it don't fit, which is said before anything is made."""
-    (tmp_path / "big.json").write_text(json.dumps(SMALL.to_hf() | GIGANTIC | {"head_dim": 128}))
+    (tmp_path / "big.json").write_text(json.dumps(to_hf(SMALL) | GIGANTIC | {"head_dim": 128}))
     begin = time.perf_counter()
     assert "Kept the seed" in invoke(convert, "--config", tmp_path / "big.json", "--out", tmp_path / "seed").stdout
     refuse(tmp_path, quantize, tmp_path / "seed", "--int8", "--out", tmp_path / "out", says=["are free there"])
@@ -77,7 +78,7 @@ def test_small_file_that_repeats_one_value(tmp_path: Path, usual_bytes: int) -> 
     config = replace(SMALL, vocab_size=1 << 24, hidden_size=1 << 14)
     write_hf(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(to_hf(config)))
     torch.save(expanded(config), tmp_path / "hf" / "pytorch_model.bin")
     refuse(tmp_path, convert, "--source", tmp_path / "hf", "--out", tmp_path / "out", says=["are free there"])
     arguments = ("--source", tmp_path / "hf", "--out", tmp_path / "out")

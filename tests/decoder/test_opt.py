@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from converters.cli import command as convert
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.model.config import PRESETS, from_hf
+from converters.model.families.hf_config import from_hf, to_hf
+from converters.model.families.presets import PRESETS
 from converters.sources.opening import open_source
 from converters.sources.random_init import STD, RandomSource
 from quantize.cli import command as quantize
@@ -90,7 +91,7 @@ def test_configuration_that_is_silent() -> None:
     needed = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     config = from_hf(needed | {"model_type": "opt", "vocab_size": 50272, "torch_dtype": "bfloat16"}, "opt-125m")
     assert config == PRESETS["opt-125m"]
-    assert from_hf(config.to_hf() | {"head_dim": 32}) == config  # which transformers doesn't look at either
+    assert from_hf(to_hf(config) | {"head_dim": 32}) == config  # which transformers doesn't look at either
 
 
 @pytest.mark.parametrize(

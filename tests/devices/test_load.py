@@ -10,7 +10,7 @@ from invoke import invoke
 from models import write_hf
 
 from converters.console.errors import InputError
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, stored_tensors

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 from converters.cli import command as convert
-from converters.model.config import from_hf
 from converters.model.end_tokens import ends_by_text
+from converters.model.families.hf_config import from_hf, to_hf
 from converters.sources.gguf import open_gguf
 from quantize.cli import command as quantize
 from runtime.cli import command as run
@@ -66,7 +66,7 @@ def test_ids_in_config_json(value: Any, ids: tuple[int, ...]) -> None:
     }
     config = from_hf(sizes | {"eos_token_id": value, "bos_token_id": -1})
     assert (config.eos_token_ids, config.bos_token_id) == (ids, None)
-    assert from_hf(config.to_hf()) == config
+    assert from_hf(to_hf(config)) == config
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -104,7 +104,7 @@ def test_control_tokens_that_say_so(text: str, tmp_path: Path) -> None:
     texts = {9: (text, CONTROL), 10: ("<|im_start|>", CONTROL)}
     config = open_gguf(gguf_of(tmp_path / "model.gguf", texts, eot_token_id=None)).config
     assert config.eos_token_ids == (2, 9)
-    assert config.to_hf()["eos_token_id"] == [2, 9]
+    assert to_hf(config)["eos_token_id"] == [2, 9]
 
 
 def gguf_of(path: Path, texts: dict[int, tuple[str, int]], **change: Any) -> Path:

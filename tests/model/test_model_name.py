@@ -12,7 +12,7 @@ from meta_format import write_meta
 from models import SMALL, edit_json, make_model, write_hf
 
 from converters.cli import command as convert
-from converters.model.config import from_hf
+from converters.model.families.hf_config import from_hf, to_hf
 from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 
@@ -122,4 +122,4 @@ def test_the_name_goes_along(tmp_path: Path) -> None:
 
 
 def test_no_name_at_all() -> None:
-    assert from_hf(SMALL.to_hf() | {"_name_or_path": HASH}).name == "llama"
+    assert from_hf(to_hf(SMALL) | {"_name_or_path": HASH}).name == "llama"

@@ -7,8 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from converters.console.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
-from converters.model.architecture import LLAMA, OPT
-from converters.model.config import PRESETS, ModelConfig, from_hf
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import from_hf, to_hf
+from converters.model.families.llama import LLAMA
+from converters.model.families.opt import OPT
+from converters.model.families.presets import PRESETS
 from converters.model.parameters import check_names, is_known, parameters
 from quantize.shards.partition import plan_heads
 from quantize.shards.stored import Scheme
@@ -19,6 +22,7 @@ from runtime.model.sizing import cache_shape
 
 ODD = ModelConfig(
     name="odd",
+    architecture=LLAMA.architecture,
     hidden_size=72,
     intermediate_size=172,
     num_layers=2,
@@ -55,7 +59,7 @@ WIDE = [
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
 def test_shapes_are_those_of_transformers(config: ModelConfig) -> None:
     with torch.device("meta"):
-        fields = config.to_hf()
+        fields = to_hf(config)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -143,21 +147,21 @@ def test_names_are_checked() -> None:
         check_names(ODD, [*names, "model.norm.weight"], "here")
     with pytest.raises(UnexpectedTensor, match=r"model\.layers\.2\.mlp"):
         check_names(ODD, [*names, "model.layers.2.mlp.up_proj.weight"], "here")
-    assert is_known("model.layers.99.self_attn.q_proj.weight", LLAMA)
-    assert not is_known("model.layers.0.self_attn.q_proj.bias", LLAMA)
-    assert not is_known("xmodel.norm.weight", LLAMA)
-    assert is_known("model.decoder.layers.99.self_attn.q_proj.bias", OPT)
-    assert is_known("model.decoder.project_in.weight", OPT)
-    assert not is_known("model.layers.0.self_attn.q_proj.weight", OPT)
+    assert is_known("model.layers.99.self_attn.q_proj.weight", LLAMA.architecture)
+    assert not is_known("model.layers.0.self_attn.q_proj.bias", LLAMA.architecture)
+    assert not is_known("xmodel.norm.weight", LLAMA.architecture)
+    assert is_known("model.decoder.layers.99.self_attn.q_proj.bias", OPT.architecture)
+    assert is_known("model.decoder.project_in.weight", OPT.architecture)
+    assert not is_known("model.layers.0.self_attn.q_proj.weight", OPT.architecture)
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), ODD], ids=lambda config: config.name)
 def test_config_survives_its_json(config: ModelConfig) -> None:
-    assert from_hf(config.to_hf()) == config
+    assert from_hf(to_hf(config)) == config
 
 
 def test_rope_theta_is_read_from_both_generations_of_config() -> None:
-    fields = ODD.to_hf()
+    fields = to_hf(ODD)
     del fields["rope_theta"]
     assert from_hf(fields).rope_theta == 10000.0
     assert from_hf(fields | {"rope_theta": 5e5}).rope_theta == 5e5

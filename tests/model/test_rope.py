@@ -18,7 +18,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.cli import command as convert
-from converters.model.config import PRESETS, ModelConfig, from_hf
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import from_hf, to_hf
+from converters.model.families.presets import PRESETS
 from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
 from converters.sources.opening import open_source
 from quantize.cli import command as quantize
@@ -40,7 +42,7 @@ def config_of(scaling: RopeScaling | None, theta: float, head_dim: int) -> Model
 
 def transformers_frequencies(config: ModelConfig) -> torch.Tensor:
     """What transformers makes of the config.json that we write: float32, [head_dim / 2]."""
-    theirs = LlamaConfig(**config.to_hf())
+    theirs = LlamaConfig(**to_hf(config))
     if config.rope_scaling is None:
         return LlamaRotaryEmbedding(theirs).inv_freq
     frequencies, attention_factor = ROPE_INIT_FUNCTIONS[config.rope_scaling.kind](theirs, "cpu")
@@ -113,21 +115,21 @@ LLAMA3_FIELDS = {
     ids=str,
 )  # fmt: skip
 def test_both_spellings(fields: dict[str, Any], scaling: RopeScaling | None) -> None:
-    config = from_hf(SMALL.to_hf() | ({} if "rope_parameters" in fields else {"rope_theta": 5e5}) | fields)
+    config = from_hf(to_hf(SMALL) | ({} if "rope_parameters" in fields else {"rope_theta": 5e5}) | fields)
     assert (config.rope_scaling, config.rope_theta) == (scaling, 5e5)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_config_survives_our_json_and_that_of_transformers(scaling: RopeScaling | None, tmp_path: Path) -> None:
     config = config_of(scaling, 500000.0, 128)
-    assert from_hf(json.loads(json.dumps(config.to_hf()))) == config
-    LlamaConfig(**config.to_hf()).save_pretrained(tmp_path)
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+    LlamaConfig(**to_hf(config)).save_pretrained(tmp_path)
     saved = from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert (saved.rope_scaling, saved.rope_theta) == (scaling, 500000.0)
 
 
 def test_no_scaling_is_not_written() -> None:
-    assert "rope_scaling" not in SMALL.to_hf()
+    assert "rope_scaling" not in to_hf(SMALL)
 
 
 def test_scaling_goes_through_every_stage(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from invoke import SUPPORT, invoke
 
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from quantize.shards.stored import Scheme
 from quantize.slices import find_slice
 from runtime.plan.compiled_plan import CompiledGraph, compile_plan

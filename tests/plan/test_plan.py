@@ -12,7 +12,9 @@ import pytest
 from invoke import invoke, invoke_error, refuse
 from models import edit_json, write_hf
 
-from converters.model.config import PRESETS, ModelConfig
+from converters.model.config import ModelConfig
+from converters.model.families.llama import LLAMA
+from converters.model.families.presets import PRESETS
 from quantize.cli import command as quantize
 from quantize.shards.stored import Scheme
 from quantize.slices import GENERATIONS, SLICES, find_slice, target_chips
@@ -24,7 +26,9 @@ KEYS = {
     "model", "parameters", "parameter_bytes", "cache_bytes", "total_bytes", "min_chips", "target", "chips", "fits",
     "per_chip", "roofline_ms",
 }  # fmt: skip
-ODD = ModelConfig("odd", 72, 172, 2, 9, 3, 20, vocab_size=515, tie_word_embeddings=True)
+ODD = ModelConfig(
+    "odd", 72, 172, 2, 9, 3, 20, vocab_size=515, tie_word_embeddings=True, architecture=LLAMA.architecture
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ from models import SMALL, write_hf
 from safetensors import safe_open
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from converters.model.config import PRESETS, ModelConfig
+from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
+from converters.model.families.llama import LLAMA
+from converters.model.families.presets import PRESETS
 from quantize.cli import command as quantize
 from quantize.shards.stored import Scheme
 from runtime.model.sizing import (
@@ -29,7 +32,9 @@ from runtime.model.sizing import (
 )
 
 # Nothing of it divides by anything: 9 heads under 3 KV heads, tied embeddings.
-ODD = ModelConfig("odd", 72, 172, 2, 9, 3, 20, vocab_size=515, tie_word_embeddings=True)
+ODD = ModelConfig(
+    "odd", 72, 172, 2, 9, 3, 20, vocab_size=515, tie_word_embeddings=True, architecture=LLAMA.architecture
+)
 # Of the checkpoints that Meta published (arXiv 2302.13971), as transformers counts them.
 PUBLISHED = {"7B": 6_738_415_616, "13B": 13_015_864_320, "33B": 32_528_943_616, "65B": 65_285_660_672}
 # The post's Table 2: MB of parameters, MB of cache, GB in total, TPU v4 chips.
@@ -49,7 +54,7 @@ def test_parameters_are_the_published_ones(name: str, count: int) -> None:
 @pytest.mark.parametrize("config", [SMALL, ODD, PRESETS["tiny"]], ids=lambda config: config.name)
 def test_parameters_are_those_of_transformers(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+        model = LlamaForCausalLM(LlamaConfig(**to_hf(config)))
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -113,7 +118,7 @@ def test_bytes_are_those_on_disk(config: ModelConfig, flag: str, tmp_path: Path)
 
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=lambda config: config.name)
 def test_cache_is_as_large_as_that_of_transformers(config: ModelConfig) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**config.to_hf())).bfloat16()
+    model = LlamaForCausalLM(LlamaConfig(**to_hf(config))).bfloat16()
     cache = DynamicCache()
     with torch.no_grad():
         model(torch.zeros(3, 7, dtype=torch.long), past_key_values=cache)

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.console.errors import InputError
-from converters.model.config import PRESETS, ModelConfig
+from converters.model.config import ModelConfig
+from converters.model.families.llama import LLAMA
+from converters.model.families.presets import PRESETS
 from converters.model.parameters import Axis
 from quantize.shards.partition import axis_segments, check_chips, plan_heads
 from quantize.shards.stored import Scheme, stored_tensors
 
-CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515)
+CONFIG = ModelConfig("test", 64, 172, 1, 9, 3, 16, vocab_size=515, architecture=LLAMA.architecture)
 
 
 @given(st.integers(1, 24), st.integers(1, 16), st.integers(1, 40))
@@ -23,9 +25,9 @@ def test_every_query_head_stands_once_under_its_kv_head(kv_heads: int, group_siz
     assert len(plan.kv_heads) == chips * plan.kv_per_chip
     assert len(plan.query_heads) == chips * plan.kv_per_chip * plan.group
     assert sorted(head for head in plan.query_heads if head is not None) == list(range(kv_heads * group_size))
-    for slot, head in enumerate(plan.query_heads):
+    for place, head in enumerate(plan.query_heads):
         if head is not None:
-            assert plan.kv_heads[slot // plan.group] == head // group_size
+            assert plan.kv_heads[place // plan.group] == head // group_size
     assert set(plan.kv_heads) - {None} == set(range(kv_heads))
 
 
@@ -37,20 +39,20 @@ def test_no_padding_where_chips_divide_heads(kv_heads: int, group_size: int, chi
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "chips", "query_slots", "kv_slots"),
+    ("heads", "kv_heads", "chips", "query_places", "kv_places"),
     [
         (9, 3, 4, 12, 4),  # SmolLM2-135M
         (52, 52, 8, 56, 56),  # LLaMA 33B
         (52, 52, 16, 64, 64),
         (64, 8, 16, 64, 16),  # LLaMA 2 70B: each KV head on two chips
-        (24, 3, 2, 24, 6),  # the middle KV head on both chips, twice as many slots: cheaper than padding queries
+        (24, 3, 2, 24, 6),  # the middle KV head on both chips, twice as many places: cheaper than padding queries
         (96, 96, 8, 96, 96),  # 175B
         (8, 8, 16, 16, 16),
     ],
 )
-def test_known_cases(heads: int, kv_heads: int, chips: int, query_slots: int, kv_slots: int) -> None:
+def test_known_cases(heads: int, kv_heads: int, chips: int, query_places: int, kv_places: int) -> None:
     plan = plan_heads(heads, kv_heads, chips)
-    assert (plan.query_slots, plan.kv_slots) == (query_slots, kv_slots)
+    assert (plan.query_places, plan.kv_places) == (query_places, kv_places)
 
 
 @pytest.mark.parametrize("chips", [1, 2, 3, 4, 7, 8, 16])

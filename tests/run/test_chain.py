@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from converters.console.units import parse_bytes
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 
 KEYS = {
     "model", "platform", "chips", "batch_size", "prompt_tokens", "new_tokens", "latency_s", "per_token_latency_ms",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from converters.cli import command as convert
-from converters.model.config import from_hf
+from converters.model.families.hf_config import from_hf
 from converters.model.rope import inverse_frequencies
 from converters.sources.opening import open_source
 

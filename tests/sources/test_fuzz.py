@@ -27,8 +27,8 @@ from mutate import Mutation, damage_bytes, damage_header, damage_json
 from tokenizer_models import tiktoken_file, train_byte_level, train_sentencepiece
 
 from converters.cli import command as convert
+from converters.model.families.llama import GGUF
 from converters.model.rope import Llama3Scaling, scaling_to_hf
-from converters.sources.gguf import BLOCK_NAMES, MODEL_NAMES
 from converters.sources.random_init import FILE_NAME as SEED
 from quantize.cli import command as quantize
 from runtime.cli import command as run
@@ -128,10 +128,10 @@ def write_gguf(path: Path, per_part: int = 0) -> None:
     writer.add_head_count_kv(SMALL.num_kv_heads)
     writer.add_layer_norm_rms_eps(SMALL.norm_eps)
     tensors = {name: tensor.float().numpy() for name, tensor in random_tensors().items()}
-    for name, hf_name in MODEL_NAMES.items():
+    for name, hf_name in GGUF.model_names.items():
         writer.add_tensor(name, tensors[hf_name])
     for layer in range(SMALL.num_layers):
-        for name, hf_name in BLOCK_NAMES.items():
+        for name, hf_name in GGUF.block_names.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", tensors[f"model.layers.{layer}.{hf_name}.weight"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from converters.console.errors import InputError
 from converters.files.row_blocks import row_blocks
 from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.sources.fingerprint import sample_files
 from converters.sources.gguf import open_gguf
@@ -56,7 +57,7 @@ def transformers_reading(path: Path, config: ModelConfig) -> tuple[dict[str, Any
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+        model = LlamaForCausalLM(LlamaConfig(**to_hf(config)))
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     return read["config"], read["tensors"]
 
@@ -82,7 +83,7 @@ def test_smollm2_is_bit_equal_to_transformers(smollm2_gguf: Path) -> None:
         whole = expected[f"{name}.weight"]
         for start, stop in ((0, 1), (1, 4), (31, 33), (63, 129), (whole.shape[0] - 3, whole.shape[0])):
             assert same_bits(source.rows(f"{name}.weight", start, stop), whole[start:stop]), (name, start, stop)
-    ours = source.config.to_hf()
+    ours = to_hf(source.config)
     shared = {key for key in theirs if key in ours and key != "rms_norm_eps"}
     assert len(shared) >= 11
     ends = ours["eos_token_id"]  # with <|endoftext|>, which no key of the file names

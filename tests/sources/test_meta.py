@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.cli import command as convert
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from converters.model.parameters import parameters
 from converters.model.rope import Llama3Scaling
 from converters.sources.meta import open_meta

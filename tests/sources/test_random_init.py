@@ -17,7 +17,7 @@ from models import SMALL, snapshot
 from safetensors import safe_open
 
 from converters.cli import command as convert
-from converters.model.config import PRESETS
+from converters.model.families.presets import PRESETS
 from converters.model.parameters import parameters
 from converters.output import preflight
 from converters.sources.opening import open_source

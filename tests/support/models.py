@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from converters.model.config import ModelConfig
+from converters.model.families.hf_config import to_hf
+from converters.model.families.llama import LLAMA
 from converters.model.parameters import parameters
 
 
@@ -159,6 +161,7 @@ def _save_bin(state: dict[str, torch.Tensor], directory: Path, indexed: bool) ->
 
 SMALL = ModelConfig(
     "small",
+    architecture=LLAMA.architecture,
     hidden_size=16,
     intermediate_size=24,
     num_layers=2,
@@ -192,7 +195,7 @@ def write_hf(
     """
     tensors = random_tensors(config) if tensors is None else tensors
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config.to_hf() | fields))
+    (directory / "config.json").write_text(json.dumps(to_hf(config) | fields))
     if files == 1:
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
         return directory

@@ -14,6 +14,7 @@ from tokenizer_models import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters.cli import command as convert
+from converters.model.families.hf_config import to_hf
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import read_companions
 from quantize.cli import command as quantize
@@ -86,7 +87,7 @@ def test_only_files_of_the_known_names_go_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pad", [-1, None])
 def test_no_padding_token(pad: int | None, tmp_path: Path) -> None:
     """As older files of LLaMA say it; transformers can't load a model with -1."""
-    assert "pad_token_id" not in open_source(write_hf(tmp_path, pad_token_id=pad)).config.to_hf()
+    assert "pad_token_id" not in to_hf(open_source(write_hf(tmp_path, pad_token_id=pad)).config)
 
 
 def test_a_padding_token_without_a_row(tmp_path: Path) -> None:

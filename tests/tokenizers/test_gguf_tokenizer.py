@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from converters.console.errors import InputError
 from converters.console.notes import forget_notes, print_notes
+from converters.model.families.hf_config import to_hf
 from converters.sources.gguf import open_gguf
 from converters.tokenizers.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
 
@@ -60,7 +61,7 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     source = open_gguf(smollm2_gguf)
     for name, content in source.companions().items():
         (folder / name).write_bytes(content)
-    (folder / "config.json").write_text(json.dumps(source.config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(to_hf(source.config)))
     return folder
 
 

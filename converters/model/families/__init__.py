@@ -1,1 +1,1 @@
-"""The families of models: one file for each."""
+"""Families of models: a file for each, the table of all, and what derives from it: config.json and the presets."""
