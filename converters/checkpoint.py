@@ -14,9 +14,10 @@ from converters.contents import Form, block_tasks
 from converters.files.json_file import read_json
 from converters.files.parallel import in_order
 from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
-from converters.output.claim import Finished, Output, check_finished
+from converters.output.claim import Output
 from converters.output.journal import Journal
 from converters.output.record import WRITTEN, read_file_record, read_record, verify_files
+from converters.output.state import Finished, check_finished
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.sources import random_init
 from converters.sources.huggingface_files import INDEX, weight_map

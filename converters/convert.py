@@ -13,9 +13,10 @@ from converters.console.units import format_bytes, format_count, plural
 from converters.contents import Form, block_tasks, floating_form, int8_form
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
-from converters.output.claim import State, Wanted, claim, recorded_names
+from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.record import WRITTEN, existing_bytes
+from converters.output.state import State, recorded_names
 from converters.sources import random_init
 from converters.sources.huggingface_files import INDEX
 from converters.sources.random_init import RandomSource

@@ -21,8 +21,9 @@ from converters.files.whole import (
     tensors_before,
 )
 from converters.model.config import ModelConfig
-from converters.output.claim import Finished, Output, Wanted
+from converters.output.claim import Output, Wanted
 from converters.output.journal import Journal
+from converters.output.state import Finished
 from quantize.report import FILE_NAME as REPORT
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.shards.partition import Segment, parameter_segments

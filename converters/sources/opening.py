@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.console.errors import InputError
-from converters.output.claim import check_finished
+from converters.output.state import check_finished
 from converters.sources import random_init
 from converters.sources.huggingface import open_hf
 from converters.sources.huggingface_files import INDEX

@@ -10,8 +10,8 @@ from converters.console.errors import InputError, MissingTensor, UnexpectedTenso
 from converters.console.progress import Advance
 from converters.formats.tensor_files import SafetensorsFile
 from converters.model.config import ModelConfig, read_config
-from converters.output.claim import check_finished
 from converters.output.record import WRITTEN, read_record, verify_files
+from converters.output.state import check_finished
 from converters.tokenizers.auxiliary_files import read_companions
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.shards.partition import Segment, parameter_segments
