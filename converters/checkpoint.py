@@ -13,7 +13,8 @@ from converters.console.progress import Advance
 from converters.contents import Form, block_tasks
 from converters.files.json_file import read_json
 from converters.files.parallel import in_order
-from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.files.whole import FileRecord
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.output.claim import Output
 from converters.output.journal import Journal
 from converters.output.record import WRITTEN, read_file_record, read_record, verify_files

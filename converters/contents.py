@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
 from converters.files.row_blocks import row_blocks
-from converters.files.whole import CODES, DTYPE_NAMES, TensorSpec
+from converters.formats.safetensors import CODES, DTYPE_NAMES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.sources.source import Int8Source, TensorSource

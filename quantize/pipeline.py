@@ -14,12 +14,7 @@ import torch
 from converters.console.progress import Advance
 from converters.files.parallel import in_order
 from converters.files.row_blocks import row_blocks
-from converters.files.whole import (
-    SafetensorsWriter,
-    TensorSpec,
-    safetensors_bytes,
-    tensors_before,
-)
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.model.config import ModelConfig
 from converters.output.claim import Output, Wanted
 from converters.output.journal import Journal

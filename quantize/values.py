@@ -11,7 +11,7 @@ import torch
 from converters.console.errors import InputError
 from converters.console.notes import note
 from converters.contents import check_finite
-from converters.files.whole import CODES
+from converters.formats.safetensors import CODES
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD
 from converters.sources.source import Int8Source, TensorSource

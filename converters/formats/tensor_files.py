@@ -12,8 +12,8 @@ from converters.console.errors import DuplicateTensor, InputError
 from converters.files.mapped import file_offset, mappings
 from converters.files.streams import StreamReader
 from converters.files.text_path import text_path
-from converters.files.whole import DTYPE_NAMES
 from converters.formats.legacy_pickle import check_byte_order, is_zip, mapped_tensors
+from converters.formats.safetensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch

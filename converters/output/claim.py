@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
+from converters.files.stamps import stamp_files
 from converters.files.whole import PARTIAL_SUFFIX, FileRecord, json_bytes, partial_path, publish, write_partial
 from converters.output.journal import FILE_NAME as JOURNAL
 from converters.output.lock import FILE_NAME as LOCK
 from converters.output.lock import lock
 from converters.output.record import IN_PROGRESS, WRITTEN, Record, as_stored, existing_bytes, remove
 from converters.output.state import Finished, Found, State, examine
-from converters.sources.fingerprint import stamp_files
 
 _OWN = (LOCK, IN_PROGRESS, WRITTEN, JOURNAL)
 

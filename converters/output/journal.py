@@ -11,7 +11,8 @@ from typing import Any
 from converters.console.errors import InputError
 from converters.files.file_system import sync_file
 from converters.files.json_file import read_json
-from converters.files.whole import SafetensorsWriter, partial_path, write_json
+from converters.files.whole import partial_path, write_json
+from converters.formats.safetensors import SafetensorsWriter
 
 FILE_NAME = ".journal.json"
 SYNC_BYTES = 1 << 30  # at most about this much work is done again after a crash

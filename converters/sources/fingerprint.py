@@ -46,19 +46,6 @@ def sample_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def stamp_files(paths: Iterable[Path], changes: bool = False) -> dict[str, list[int]]:
-    """Size and time of the last writing (in ns) of each file, by name: what tells that one changed.
-
-    With ``changes``, the time of the last change of any kind too, which no program can set back; a file's owner, mode
-    or number of links changes it as well.
-    """
-    stamps = {}
-    for path in paths:
-        status = path.stat()
-        stamps[path.name] = [status.st_size, status.st_mtime_ns] + ([status.st_ctime_ns] if changes else [])
-    return stamps
-
-
 def _ranges(size: int) -> Iterator[tuple[int, int]]:
     """The byte ranges (start, length) sampled of a file of ``size`` bytes."""
     yield 0, _HEAD_BYTES

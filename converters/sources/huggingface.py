@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from converters.console.errors import DuplicateTensor, InputError, UnexpectedTensor, UnmappedTensor
 from converters.console.notes import note
 from converters.files.json_file import read_json
-from converters.files.whole import CODES, TensorSpec
 from converters.formats.compressed_tensors import SCALE_SUFFIX, dequantize, is_int8, note_ignored, quantization_config
+from converters.formats.safetensors import CODES, TensorSpec
 from converters.formats.tensor_files import TensorFile
 from converters.model.architecture import Architecture
 from converters.model.config import ModelConfig, read_config

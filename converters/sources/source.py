@@ -10,7 +10,7 @@ from converters.model.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from converters.files.whole import TensorSpec
+    from converters.formats.safetensors import TensorSpec
 
 
 class TensorSource(Protocol):

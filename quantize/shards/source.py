@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.files.whole import CODES, TensorSpec
+from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.sources.source import Int8Source, TensorSource
 from quantize.dequantize import dequantized_rows

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.console.errors import InputError
-from converters.files.whole import CODES, ITEM_BYTES, TensorSpec
 from converters.formats.compressed_tensors import quantization_config
+from converters.formats.safetensors import CODES, ITEM_BYTES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD, Parameter, Row, make_parameter, parameters
 from quantize.shards.partition import local_shape, padding
