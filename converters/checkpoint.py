@@ -13,7 +13,7 @@ from converters.console.progress import Advance
 from converters.contents import Form, block_tasks
 from converters.files.json_file import read_json
 from converters.files.parallel import in_order
-from converters.files.whole import FileRecord
+from converters.files.whole import FileRecord, json_file
 from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.output.claim import Output
 from converters.output.journal import Journal
@@ -86,7 +86,7 @@ def write_files(
         journal.wait()
         check = check_files(out, [file.name for file in files])
         output.check_sources()
-        output.write_json(INDEX, _index(files, output, check))
+        output.write({INDEX: json_file(_index(files, output, check))})
     return check
 
 
@@ -114,7 +114,7 @@ def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:
     files = {name: file.as_json() for name, file in output.files.items()}
     record = random_init.random_init_record(source.seed)
     record |= {_DIGEST: check.sha256, _CONVERSION: output.arguments, _FILES: files}
-    output.write_json(random_init.FILE_NAME, record)
+    output.write({random_init.FILE_NAME: json_file(record)})
     return check
 
 
@@ -188,9 +188,7 @@ def _recorded_files(out: Path) -> dict[str, FileRecord]:
 
 
 def _write_small_files(source: TensorSource, fields: dict[str, Any], output: Output) -> None:
-    output.write_json("config.json", fields)
-    for name, content in source.companions().items():
-        output.write(name, content)
+    output.write({"config.json": json_file(fields)} | source.companions())
 
 
 def _index(files: list[ModelFile], output: Output, check: SelfCheck) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,15 @@ class Conversion:
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."
             )
 
-    @property
+    @cached_property
     def form(self) -> Form:
         return int8_form(self.source, self.config) if self.keep_int8 else floating_form(self.source, self.config)
 
-    @property
+    @cached_property
     def files(self) -> list[checkpoint.ModelFile]:
         return checkpoint.plan_files(self.form, self.max_shard_bytes)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 

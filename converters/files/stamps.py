@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 
-def stamp_files(paths: Iterable[Path], changes: bool = False) -> dict[str, list[int]]:
-    """Size in bytes and time of the last write in ns of each file, by name. Raises OSError for a missing file.
+class Stamp(NamedTuple):
+    """A file's size in bytes, and the times in ns of its last write and of its last change of any kind.
 
-    With ``changes`` also the time of the last change of any kind, which no program can set back; a change of a file's
-    owner, mode or number of links counts too.
+    No program can set the last one back. A new owner, mode or number of links changes it too.
     """
-    stamps = {}
-    for path in paths:
-        status = path.stat()
-        stamps[path.name] = [status.st_size, status.st_mtime_ns] + ([status.st_ctime_ns] if changes else [])
-    return stamps
+
+    nbytes: int
+    written_ns: int
+    changed_ns: int
+
+
+def stamp(path: Path) -> Stamp:
+    """Raises OSError where the file is missing."""
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """The stamps of several files."""
+    return {path: stamp(path) for path in paths}

@@ -52,8 +52,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole, with a stable order and a final newline."""
-    write_whole(path, json_bytes(value, indent=1))
+    """Write a JSON file whole, as ``json_file`` has it."""
+    write_whole(path, json_file(value))
+
+
+def json_file(value: Any) -> bytes:
+    """The content of a JSON file: indented, its keys in the order given, with a final newline."""
+    return json_bytes(value, indent=1)
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:

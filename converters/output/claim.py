@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
-from converters.files.stamps import stamp_files
-from converters.files.whole import PARTIAL_SUFFIX, FileRecord, json_bytes, partial_path, publish, write_partial
+from converters.files.stamps import Stamp, stamp, stamps
+from converters.files.whole import PARTIAL_SUFFIX, FileRecord, partial_path, publish, write_partial
 from converters.output.journal import FILE_NAME as JOURNAL
 from converters.output.lock import FILE_NAME as LOCK
 from converters.output.lock import lock
@@ -36,20 +36,21 @@ class Wanted:
     names: tuple[str, ...]
     recorded: bool = True
 
-    def record(self) -> Record:
-        """What is known before the first byte, with the source's sizes and times as they are now."""
-        return Record(self.command, as_stored(self.arguments), stamp_files(self.sources), tuple(sorted(self.names)))
+    def record(self, sources: Mapping[Path, Stamp]) -> Record:
+        """What is known before the first byte; ``sources`` are the stamps of the source's files."""
+        sizes_and_times = {path.name: [each.nbytes, each.written_ns] for path, each in sources.items()}
+        return Record(self.command, as_stored(self.arguments), sizes_and_times, tuple(sorted(self.names)))
 
 
 class Output:
     """The directory while this process fills it."""
 
-    def __init__(self, wanted: Wanted, found: Found) -> None:
+    def __init__(self, wanted: Wanted, found: Found, sources: Mapping[Path, Stamp]) -> None:
+        """``sources`` are the stamps of the source's files from before the directory was looked at."""
         self.state = found.state
         self.directory = wanted.out
         self._recorded = wanted.recorded
-        self._sources = wanted.sources
-        self._stamps = stamp_files(wanted.sources, changes=True)
+        self._sources = sources
         self._record = found.record
 
     @property
@@ -88,24 +89,32 @@ class Output:
         self._record = replace(self._record.with_files(files), state=state)
         self._record.write(self.directory / IN_PROGRESS)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a small file whole; ``name`` may have a folder before it."""
-        path = self.directory / name
-        path.parent.mkdir(exist_ok=True)
-        # The record comes before the name, as with large files: a file that has its name without it isn't ours.
-        write_partial(path, content)
-        self.add({name: FileRecord(len(content), hashlib.sha256(content).hexdigest())}, self._record.state)
-        publish(partial_path(path), path)
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write small files whole, by name; a name may have a folder before it."""
+        records = {name: FileRecord(len(content), sha256(content).hexdigest()) for name, content in files.items()}
+        for name, content in files.items():
+            path = self.directory / name
+            path.parent.mkdir(exist_ok=True)
+            if not self._is_left(name, records[name]):
+                write_partial(path, content)
+        # The record comes before the names, as with large files: a file that has its name without it isn't ours.
+        self.add(records, self._record.state)
+        for path in (self.directory / name for name in files):
+            publish(partial_path(path), path)
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file whole, with a stable order and a final newline."""
-        self.write(name, json_bytes(value, indent=1))
+    def _is_left(self, name: str, record: FileRecord) -> bool:
+        """Whether a killed run recorded this file, and left it whole under its temporary name.
+
+        Then it isn't written again: a second kill while it is would leave neither the old file nor the recorded one.
+        """
+        partial = partial_path(self.directory / name)
+        is_there = self._record.files.get(name) == record and partial.is_file() and not partial.is_symlink()
+        return is_there and not record.problem(partial)
 
     def check_sources(self) -> None:
         """Raise InputError where a file of the source has changed since the directory was claimed."""
-        for path in self._sources:
-            now = stamp_files([path], changes=True) if path.exists() else {}
-            if now.get(path.name) == self._stamps[path.name]:
+        for path, before in self._sources.items():
+            if path.exists() and stamp(path) == before:
                 continue
             again = "the same command again"
             if self.state is not State.EMPTY:  # what an earlier run made stays, and no rerun may go on with it
@@ -146,19 +155,21 @@ def claim(
     out = wanted.out
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Give --out a directory.")
-    found = examine(out, wanted.record(), finished, force)
+    sources = stamps(wanted.sources)
+    begun = wanted.record(sources)
+    found = examine(out, begun, finished, force)
     if found.state is State.FINISHED:
         _tidy(out)
-        yield Output(wanted, found)
+        yield Output(wanted, found, sources)
         return
     ours = {*found.record.wanted, *found.record.replaced}
     check_room(existing_bytes(out, (name for name in ours if name.endswith(".safetensors"))))
     with _directory(out), lock(out):
-        found = examine(out, wanted.record(), finished, force)  # again: another process may have been here
+        found = examine(out, begun, finished, force)  # again: another process may have been here
         if found.state is State.FINISHED:
-            yield Output(wanted, found)
+            yield Output(wanted, found, sources)
             return
-        output = Output(wanted, found._replace(record=_begin(out, found.record)))
+        output = Output(wanted, found._replace(record=_begin(out, found.record)), sources)
         try:
             yield output
         except InputError:
@@ -172,7 +183,7 @@ def claim(
 def is_complete(wanted: Wanted, finished: Callable[[Path], Finished | None]) -> bool:
     """Whether the directory holds everything wanted, as it was written; ``finished`` as for ``claim``."""
     try:
-        return examine(wanted.out, wanted.record(), finished, force=False).state is State.FINISHED
+        return examine(wanted.out, wanted.record(stamps(wanted.sources)), finished, force=False).state is State.FINISHED
     except InputError:
         return False
 
