@@ -1,4 +1,4 @@
-"""llama-convert: weights from a preset, another layout, a GGUF file or shards into a checkpoint directory."""
+"""llama-convert: makes a checkpoint directory from a preset, another layout, a GGUF file or shards."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def command(
     if verify and not dry_run:
         click.echo(verify_output(out))
     if not isinstance(weights, RandomSource):
-        note_without_tokenizer(weights.companions(), str(source))
+        note_without_tokenizer(weights.auxiliary_files(), str(source))
     if check_logits and not dry_run:
         click.echo(logits.check_logits(conversion))
 

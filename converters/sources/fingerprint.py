@@ -16,11 +16,11 @@ _PAGE_BYTES = 4096
 _PAGES = 64
 
 
-def fingerprint(config: ModelConfig, files: Iterable[Path], companions: dict[str, bytes]) -> str:
+def fingerprint(config: ModelConfig, files: Iterable[Path], auxiliary: dict[str, bytes]) -> str:
     """A hex sha256 over a configuration, a sample of the weights' files and the content of the files beside them."""
     digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
     digest.update(sample_files(files).encode())
-    for name, content in companions.items():
+    for name, content in auxiliary.items():
         digest.update(name.encode() + hashlib.sha256(content).digest())
     return digest.hexdigest()
 

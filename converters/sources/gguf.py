@@ -100,7 +100,7 @@ class GGUFSource:
     def files(self) -> list[Path]:
         return self._parts.paths
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; empty for a file without a tokenizer."""
         return dict(self._files)
 

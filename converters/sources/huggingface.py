@@ -27,7 +27,7 @@ from converters.sources.huggingface_surplus import (
     same_bytes,
     settle_head,
 )
-from converters.tokenizers.auxiliary_files import read_companions, with_tokenizer
+from converters.tokenizers.auxiliary_files import read_auxiliary_files, with_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class HFSource:
         self.directory = directory
         self._holder = holder
         self._stored_dtypes, self._said_dtype = found, said
-        self._companions = with_tokenizer(directory, config)
+        self._auxiliary = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -57,13 +57,13 @@ class HFSource:
         return dtype_to_write(self._stored_dtypes, self._said_dtype)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), read_companions(self.directory))
+        return fingerprint(self.config, self.files(), read_auxiliary_files(self.directory))
 
     def files(self) -> list[Path]:
         return sorted({held.path for held in self._holder.values()})
 
-    def companions(self) -> dict[str, bytes]:
-        return dict(self._companions)
+    def auxiliary_files(self) -> dict[str, bytes]:
+        return dict(self._auxiliary)
 
 
 class CompressedSource(HFSource):

@@ -25,7 +25,7 @@ from converters.sources.meta_parts import (
     open_parts,
     part_paths,
 )
-from converters.tokenizers.auxiliary_files import MODEL, read_companions, with_tokenizer
+from converters.tokenizers.auxiliary_files import MODEL, read_auxiliary_files, with_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class MetaSource:
     ) -> None:
         self.config = config
         self._directory, self._parts, self._stored = directory, parts, stored
-        self._companions = with_tokenizer(directory, config, above=True)
+        self._auxiliary = with_tokenizer(directory, config, above=True)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, merged from the parts and in rotate-half order."""
@@ -87,16 +87,16 @@ class MetaSource:
         return dtype_to_write({self._parts[0].dtype(name) for name, _ in self._stored.values()}, said=None)
 
     def fingerprint(self) -> str:
-        companions = read_companions(self._directory)
-        if MODEL in self._companions:  # it may be that of the folder above
-            companions[MODEL] = self._companions[MODEL]
-        return fingerprint(self.config, self.files(), companions)
+        auxiliary = read_auxiliary_files(self._directory)
+        if MODEL in self._auxiliary:  # it may be that of the folder above
+            auxiliary[MODEL] = self._auxiliary[MODEL]
+        return fingerprint(self.config, self.files(), auxiliary)
 
     def files(self) -> list[Path]:
         return [part.path for part in self._parts]
 
-    def companions(self) -> dict[str, bytes]:
-        return dict(self._companions)
+    def auxiliary_files(self) -> dict[str, bytes]:
+        return dict(self._auxiliary)
 
 
 def is_meta(directory: Path) -> bool:

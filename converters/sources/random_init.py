@@ -61,7 +61,7 @@ class RandomSource:
     def files(self) -> list[Path]:
         return []
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         return {}
 
 

@@ -37,7 +37,7 @@ class TensorSource(Protocol):
         """The files that values are read from; none for values that are made."""
         ...
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         """The files that go with the weights (tokenizer, generation settings): file name -> content."""
         ...
 

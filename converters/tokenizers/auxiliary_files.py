@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
-COMPANIONS = (
+NAMES = (
     TOKENIZER,
     CONFIG,
     MODEL,
@@ -48,11 +48,11 @@ _TEMPLATE = re.compile(r"\w[\w.-]*\.jinja")
 _GPT2_KINDS = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
-def read_companions(directory: Path) -> dict[str, bytes]:
+def read_auxiliary_files(directory: Path) -> dict[str, bytes]:
     """The tokenizer's files and the like in a directory: file name, of a template with its folder -> content."""
     folder = directory / TEMPLATES
     templates = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    names = (*COMPANIONS, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
+    names = (*NAMES, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
     for name in (TOKENIZER, MODEL):  # large enough to be kept elsewhere
         if what := stand_in(files.get(name, b"")):
@@ -70,14 +70,14 @@ def note_without_tokenizer(files: dict[str, bytes], source: str) -> None:
 
 
 def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) -> dict[str, bytes]:
-    """The files of ``read_companions``, with a tokenizer.json and a tokenizer_config.json where there were none.
+    """The files of ``read_auxiliary_files``, with a tokenizer.json and a tokenizer_config.json where there were none.
 
     With ``above`` a tokenizer.model may also be in the folder that the directory is in, as in Meta's downloads.
 
     They are made of a tokenizer.model (SentencePiece's, or LLaMA 3's of Meta) or of GPT-2's vocab.json and merges.txt.
     Raises InputError for a tokenizer that is damaged, of a kind that is not converted, or not this model's.
     """
-    files = read_companions(directory)
+    files = read_auxiliary_files(directory)
     place = directory
     if above and not {TOKENIZER, MODEL} & files.keys() and (folder := _folder_above(directory)):
         place = folder

@@ -58,7 +58,7 @@ def save(values: dict[str, Any], folder: Path) -> Path:
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     source = open_gguf(smollm2_gguf)
-    for name, content in source.companions().items():
+    for name, content in source.auxiliary_files().items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(source.config.to_hf()))
     return folder
