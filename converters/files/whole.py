@@ -13,22 +13,22 @@ from typing import Any
 from converters.files.file_system import sync_file, sync_folder
 
 PARTIAL_SUFFIX = ".partial"
-_SMALL_BYTES = 16 << 20  # files up to this size are held against their digest, where larger ones are by their size
+_SMALL_BYTES = 16 << 20  # up to this size a file is checked by its digest, a larger one by its size
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+    """The temporary name of a file until it is whole."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file under a temporary name, flush it to the disk, then give it its name."""
+    """Write a small file under its temporary name, flush it to the disk, then rename it."""
     write_partial(path, content)
     publish(partial_path(path), path)
 
 
 def write_partial(path: Path, content: bytes) -> None:
-    """Write a small file under its temporary name and flush it; a symbolic link there is not followed (OSError)."""
+    """Write a small file under its temporary name and flush it. Raises OSError where a symbolic link has that name."""
     partial = partial_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(partial, flags, 0o666), "wb") as file:
@@ -38,7 +38,7 @@ def write_partial(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file whole in a folder of the user's, where any name may be taken but the one that was given."""
+    """Write a small file whole in a user's folder, under a random temporary name: no other file there is touched."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{token_hex(4)}{PARTIAL_SUFFIX}")
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
         try:
@@ -64,25 +64,25 @@ def json_file(value: Any) -> bytes:
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
     """JSON with a final newline, in UTF-8 whatever the locale.
 
-    A byte of a path that is no character (a lone surrogate in Python) becomes JSON's escape of it, ``\\udcXX``.
+    A byte of a path that is not valid text (in Python a lone surrogate) becomes JSON's escape of it, ``\\udcXX``.
     """
     return to_utf8(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8, in which lone surrogates stand as ``\\udcXX``."""
+    """UTF-8, with lone surrogates escaped as ``\\udcXX``."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished, flushed file its final name, and make the name itself survive a power cut."""
+    """Give a finished, flushed file its final name, and flush the name too."""
     os.replace(partial, path)
     sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and hex sha256 of a file as it was written."""
+    """The size in bytes and hex sha256 of a file as it was written."""
 
     nbytes: int
     sha256: str
@@ -93,7 +93,7 @@ class FileRecord:
     def problem(self, path: Path) -> str:
         """In words, how ``path`` differs from what was written; empty where it doesn't.
 
-        A large file is held against its size alone.
+        Of a large file only the size is checked.
         """
         size = path.stat().st_size
         if size != self.nbytes:
