@@ -141,7 +141,7 @@ def verify_output(out: Path) -> str:
     nbytes = sum(file.nbytes for file in files.values())
     line = f"{out}: {plural(len(files), 'file')}, {format_bytes(nbytes)}, every digest as it was written"
     if not (out / WRITTEN).is_file() and any(name.endswith(".safetensors") for name in files):
-        line += f"; of the other files there are none, for {WRITTEN} is missing"
+        line += f"; the other files have no digests, since {WRITTEN} is missing"
     return line
 
 

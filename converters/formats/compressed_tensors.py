@@ -82,7 +82,7 @@ def note_ignored(fields: dict[str, Any], where: str, linears: Iterable[str], qua
     for name in linears:
         said = any(pattern.match(name.removesuffix(".weight")) for pattern in ignored)
         if said and name in quantized:
-            note(f"{where}: config.json has {name} in ignore, but it is stored in int8, and so it is read.")
+            note(f"{where}: config.json has {name} in ignore, but it is stored in int8 and read as such.")
         elif not said and name not in quantized:
             note(f"{where}: {name} is not stored in int8, though config.json doesn't have it in ignore.")
 
@@ -117,7 +117,7 @@ def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
         raise _refusal(where, "input_activations by scales that are stored (not dynamic)")
     note(
         f"{where} asks for activations in {shown(activations.get('num_bits'))} bits too (input_activations); that is "
-        "left out: the weights are as they would be, activations are not quantized."
+        "ignored: it doesn't change the weights, and activations are not quantized."
     )
 
 
@@ -144,7 +144,7 @@ def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> Non
 
 def _refusal(where: str, what: str) -> InputError:
     return InputError(
-        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. Of that this "
-        f"tool reads {_FORMAT!r}: symmetric int8, one scale per output channel, nothing else. Convert the unquantized "
-        "original."
+        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. This "
+        f"tool reads only its format {_FORMAT!r}: symmetric int8, one scale per output channel. Convert the "
+        "unquantized original."
     )

@@ -68,7 +68,7 @@ def open_parts(path: Path) -> Parts:
     paths = _names(metadata, count)
     for other in paths:
         if not other.is_file():
-            raise InputError(f"{other} is missing, a part of the model that {path.name} is one of. Fetch it.")
+            raise InputError(f"{other} is missing; it is a part of the same model as {path.name}. Fetch it.")
     opened = [(metadata, tensors, header) if other == path else _read(other) for other in paths]
     total = opened[0][0].whole("split.tensors.count")
     for number, (each, _, _) in enumerate(opened):
@@ -100,7 +100,7 @@ def _names(metadata: Metadata, count: int) -> list[Path]:
         raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise InputError(
-            f"{path} is part {number + 1} of {count} of a split model; name it so, and the others like it: "
+            f"{path} is part {number + 1} of {count} of a split model; rename it, and the others alike, to "
             f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
         )
     return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]

@@ -119,8 +119,8 @@ class PickleFile:
         except Exception as error:  # unpickling damaged or hostile bytes can raise anything
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"{path} can't be loaded safely ({reason}). If it came whole, it holds more than tensors: save these "
-                "alone, as safetensors."
+                f"{path} can't be loaded safely ({reason}). If it is complete, it holds more than tensors: save only "
+                "those, as safetensors."
             ) from None
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""A digest of large files that reads only a sample of them: quick enough to take on every start."""
+"""A digest of large files that reads only a sample of them, so that it can be taken on every start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAGES = 64
 
 
 def fingerprint(config: ModelConfig, files: Iterable[Path], auxiliary: dict[str, bytes]) -> str:
-    """A hex sha256 over a configuration, a sample of the weights' files and the content of the files beside them."""
+    """The hex sha256 of a configuration, a sample of the weights' files and the auxiliary files (name -> content)."""
     digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
     digest.update(sample_files(files).encode())
     for name, content in auxiliary.items():
@@ -26,11 +26,11 @@ def fingerprint(config: ModelConfig, files: Iterable[Path], auxiliary: dict[str,
 
 
 def sample_files(paths: Iterable[Path]) -> str:
-    """The hex sha256 over a sample of each file, in the order given.
+    """The hex sha256 of a sample of each file, in the order given.
 
     The sample is the file's name (without its folder), its size, its first 1 MiB, its last 4 KiB and 64 evenly spaced
-    pages of 4 KiB. It tells files apart, not tampering: a change between the sampled pages that keeps the size goes
-    unseen. Raises InputError for a file that can't be read.
+    pages of 4 KiB. It tells files apart but doesn't detect tampering: a change between the sampled pages that keeps the
+    size is missed. Raises InputError for a file that can't be read.
     """
     digest = hashlib.sha256()
     for path in paths:

@@ -24,7 +24,7 @@ from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokeni
 if TYPE_CHECKING:
     import torch
 
-# GGUF name -> Hugging Face name: the tensors outside the blocks, and those of block N between "blk.N." and ".weight".
+# GGUF name -> Hugging Face name: tensors outside the blocks; in block N, what is between "blk.N." and ".weight".
 MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -43,7 +43,7 @@ BLOCK_NAMES = {
 }
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.weight")
 
-# Metadata that changes the arithmetic: key after "llama." -> the values that leave the feature off, and its name.
+# Metadata that changes the arithmetic: key after "llama." -> values that leave the feature off, and its name.
 _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_count": ((0,), "mixture of experts"),
     "attention.causal": ((True,), "attention to later tokens"),
@@ -74,8 +74,8 @@ class GGUFSource:
         import torch
 
         tensor = self._stored[name]
-        with np.errstate(all="ignore"):  # overflow and NaN are judged by whoever reads the values
-            if len(tensor.shape) == 1:  # a single row of blocks, which only dequantize as a whole
+        with np.errstate(all="ignore"):  # overflow and NaN are checked by the caller
+            if len(tensor.shape) == 1:  # a single row of blocks, which must be dequantized as a whole
                 values = gguf.dequantize(tensor.raw(start, stop), tensor.type)[start:stop]
             elif name.endswith(INTERLEAVED):
                 head_dim = self.config.head_dim
@@ -87,7 +87,7 @@ class GGUFSource:
             return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def default_dtype(self) -> str:
-        """That of the linears and the embedding where none is quantized (norms are always float32); else bfloat16."""
+        """The dtype of the linears and the embedding (norms are always float32); bfloat16 where any is quantized."""
         types = {tensor.type.name for tensor in self._stored.values() if len(tensor.shape) == 2}
         return dtype_to_write({FLOAT_TYPES[name] for name in types}, None) if types <= set(FLOAT_TYPES) else "bfloat16"
 
@@ -106,10 +106,10 @@ class GGUFSource:
 
 
 def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF model of LLaMA architecture by its file or any part, checking everything but the values.
+    """Open a GGUF model of LLaMA architecture by its file or any of its parts, checking everything but the values.
 
-    Raises InputError for a damaged file, another architecture and any feature that the decoder or this reader lacks;
-    of its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor for the names of tensors.
+    Raises InputError for a damaged file, another architecture, and any feature that the decoder or this reader lacks;
+    for names of tensors its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor.
     """
     parts = open_parts(path)
     _check_features(parts.metadata)
@@ -122,7 +122,7 @@ def open_gguf(path: Path) -> GGUFSource:
 
 
 def _by_hf_name(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors by Hugging Face name. Raises UnmappedTensor, naming the first one that has none."""
+    """The tensors by Hugging Face name. Raises UnmappedTensor for a tensor without one."""
     named = {}
     for tensor in tensors:
         block = _BLOCK_NAME.fullmatch(tensor.name)
@@ -130,13 +130,13 @@ def _by_hf_name(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
             named[MODEL_NAMES[tensor.name]] = tensor
         elif block and block[2] in BLOCK_NAMES:
             named[f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.weight"] = tensor
-        elif tensor.name != ROPE_TABLE:  # a part of the configuration
+        elif tensor.name != ROPE_TABLE:  # it belongs to the configuration
             raise UnmappedTensor(f"{tensor.path} holds the tensor {tensor.name!r}, which no LLaMA model has.")
     return named
 
 
 def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
-    """Hold a tensor's shape against the table, and its type against what can be dequantized."""
+    """Raise InputError for a tensor of another shape than the table's, or of a type that can't be dequantized."""
     import gguf
     import numpy as np
 
@@ -155,7 +155,7 @@ def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
 
 
 def _check_features(metadata: Metadata) -> None:
-    """Refuse another architecture, and features that the decoder doesn't implement, by name."""
+    """Raise InputError for another architecture, and for features that the decoder doesn't implement."""
     path = metadata.path
     architecture = metadata.text("general.architecture")
     if architecture != "llama":
@@ -165,7 +165,7 @@ def _check_features(metadata: Metadata) -> None:
         if value not in off:
             raise InputError(f"{path} asks for {feature} (llama.{key}), which the decoder does not implement.")
     window, positions = metadata.whole("llama.attention.sliding_window", 0), metadata.whole("llama.context_length")
-    if 0 < window < positions:  # a longer one hides nothing
+    if 0 < window < positions:  # a longer one has no effect
         raise InputError(
             f"{path} asks for a sliding window of {window} tokens (llama.attention.sliding_window) within {positions} "
             "positions, which the decoder does not implement."
@@ -210,7 +210,7 @@ def _config(metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal for a number stored in float32: 1e-05 for 9.999999747378752e-06, the same float32."""
+    """The shortest decimal of the same float32: 1e-05 for 9.999999747378752e-06; any other number unchanged."""
     import numpy as np
 
     with np.errstate(over="ignore"):

@@ -85,7 +85,7 @@ def test_verify_reads_the_digests_of_a_checkpoint(hf: Path, tmp_path: Path) -> N
         for name in names
     }
     (out / ".written.json").unlink()
-    assert "of the other files there are none" in invoke(convert, "--verify", "--out", out).stdout
+    assert "the other files have no digests" in invoke(convert, "--verify", "--out", out).stdout
     _damage(out / names[1], "changed")
     refuse(tmp_path, convert, "--verify", "--out", out, says=[names[1]])
     del index["metadata"]["files"]

@@ -474,7 +474,7 @@ def test_a_token_around_texts_that_is_not_named(
     forget_notes()
     assert len(files(values | {f"tokenizer.ggml.{role}_token_id": 4294967295})[0].encode("a").ids) == 1
     print_notes()
-    assert f"puts a {role} token around texts and doesn't say which" in capsys.readouterr().err
+    assert f"puts a {role} token around texts but doesn't say which" in capsys.readouterr().err
     forget_notes()
 
 

@@ -250,7 +250,7 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (b"", "no SentencePiece model"),
+        (b"", "not a readable SentencePiece model"),
         (b"\x0a\x0e a tokenizer", "ends within a field"),
         (b"\x0a\x02\x0a\x00" * 2, "gives tokens 0 and 1 the same text"),
         (b"\x0a\x06\x0a\x01a\x15\x00\x00", "ends within"),
@@ -259,7 +259,7 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
         (b"\x0a\x03\x0a\x01a\x12\x04\x18\x02\xc0\x01\x01", "ends within"),
         (b"\x0a\x03\x0a\x01a\x12\x05\x18\x02\xc0\x01\x01", "treats spaces"),
         (b"\x0a\x03\x0a\x01a\x12\x02\x18\x02\x1a\x03\x12\x01\x01", "table of replacements"),
-        (b"\x0a\x03\x0a\x01\xff", "no SentencePiece model"),
+        (b"\x0a\x03\x0a\x01\xff", "not a readable SentencePiece model"),
         (b"\x0f\x00", "unknown kind 7"),
         (b"\xff" * 11, "more than ten bytes"),
         (b"YQ== 0\nYg== 0\n", "line 2"),
