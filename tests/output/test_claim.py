@@ -12,7 +12,7 @@ from models import make_model, snapshot
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
-from converters.files.whole import FileRecord
+from converters.files.whole import FileRecord, partial_path, publish, write_partial
 from converters.formats.safetensors import SafetensorsWriter
 from converters.output import claim as output
 from converters.output import preflight
@@ -212,6 +212,48 @@ def _kill_at_weights(command: click.Command, *arguments: object) -> None:
         add(self, records, state)
 
     kill_at(output.Output, "add", command, *arguments, instead=stop)
+
+
+# --- small files, written together
+
+
+def _kill_in_small_files(at: int, command: click.Command, *arguments: object) -> None:
+    """Run a command that is killed at its call ``at``, from 0, of writing or renaming a small file, half written."""
+    calls: list[Path] = []
+
+    def is_last(path: Path) -> bool:
+        calls.append(path)
+        return len(calls) > at
+
+    def write(path: Path, content: bytes) -> None:
+        if is_last(path):
+            partial_path(path).write_bytes(content[: len(content) // 2])
+            raise Killed
+        write_partial(path, content)
+
+    def rename(partial: Path, path: Path) -> None:
+        if is_last(path):
+            raise Killed
+        publish(partial, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "write_partial", write)
+        patch.setattr(output, "publish", rename)
+        kill(command, *arguments)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_killed_again_and_again_in_its_small_files(hf: Path, at: int, tmp_path: Path) -> None:
+    """The report of the first chip's rows is replaced by that of both: the report, config.json and then shards.json."""
+    arguments = (quantize, hf, "--int8", "--chips", 2)
+    invoke(*arguments, "--only-chip", 0, "--out", tmp_path / "out")
+    second = (*arguments, "--only-chip", 1, "--out", tmp_path / "out")
+    _kill_in_small_files(at, *second)
+    for again in (0, 1, 0):
+        _kill_in_small_files(again, *second)
+    invoke(*second)
+    invoke(*arguments, "--out", tmp_path / "straight")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
 
 
 # --- room on the disk
