@@ -10,20 +10,22 @@ from typing import Any
 
 from converters.console.errors import InputError
 from converters.console.progress import Advance
-from converters.contents import Form, block_tasks
+from converters.contents import Contents, block_tasks
 from converters.files.json_file import read_json
 from converters.files.parallel import in_order
-from converters.files.whole import FileRecord, SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.files.whole import FileRecord, json_file
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.model.families.hf_config import to_hf
-from converters.output.claim import Finished, Output, check_finished
+from converters.output.claim import Output
 from converters.output.journal import Journal
 from converters.output.record import WRITTEN, read_file_record, read_record, verify_files
+from converters.output.state import Finished, check_finished
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.sources import random_init
 from converters.sources.huggingface_files import INDEX, weight_map
 from converters.sources.source import TensorSource
 
-# What is kept in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
+# Keys in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
 _CONVERSION = "conversion"
 _DIGEST = "names_and_shapes_sha256"
 _FILES = "files"
@@ -41,14 +43,14 @@ class ModelFile:
         return safetensors_bytes(self.specs)
 
 
-def plan_files(form: Form, max_shard_bytes: int) -> list[ModelFile]:
-    """Share the tensors, in their order, among files of at most ``max_shard_bytes`` of values each.
+def plan_files(contents: Contents, max_shard_bytes: int) -> list[ModelFile]:
+    """Distribute the tensors, in order, over files of at most ``max_shard_bytes`` of values each.
 
-    A tensor larger than that has a file of its own.
+    A larger tensor gets a file of its own.
     """
     groups: list[list[TensorSpec]] = []
     room = 0
-    for spec in form.specs:
+    for spec in contents.specs:
         if not groups or spec.nbytes > room:
             groups.append([])
             room = max_shard_bytes
@@ -61,43 +63,44 @@ def plan_files(form: Form, max_shard_bytes: int) -> list[ModelFile]:
 
 
 def file_names(source: TensorSource, files: list[ModelFile]) -> tuple[str, ...]:
-    """All files of a checkpoint of these ``files`` of weights, or of a seed where there are none."""
+    """All files of a checkpoint with these ``files`` of weights; without any, those of a seed."""
     last = INDEX if files else random_init.FILE_NAME
-    return ("config.json", *source.companions(), *(file.name for file in files), last)
+    return ("config.json", *source.auxiliary_files(), *(file.name for file in files), last)
 
 
 def write_files(
-    source: TensorSource, form: Form, output: Output, files: list[ModelFile], advance: Advance
+    source: TensorSource, contents: Contents, output: Output, files: list[ModelFile], advance: Advance
 ) -> SelfCheck:
     """Write the checkpoint as files, the index last, going on where an interrupted run stopped.
 
-    A file that has its name is whole and stays. ``form`` is how the source's tensors are held; ``advance`` is told
-    bytes as they are done. Returns what the files were found to hold.
+    A file that has its name is whole and stays. ``advance`` is called with the number of bytes done. Returns what the
+    files were found to hold. Raises InputError for values that can't be read or are not finite, and where the source
+    changed meanwhile.
     """
     out = output.directory
-    _write_small_files(source, to_hf(form.config) | form.fields, output)
+    _write_small_files(source, to_hf(contents.config) | contents.fields, output)
     with closing(Journal(out)) as journal:
         for file in files:
             if output.take_whole(file.name):
                 advance(file.nbytes)
             else:
-                _write_file(form, output, file, journal, advance)
+                _write_file(contents, output, file, journal, advance)
         journal.wait()
         check = check_files(out, [file.name for file in files])
         output.check_sources()
-        output.write_json(INDEX, _index(files, output, check))
+        output.write({INDEX: json_file(_index(files, output, check))})
     return check
 
 
-def _write_file(form: Form, output: Output, file: ModelFile, journal: Journal, advance: Advance) -> None:
+def _write_file(contents: Contents, output: Output, file: ModelFile, journal: Journal, advance: Advance) -> None:
     position, _ = journal.read([file.name])
     done = tensors_before(file.specs, position)
     writer = SafetensorsWriter(output.directory / file.name, file.specs, position if done else 0)
     advance(writer.nbytes)
     try:
-        for spec, stop, block in in_order(block_tasks(form, file.specs[done or 0 :])):
-            writer.append(block)
-            advance(block.nbytes, spec.name)
+        for spec, stop, values in in_order(block_tasks(contents, file.specs[done or 0 :])):
+            writer.append(values)
+            advance(values.nbytes, spec.name)
             if stop == spec.shape[0]:
                 journal.note({file.name: writer})
         output.add({file.name: writer.finish()})
@@ -113,15 +116,15 @@ def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:
     files = {name: file.as_json() for name, file in output.files.items()}
     record = random_init.random_init_record(source.seed)
     record |= {_DIGEST: check.sha256, _CONVERSION: output.arguments, _FILES: files}
-    output.write_json(random_init.FILE_NAME, record)
+    output.write({random_init.FILE_NAME: json_file(record)})
     return check
 
 
 def verify(out: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
-    """Read every file of a finished checkpoint and hold it against its digest. Returns the files' records.
+    """Read every file of a finished checkpoint and compare it with its digest. Returns the files' records.
 
-    ``advance`` is told bytes as they are read. Raises InputError, naming the file, where one has changed, and where
-    there are no digests.
+    ``advance`` is called with the number of bytes read. Raises InputError, naming the file, where one is missing or has
+    changed, and where there are no digests.
     """
     check_finished(out, "llama-convert", INDEX)
     files = _recorded_files(out)
@@ -137,7 +140,10 @@ def verify(out: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
 
 
 def finished(out: Path) -> Finished | None:
-    """What a checkpoint directory without a record was made with by llama-convert; None for any other directory."""
+    """How llama-convert made a checkpoint directory that has no record; None for any other directory.
+
+    Raises InputError where its last file is damaged.
+    """
     for last in (INDEX, random_init.FILE_NAME):
         if (out / last).is_file():
             described = _described(out, last)
@@ -153,7 +159,7 @@ def finished(out: Path) -> Finished | None:
 
 
 def _seed_fingerprint(out: Path) -> str:
-    """What a seed's two files stand for, as they are now; empty where they can't be read."""
+    """The fingerprint of a seed's two files as they are now; empty where they can't be read."""
     try:
         return random_init.open_random_init(out).fingerprint()
     except InputError:
@@ -161,7 +167,7 @@ def _seed_fingerprint(out: Path) -> str:
 
 
 def _described(out: Path, last: str) -> dict[str, Any]:
-    """What a checkpoint's finishing file says of the conversion; empty where it says nothing."""
+    """What a checkpoint's last file says about the conversion; empty where it says nothing."""
     content = read_json(out / last)
     described = content.get("metadata") if last == INDEX and isinstance(content, dict) else content
     return described if isinstance(described, dict) else {}
@@ -174,7 +180,7 @@ def _digests(described: dict[str, Any], where: Path) -> dict[str, FileRecord]:
 
 
 def _recorded_files(out: Path) -> dict[str, FileRecord]:
-    """The digests of a finished checkpoint's files: all, or where the record is missing, what the last file knows."""
+    """The digests of a finished checkpoint's files: of all, or without a record, of those that the last file names."""
     if (out / WRITTEN).is_file():
         return read_record(out / WRITTEN).files
     last = next((name for name in (INDEX, random_init.FILE_NAME) if (out / name).is_file()), None)
@@ -187,9 +193,7 @@ def _recorded_files(out: Path) -> dict[str, FileRecord]:
 
 
 def _write_small_files(source: TensorSource, fields: dict[str, Any], output: Output) -> None:
-    output.write_json("config.json", fields)
-    for name, content in source.companions().items():
-        output.write(name, content)
+    output.write({"config.json": json_file(fields)} | source.auxiliary_files())
 
 
 def _index(files: list[ModelFile], output: Output, check: SelfCheck) -> dict[str, Any]:

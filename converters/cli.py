@@ -1,4 +1,4 @@
-"""llama-convert: weights from a preset, another layout, a GGUF file or shards into a checkpoint directory."""
+"""llama-convert: makes a checkpoint directory from a preset, another layout, a GGUF file or shards."""
 
 from __future__ import annotations
 
@@ -32,16 +32,20 @@ from converters.model.dtypes import DTYPES
     help="Random weights as files, as their seed, or as files where they fit.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of the random weights."
+    "--seed",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the random weights.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Of the weights written.  [default: the source's own; of quantized GGUF files and of presets bfloat16]",
+    help="Of the weights written.  [default: the source's own; bfloat16 for quantized GGUF files and presets]",
 )
-@click.option("--keep-int8", is_flag=True, help="Of int8 weights: keep them so, in the compressed-tensors layout.")
+@click.option("--keep-int8", is_flag=True, help="Keep int8 weights as int8, in the compressed-tensors layout.")
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one model file.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a model file.")
 @click.option(
     "--check-logits", is_flag=True, help="Run a prompt through source and result afterwards (with transformers)."
 )
@@ -111,7 +115,7 @@ def command(
     if verify and not dry_run:
         click.echo(verify_output(out))
     if not isinstance(weights, RandomSource):
-        note_without_tokenizer(weights.companions(), str(source))
+        note_without_tokenizer(weights.auxiliary_files(), str(source))
     if check_logits and not dry_run:
         click.echo(logits.check_logits(conversion))
 

@@ -1,16 +1,16 @@
-"""How a checkpoint holds a model: which tensors, in which order and dtype, and what config.json says of that."""
+"""What a checkpoint holds of a model: which tensors, in which order and dtype, and config.json's fields about them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.console.errors import InputError
 from converters.files.row_blocks import row_blocks
-from converters.files.whole import CODES, DTYPE_NAMES, TensorSpec
+from converters.formats.safetensors import CODES, DTYPE_NAMES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.sources.source import QuantizedSource, TensorSource
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Form:
-    """The tensors of a checkpoint in the order of its files, and ``rows``, which reads some rows of one.
+class Contents:
+    """The tensors of a checkpoint in the order of its files.
 
-    ``fields`` are those that config.json has beside the model's dimensions.
+    ``rows(name, start, stop)`` reads rows [start, stop) of one. ``fields`` are what config.json has besides the model's
+    dimensions.
     """
 
     config: ModelConfig
@@ -32,39 +33,50 @@ class Form:
     fields: dict[str, Any]
 
 
-def floating_form(source: TensorSource, config: ModelConfig) -> Form:
+class Block(NamedTuple):
+    """The rows of a tensor up to row ``stop``, in the dtype to write."""
+
+    spec: TensorSpec
+    stop: int
+    values: torch.Tensor
+
+
+def floating_contents(source: TensorSource, config: ModelConfig) -> Contents:
     """Every parameter in ``config.dtype``."""
     code = CODES[config.dtype]
     specs = tuple(TensorSpec(parameter.name, code, parameter.shape) for parameter in parameters(config))
-    return Form(config, specs, source.rows, {})
+    return Contents(config, specs, source.rows, {})
 
 
-def int8_form(source: QuantizedSource, config: ModelConfig) -> Form:
-    """The int8 values and scales as the source has them, and the other parameters in ``config.dtype``."""
-    return Form(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
+def quantized_contents(source: QuantizedSource, config: ModelConfig) -> Contents:
+    """The quantized tensors of the source as they are, and the other parameters in ``config.dtype``."""
+    return Contents(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
 
 
-def block_tasks(form: Form, wanted: tuple[TensorSpec, ...]) -> Iterator[Callable[[], tuple[TensorSpec, int, Any]]]:
-    """Tasks that read the blocks of these tensors in order: each gives the row at which it stops, and the block."""
+def block_tasks(contents: Contents, wanted: Iterable[TensorSpec]) -> Iterator[Callable[[], Block]]:
+    """Tasks that read the blocks of these tensors in order.
+
+    A task raises InputError for values that can't be read or are not finite.
+    """
     for spec in wanted:
         for start, stop in row_blocks(0, spec.shape[0], prod(spec.shape[1:])):
-            yield partial(_read, form, spec, start, stop)
+            yield partial(_read, contents, spec, start, stop)
 
 
-def _read(form: Form, spec: TensorSpec, start: int, stop: int) -> tuple[TensorSpec, int, torch.Tensor]:
+def _read(contents: Contents, spec: TensorSpec, start: int, stop: int) -> Block:
     import torch
 
-    block = form.rows(spec.name, start, stop).to(getattr(torch, DTYPE_NAMES[spec.code]))
-    if block.is_floating_point():
-        check_finite(block, spec.name)
-    return spec, stop, block
+    values = contents.rows(spec.name, start, stop).to(getattr(torch, DTYPE_NAMES[spec.code]))
+    if values.is_floating_point():
+        check_finite(values, spec.name)
+    return Block(spec, stop, values)
 
 
-def check_finite(block: torch.Tensor, name: str) -> None:
-    """Raise InputError, naming the tensor, where a block of weights holds NaN or an infinity."""
-    if block.abs().amax().isfinite():  # several times as fast as isfinite of every value
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raise InputError, naming the tensor, where some of its values are NaN or infinite."""
+    if values.abs().amax().isfinite():  # several times as fast as isfinite on every value
         return
-    if str(block.dtype) == "torch.float16":
+    if str(values.dtype) == "torch.float16":
         raise InputError(
             f"The tensor {name} holds NaN, or values that are infinite or too large for float16. Convert it with "
             "--dtype bfloat16, or give another source."

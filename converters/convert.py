@@ -1,8 +1,9 @@
-"""One conversion from a source to a checkpoint directory: what is to be written, whether it fits, and the writing."""
+"""One conversion from a source to a checkpoint directory: what to write, whether it fits, and writing it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,31 @@ from converters import checkpoint
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, format_count, plural
-from converters.contents import Form, block_tasks, floating_form, int8_form
+from converters.contents import Contents, block_tasks, floating_contents, quantized_contents
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
-from converters.output.claim import State, Wanted, claim, recorded_names
+from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.record import WRITTEN, existing_bytes
+from converters.output.state import State, recorded_names
 from converters.sources import random_init
 from converters.sources.huggingface_files import INDEX
 from converters.sources.random_init import RandomSource
 from converters.sources.source import QuantizedSource, TensorSource
 
 STORAGES = ("auto", "files", "seed")
-_HEADROOM = 1.1  # files are written by themselves only where they leave a tenth of their size free
+_HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their size free
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source, the form to write it in and where; ``storage`` is one of STORAGES."""
+    """A source, how to write it and where; ``storage`` is one of STORAGES.
+
+    Raises InputError where ``keep_int8`` is asked of a source without int8 weights.
+    """
 
     source: TensorSource
-    config: ModelConfig  # the source's, with the layers kept and the dtype to write
+    config: ModelConfig  # the source's, cut to the layers to keep and with the dtype to write
     out: Path
     storage: str
     max_shard_bytes: int
@@ -43,20 +48,22 @@ class Conversion:
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."
             )
 
-    @property
-    def form(self) -> Form:
-        return int8_form(self.source, self.config) if self.keep_int8 else floating_form(self.source, self.config)
+    @cached_property
+    def contents(self) -> Contents:
+        if self.keep_int8:
+            return quantized_contents(self.source, self.config)
+        return floating_contents(self.source, self.config)
 
-    @property
+    @cached_property
     def files(self) -> list[checkpoint.ModelFile]:
-        return checkpoint.plan_files(self.form, self.max_shard_bytes)
+        return checkpoint.plan_files(self.contents, self.max_shard_bytes)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
     def arguments(self) -> dict[str, Any]:
-        """What the result is a function of."""
+        """The arguments that the result follows from."""
         return {
             "source_fingerprint": self.source.fingerprint(),
             "layers": self.config.num_layers,
@@ -67,23 +74,23 @@ class Conversion:
         }
 
     def wanted(self, storage: str) -> Wanted:
-        """The directory and its files, for ``storage`` files or seed."""
+        """The output to claim, for ``storage`` files or seed."""
         names = checkpoint.file_names(self.source, self.files if storage == "files" else [])
         recorded = storage == "files"
         return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names, recorded)
 
     def missing_bytes(self) -> int:
-        """Bytes that a run would still have to write; a file of the same name gives its room, whatever it holds."""
+        """Bytes that a run would still have to write. A file of the same name counts as room, whatever it holds."""
         return sum(max(0, file.nbytes - existing_bytes(self.out, [file.name])) for file in self.files)
 
     def choose_storage(self) -> tuple[str, str]:
-        """``files`` or ``seed``, and a sentence that says why; an empty one where nothing was chosen now."""
+        """``files`` or ``seed``, and a sentence that says why; it is empty where there was nothing to choose."""
         if self.storage != "auto":
             return self.storage, ""
         if not isinstance(self.source, RandomSource):
             return "files", ""
         begun = recorded_names(self.out, self.arguments(), checkpoint.finished)
-        if begun:  # what a run of the same arguments chose, whatever has become of the disk since
+        if begun:  # an earlier run with the same arguments chose, whatever the disk holds now
             return "seed" if random_init.FILE_NAME in begun else "files", ""
         free = free_bytes(self.out)
         if self.missing_bytes() * _HEADROOM <= free:
@@ -97,7 +104,10 @@ class Conversion:
 
 
 def convert(conversion: Conversion, force: bool) -> str:
-    """Do the conversion, or what an interrupted one left of it. Returns the lines to show the user."""
+    """Convert, or finish an interrupted conversion. Returns the lines to show the user.
+
+    Raises InputError where the output can't be claimed or doesn't fit, and for bad values of the source.
+    """
     storage, reason = conversion.choose_storage()
     if storage == "seed" and not isinstance(conversion.source, RandomSource):
         raise InputError("--storage seed is for random weights (--config); a --source is always written as files.")
@@ -115,19 +125,23 @@ def convert(conversion: Conversion, force: bool) -> str:
             check = checkpoint.write_seed(conversion.source, output)
         else:
             with progress("Converting", conversion.nbytes) as advance:
-                check = checkpoint.write_files(conversion.source, conversion.form, output, conversion.files, advance)
+                source, contents, files = conversion.source, conversion.contents, conversion.files
+                check = checkpoint.write_files(source, contents, output, files, advance)
     return "\n".join(filter(None, [_summary(conversion, storage), check.line(), reason]))
 
 
 def verify_output(out: Path) -> str:
-    """Check every file of a finished checkpoint against its digest. Returns the line to show the user."""
+    """Check every file of a finished checkpoint against its digest. Returns the line to show the user.
+
+    Raises InputError where a file is missing or has changed, or where no digests are kept.
+    """
     total = sum(path.stat().st_size for path in out.glob("*") if path.is_file())
     with progress("Verifying", total) as advance:
         files = checkpoint.verify(out, advance)
     nbytes = sum(file.nbytes for file in files.values())
     line = f"{out}: {plural(len(files), 'file')}, {format_bytes(nbytes)}, every digest as it was written"
     if not (out / WRITTEN).is_file() and any(name.endswith(".safetensors") for name in files):
-        line += f"; of the other files there are none, for {WRITTEN} is missing"
+        line += f"; the other files have no digests, since {WRITTEN} is missing"
     return line
 
 
@@ -138,13 +152,13 @@ def describe(conversion: Conversion) -> str:
     if storage == "files":
         lines += [f"  {file.name}  {format_bytes(file.nbytes)}" for file in conversion.files]
         lines += [f"  {INDEX}, config.json", f"  {format_bytes(free_bytes(conversion.out))} free here"]
-        tasks = block_tasks(conversion.form, conversion.form.specs)
-        lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda done: done[2].nbytes))
+        tasks = block_tasks(conversion.contents, conversion.contents.specs)
+        lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda block: block.values.nbytes))
     return "\n".join(filter(None, lines))
 
 
 def _check_fits(conversion: Conversion, files: int, existing: int) -> None:
-    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes of them have their room."""
+    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes are there already."""
     check_machine(conversion.out, files)
     needed, free = conversion.nbytes - existing, free_bytes(conversion.out)
     if needed <= 0 or room_for(needed) <= free:

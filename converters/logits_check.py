@@ -1,4 +1,4 @@
-"""--check-logits: a short prompt run through a conversion's source and through its result, both by transformers."""
+"""--check-logits: a short prompt through a conversion's source and through its result, both run by transformers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TOKENS = 16
-_TOLERANCE = 1e-4  # of float32, relative to the norm: both sides have the same weights
-_COPIES = 1.5  # a model in float32, and what loading it takes beside that
+_TOLERANCE = 1e-4  # relative to the norm, in float32: both sides have the same weights
+_COPIES = 1.5  # a model in float32, and what loading it takes besides
 _COPIES_GGUF = 2.5  # transformers has all of a GGUF file in float32 before it fills the model
 _PROGRAM_BYTES = 1_000_000_000  # the interpreter with torch and transformers
 
 
 def check_ready(conversion: Conversion) -> None:
-    """Raise InputError where the logits of this conversion couldn't be checked: before any work on it."""
+    """Raise InputError where the logits of this conversion couldn't be checked; called before the conversion."""
     if find_spec("transformers") is None:
         raise InputError(
             "--check-logits needs transformers, which is not installed: pip install 'transformers>=4.57'. Or leave "
@@ -65,7 +65,7 @@ def check_ready(conversion: Conversion) -> None:
 def check_logits(conversion: Conversion) -> str:
     """Run the prompt through source and result. Returns the line to show the user.
 
-    Raises InputError where transformers can't load the result, or gets other logits from it.
+    Raises InputError where transformers can't load the result, or gets other logits from it than from the source.
     """
     import torch
 
@@ -99,21 +99,21 @@ def check_logits(conversion: Conversion) -> str:
 
 
 class _Reference(NamedTuple):
-    """The source as a model of transformers, in float32 with the result's rounding, and who has read it."""
+    """The source as a model of transformers, in float32 rounded as in the result, and in words, who has read it."""
 
     model: PreTrainedModel
     read_by: str
 
 
 def _reference(conversion: Conversion) -> _Reference:
-    """The source as transformers reads it; where it can't, with the weights as this tool reads them."""
+    """The source as transformers reads it, or where it can't, as this tool reads it."""
     source = conversion.source
     load: Callable[[], PreTrainedModel] | None = None
     if isinstance(source, HFSource) and not isinstance(source, CompressedSource):
         load = partial(_load, source.directory, num_hidden_layers=conversion.config.num_layers)
     elif isinstance(source, GGUFSource) and len(source.files()) == 1:
         [path] = source.files()
-        # Its configuration as read here: transformers knows nothing of GGUF's RoPE scaling.
+        # With the configuration as read here: transformers doesn't know GGUF's RoPE scaling.
         load = partial(_load, path.parent, gguf_file=path.name, config=_configuration(conversion))
     if load is None:
         return _Reference(_filled(conversion), "as read by this tool (transformers doesn't read its layout)")
@@ -127,11 +127,11 @@ def _reference(conversion: Conversion) -> _Reference:
 
 
 def _filled(conversion: Conversion) -> PreTrainedModel:
-    """A model of transformers with what the source's ``rows`` give."""
+    """A model of transformers, filled with the values of the source's ``rows``."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(_configuration(conversion)).float().eval()
-    int8 = {spec.name for spec in conversion.form.specs if spec.code == "I8"}
+    int8 = {spec.name for spec in conversion.contents.specs if spec.code == "I8"}
     weights = dict(model.named_parameters())
     for parameter in parameters(conversion.config):
         name = parameter.name
@@ -149,7 +149,7 @@ def _configuration(conversion: Conversion) -> Any:
 
 
 def _load(path: Path, **options: Any) -> PreTrainedModel:
-    """What transformers loads, in float32. Raises ValueError where it had to make up weights that it didn't find."""
+    """The model that transformers loads, in float32. Raises ValueError where it lacks weights and made them up."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -175,6 +175,6 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep progress bars and notes of other libraries off stderr, which is for errors."""
+    """Keep other libraries' progress bars and warnings off stderr, which is for errors."""
     with redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""What a conversion has written, read back: names, shapes and count of parameters against config.json."""
+"""The self-check of a conversion: what it wrote, read back and compared with config.json by names, shapes and count."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def names_and_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> str:
 
 
 def check_configuration(directory: Path) -> SelfCheck:
-    """The self-check of a checkpoint that has no files of weights: what its config.json calls for."""
+    """The self-check of a checkpoint without files of weights: what its config.json calls for."""
     table = parameters(_read(directory))
     return SelfCheck(len(table), sum(p.elements for p in table), names_and_shapes((p.name, p.shape) for p in table))
 
 
 def check_files(directory: Path, files: list[str]) -> SelfCheck:
-    """Hold the headers of the files, as they are on the disk, against config.json, as it is on the disk.
+    """Compare the headers of the files on the disk with the config.json on the disk.
 
     Raises InputError, naming the first tensor that doesn't fit.
     """

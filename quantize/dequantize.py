@@ -67,4 +67,4 @@ class _Dequantizer(Resharder):
 
     def small_files(self) -> dict[str, bytes]:
         # An empty report: the int8 shards have the errors.
-        return self._shards.companions() | {REPORT: (json.dumps(Report().content(), indent=1) + "\n").encode()}
+        return self._shards.auxiliary_files() | {REPORT: (json.dumps(Report().content(), indent=1) + "\n").encode()}

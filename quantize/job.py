@@ -9,8 +9,9 @@ from converters.checkpoint import finished as written
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, plural
-from converters.output.claim import State, Wanted, claim
+from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
+from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards

@@ -14,16 +14,13 @@ import torch
 from converters.console.progress import Advance
 from converters.files.parallel import in_order
 from converters.files.row_blocks import row_blocks
-from converters.files.whole import (
-    SafetensorsWriter,
-    TensorSpec,
-    safetensors_bytes,
-    tensors_before,
-)
+from converters.files.whole import json_file
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
 from converters.model.config import ModelConfig
 from converters.model.families.hf_config import to_hf
-from converters.output.claim import Finished, Output, Wanted
+from converters.output.claim import Output, Wanted
 from converters.output.journal import Journal
+from converters.output.state import Finished
 from quantize.report import FILE_NAME as REPORT
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.shards.partition import Segment, Split
@@ -85,15 +82,14 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
     config, scheme, chips = sharding.config, sharding.scheme, sharding.chips
     source.restore(output.caller_state)
     _write_chips(sharding, source, output, advance)
-    for name, content in source.small_files().items():
-        output.write(name, content)
-    output.write_json("config.json", to_hf(config) | quantization_fields(config, scheme))
+    fields = to_hf(config) | quantization_fields(config, scheme)
+    output.write(source.small_files() | {"config.json": json_file(fields)})
     tensors = describe_tensors(config, scheme, chips)
     numbers = {chip_file(chip, chips): chip for chip in range(chips)}
     records = {numbers[name]: record for name, record in output.files.items() if name in numbers}
     output.check_sources()
     manifest = Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records)
-    output.write_json(FILE_NAME, manifest.as_json())
+    output.write({FILE_NAME: json_file(manifest.as_json())})
 
 
 def _write_chips(sharding: Sharding, source: BlockSource, output: Output, advance: Advance) -> None:

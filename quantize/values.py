@@ -121,7 +121,7 @@ class Quantizer:
         return self._source.files()
 
     def small_files(self) -> dict[str, bytes]:
-        return self._source.companions() | {REPORT: (json.dumps(self.report.content(), indent=1) + "\n").encode()}
+        return self._source.auxiliary_files() | {REPORT: (json.dumps(self.report.content(), indent=1) + "\n").encode()}
 
 
 def _check_finite(tensor: torch.Tensor, name: str) -> None:
@@ -157,11 +157,11 @@ class Resharder:
     def files(self) -> list[Path]:
         """The chips' files, and what goes along: the manifest's fingerprint says nothing of that."""
         directory = self._shards.directory
-        names = ("config.json", MANIFEST, REPORT, *self._shards.companions())
+        names = ("config.json", MANIFEST, REPORT, *self._shards.auxiliary_files())
         return [*self._shards.paths(), *(path for name in names if (path := directory / name).is_file())]
 
     def small_files(self) -> dict[str, bytes]:
         report = self._shards.directory / REPORT
         if not report.is_file():
             raise InputError(f"{report} is missing. Fetch it again, or quantize the checkpoint again.")
-        return self._shards.companions() | {REPORT: report.read_bytes()}
+        return self._shards.auxiliary_files() | {REPORT: report.read_bytes()}

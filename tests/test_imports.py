@@ -1,4 +1,4 @@
-"""Who imports whom, read from the code: stages in one direction, no circles, one module for each unstable library."""
+"""Who imports whom, read from the code: stages and their rooms in one direction, no circles, one module a library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("converters", "quantize", "runtime")  # each may import those before it
+ROOMS = {  # the folders of a stage: each may import those before it
+    "converters": ("console", "files", "model", "formats", "tokenizers", "output", "sources"),
+    "quantize": ("formats", "shards"),
+    "runtime": ("model", "devices", "run", "plan", "bench"),
+}
 FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
 
 
@@ -49,6 +54,26 @@ def test_stages_are_imported_in_one_direction(name: str) -> None:
     stage = STAGES.index(name.split(".")[0])
     later = {other for other in _imports(name, at_start=False) if other.split(".")[0] in STAGES[stage + 1 :]}
     assert not later
+
+
+def _room(name: str) -> str:
+    """The folder that a module is in; empty for a module that is directly in its stage."""
+    parts = MODULES[name].relative_to(ROOT).parts
+    return parts[1] if len(parts) > 2 else ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_room_has_its_place(stage: str) -> None:
+    assert sorted(ROOMS[stage]) == sorted({_room(name) for name in MODULES if name.split(".")[0] == stage} - {""})
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if _room(name)])
+def test_rooms_are_imported_in_one_direction(name: str) -> None:
+    """In converters no room imports a module outside the rooms either."""
+    stage = name.split(".")[0]
+    allowed = {*ROOMS[stage][: ROOMS[stage].index(_room(name)) + 1], *(() if stage == "converters" else ("",))}
+    own = {other for other in _imports(name, at_start=False) & MODULES.keys() if other.split(".")[0] == stage}
+    assert not {other for other in own if _room(other) not in allowed}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""How every command line ends: its result, or one line that says what is wrong and what to do.
+"""Running a command line: it ends with its result, or with one line that says what is wrong and what to do.
 
-Exit statuses: 0 done; 1 the tool's own fault, or a result that is not to be trusted; 2 something that the user can
-mend: input, options, disk, memory, packages; 130 interrupted.
+Exit statuses: 0 done; 1 the tool's own fault, or a result that can't be trusted; 2 something that the user can fix
+(input, options, disk, memory, packages); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DISTRIBUTION = "llama-tpu-toolchain"
 TRACEBACK_VARIABLE = "LLAMA_TRACEBACK"
 _OWN_FAULT, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
-# Packages that not everyone has, and the extra that brings them.
+# Optional packages, and the extra that installs them.
 _EXTRAS = {
     "transformers": "bench",
     "matplotlib": "bench",
@@ -46,7 +46,7 @@ _traceback_wanted = False
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
-    """Run a click command and exit: 0, or with one ``Error:`` line on stderr, whatever it raises."""
+    """Run a click command and exit: with status 0, or whatever it raises, with one ``Error:`` line on stderr."""
     prepare_standard_streams()
     prepare_process()
     if _TRACEBACK not in command.params:
@@ -69,12 +69,12 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         _fail("Interrupted. Run the same command again; what can be resumed goes on.", _INTERRUPTED)
     except BrokenPipeError:
         drop_unwritten_output()
-        sys.exit(1)  # whoever read our output has left, and wants no more of it
+        sys.exit(1)  # the reader of our output has closed the pipe
     except OSError as error:
         _fail(_describe(error))
     except ImportError as error:
         _fail(_describe_import(error))
-    except BaseException as error:  # a panic in a library written in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         if is_out_of_memory(error):
             _fail(_OUT_OF_MEMORY)
         _fail(_describe_fault(error), _OWN_FAULT)
@@ -84,7 +84,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
 
 
 def wants_traceback() -> bool:
-    """Whether the command that runs was asked for tracebacks."""
+    """Whether the running command was asked for tracebacks."""
     return _traceback_wanted
 
 
@@ -94,9 +94,9 @@ def _want_traceback(value: bool) -> None:
 
 
 def _fail(message: str, status: int = _USAGE_ERROR) -> NoReturn:
-    """End with an error. Called where the exception is handled."""
+    """End with an error. Must be called while the exception is being handled."""
     drop_unwritten_output()
-    with suppress(OSError):  # of a stderr that takes nothing
+    with suppress(OSError):  # stderr may be closed or full
         if _traceback_wanted:
             traceback.print_exc()
         click.echo("Error: " + " ".join(message.split()), err=True)
@@ -125,7 +125,7 @@ def _describe_fault(error: BaseException) -> str:
 
 
 def _shortened(error: BaseException) -> str:
-    """Type and message of an exception, on one line of a length that can be read."""
+    """Type and message of an exception on one line, cut to a readable length."""
     message = " ".join(str(error).split()).rstrip(".")
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 3] + "..."

@@ -1,4 +1,4 @@
-"""What the user can put right: every class here ends a command with one line and exit status 2."""
+"""Errors that the user can fix: each of these classes ends a command with one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# The words of torch on the CPU, of torch on CUDA, and of XLA: none has a class of its own for this on all devices.
+# From torch on the CPU, torch on CUDA and XLA: there is no exception class for this that all devices share.
 _NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "RESOURCE_EXHAUSTED")
 
 
@@ -19,7 +19,7 @@ class UnmappedTensor(InputError):
 
 
 class UnexpectedTensor(InputError):
-    """A tensor with a known kind of name that this configuration has no place for."""
+    """A tensor of a known kind that this configuration has no place for."""
 
 
 class MissingTensor(InputError):
@@ -31,12 +31,12 @@ class DuplicateTensor(InputError):
 
 
 class BadTokenizer(InputError):
-    """A tokenizer that can't be read. What to do depends on where it is from: see ``advising``."""
+    """A tokenizer that can't be read. What to do about it depends on its source: see ``advising``."""
 
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Have ``advice`` follow what is wrong with a tokenizer."""
+    """Turn BadTokenizer into InputError, with ``advice`` added to its message."""
     try:
         yield
     except BadTokenizer as error:
@@ -44,7 +44,7 @@ def advising(advice: str) -> Iterator[None]:
 
 
 def shown(value: Any) -> str:
-    """A value from a file, short enough for an error line."""
+    """A value from a file, cut short for an error line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar in a terminal; in a log, a plain line now and then."""
+"""Progress of long work on stderr: a bar in a terminal, an occasional plain line in a log."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Protocol
 from converters.console.notes import print_notes
 from converters.console.units import format_bytes, format_seconds
 
-FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # short work says nothing in a log
+FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # so short work prints nothing in a log
 
 
 class Advance(Protocol):
-    """Told of each further ``count`` of bytes that is done, and of the tensor that it belongs to, if there is one."""
+    """Called with the number of further bytes that are done, and the name of the tensor they belong to, if any."""
 
     def __call__(self, count: int, tensor: str = "") -> None: ...
 
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Advance]:
-    """Show how much of ``total_bytes`` is done, with rate and time left, by the function that is the value.
+    """Show how much of ``total_bytes`` is done, with rate and time left; yields the function to report progress to.
 
-    Notes that are waiting come first.
+    Prints waiting notes first.
     """
     print_notes()
     if not sys.stderr.isatty():
@@ -46,7 +46,7 @@ def progress(label: str, total_bytes: int) -> Iterator[Advance]:
 
 @contextmanager
 def spinner(label: str) -> Iterator[None]:
-    """Show that work of unknown length is going on."""
+    """Show in a terminal that work of unknown length is going on."""
     if not sys.stderr.isatty():
         yield
         return
@@ -63,7 +63,7 @@ def _layer(tensor: str) -> str:
 
 
 class _Lines:
-    """Progress in a log: done, share, rate and time left, on a line of its own."""
+    """Progress in a log: lines with bytes done, share, rate and time left."""
 
     def __init__(self, label: str, total_bytes: int) -> None:
         self._label, self._total = label, total_bytes

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as every command wants them: open, and never a reason to fail for what they can't show."""
+"""stdin, stdout and stderr as every command needs them: open, and able to print any text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TextIO
 
 
 def prepare_standard_streams() -> None:
-    """Open the streams that the process was started without, and have stdout escape what its encoding lacks."""
+    """Open the streams that the process was started without, and have stdout escape what it can't encode."""
     _open_missing()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
 
 
 def drop_unwritten_output() -> None:
-    """Give up what stdout can't take (its reader has left, its disk is full), of which Python would complain at exit.
+    """Write what stdout still takes, and drop the rest, about which Python would complain at exit.
 
-    What can still be written is.
+    stdout takes nothing where its reader has gone or its disk is full.
     """
     try:
         sys.stdout.flush()
@@ -29,9 +29,9 @@ def drop_unwritten_output() -> None:
 
 
 def _open_missing() -> None:
-    """Open the null device in place of what was closed (``>&-``, ``2>&-``; some daemons and schedulers do that).
+    """Open the null device for closed streams (``>&-``, ``2>&-``; some daemons and schedulers close them).
 
-    Else a file that is opened next would get the number of stdout or stderr, and what is printed below Python with it.
+    Otherwise the next file opened would get the number of stdout or stderr, and with it what C libraries print.
     """
     for descriptor in range(3):
         try:

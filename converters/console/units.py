@@ -1,4 +1,4 @@
-"""Sizes as people write and read them. Decimal: 1 GB is 10^9 bytes, as disks and the post count."""
+"""Sizes, counts and times as people read and write them; 1 GB is 10^9 bytes, as for disks and in the post."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FACTORS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2
 
 
 def parse_bytes(text: str) -> int:
-    """``5GB`` -> 5000000000. Raises InputError for anything that isn't a positive size."""
+    """``5GB`` -> 5000000000 bytes. Raises InputError for anything but a positive size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
     factor = _FACTORS.get(match[2]) if match else None
     size = float(match[1]) * factor if match and factor else 0
@@ -21,7 +21,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_integers(text: str) -> tuple[int, ...]:
-    """``1,2,3`` -> (1, 2, 3). Raises ValueError for anything else, ``1_000`` too, which Python takes for a number."""
+    """``1,2,3`` -> (1, 2, 3). Raises ValueError for anything else, even ``1_000``, which Python accepts."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
         raise ValueError(text)

@@ -1,1 +1,1 @@
-"""Files read and written in little memory, whole or not at all, on whatever file system there is."""
+"""Reading and writing files: in little memory, whole or not at all, on any file system."""

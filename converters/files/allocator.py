@@ -1,4 +1,4 @@
-"""The C library's memory allocator, told to keep what it is given back."""
+"""The C library's memory allocator, set to keep freed memory for the next allocation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEEP_BYTES = 256 << 20
-_LARGEST_KEPT = 32 << 20  # glibc takes no more
+_LARGEST_KEPT = 32 << 20  # the largest value that glibc takes
 
 
 def keep_freed_memory() -> None:
-    """Have blocks of a few megabytes come from memory that was freed before, not from the system each time.
+    """Have glibc reuse freed blocks of a few megabytes instead of returning them to the system.
 
-    By default glibc hands such blocks back at once, and the page faults of getting them again cost more than the
-    arithmetic on them. Other C libraries are left as they are.
+    By default it returns such blocks at once, and the page faults of getting them again cost more than the arithmetic
+    on them. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,7 +1,7 @@
-"""What some file systems lack (locks, flushing, transfers around the page cache), and how a command goes on without it.
+"""Calls that some file systems lack (locks, flushing, bypassing the page cache), and how a command does without them.
 
-Lustre mounted without ``flock``, older CIFS, FUSE, 9p and object stores answer such calls with an error, each with
-another. What was gone without is said in a note. A full disk, a broken or a read-only one are errors as ever.
+Lustre mounted without ``flock``, older CIFS, FUSE, 9p and object stores answer such calls with various errors. A note
+says what was done without. A full, broken or read-only disk is still an error.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 
 from converters.console.notes import note
 
-_ENOTSUPP = 524  # Linux's own, which NFS lets out; errno has no name for it
+_ENOTSUPP = 524  # internal to Linux, but NFS returns it; errno has no name for it
 _LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, _ENOTSUPP}
 _LACKING_LOCKS = {*_LACKING, errno.ENOLCK}
-# Some want a folder open for writing, which Linux doesn't allow, or let nobody open it.
+# Some want the folder open for writing, which Linux doesn't allow, or don't allow opening it at all.
 _LACKING_FOLDERS = {*_LACKING, errno.EBADF, errno.EACCES, errno.EISDIR}
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 def lacks(error: OSError) -> bool:
-    """Whether an error says that the file system doesn't have what was asked for."""
+    """Whether an error says that the file system lacks what was asked for."""
     return error.errno in _LACKING
 
 
 def lock(descriptor: int) -> bool:
-    """Take the advisory lock of an open file, which the operating system drops with the process.
+    """Take the advisory lock of an open file, which the operating system releases when the process ends.
 
-    False where another process holds it. True, with a note, where the file system has no locks.
+    Returns False where another process holds it, and True, with a note, where the file system has no locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +43,7 @@ def lock(descriptor: int) -> bool:
 
 
 def sync_file(descriptor: int) -> None:
-    """Flush an open file to the disk; go on, with a note, where the file system doesn't do that on request."""
+    """Flush an open file to the disk. Where the file system can't do that on request, only note it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -56,7 +56,7 @@ def sync_file(descriptor: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk; go on, with a note, where the file system doesn't do that."""
+    """Flush the names in a folder to the disk. Where the file system can't do that, only note it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -73,9 +73,9 @@ def sync_folder(path: Path) -> None:
 
 
 def open_direct(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A descriptor that goes around the page cache, or through it where the file system can't go around it.
+    """A descriptor that bypasses the page cache; where the file system can't do that, a normal one, with a note.
 
-    Raises the OSError of opening it plainly.
+    Raises OSError where the file can't be opened normally either.
     """
     direct = getattr(os, "O_DIRECT", 0)
     try:
@@ -88,5 +88,5 @@ def open_direct(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def note_no_direct(error: OSError) -> None:
-    """Say that files go through the page cache."""
+    """Note that files go through the page cache."""
     note(f"The file system transfers files through the page cache only (O_DIRECT: {error.strerror}), which is slower.")

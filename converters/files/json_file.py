@@ -1,4 +1,4 @@
-"""JSON files that people and other tools wrote, read with errors that name them."""
+"""Reading JSON files that people and other tools wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from converters.files.stand_ins import check_itself
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file. Raises InputError, naming the file."""
+    """The JSON value in a file. Raises InputError where the file is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

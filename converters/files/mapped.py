@@ -1,6 +1,6 @@
-"""Where mapped memory lies in its file: to read from there, so that pages of the mapping never become resident.
+"""Where mapped memory lies in its file, so that it can be read from the file and the mapping never becomes resident.
 
-A page that is touched through a mapping brings its neighbours along, and giving back what was asked for leaves those.
+Touching a page of a mapping makes its neighbours resident too, and releasing the touched pages leaves those.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Mapping(NamedTuple):
-    """Addresses [start, stop) of this process, which show a file from byte ``offset`` on."""
+    """Addresses [start, stop) of this process where a file is mapped from its byte ``offset`` on."""
 
     start: int
     stop: int
@@ -19,7 +19,7 @@ class Mapping(NamedTuple):
 
 
 def mappings(path: Path) -> list[Mapping]:
-    """Where this process has a file mapped now; nothing on systems without Linux's /proc/self/maps."""
+    """The mappings of a file in this process; none on systems without Linux's /proc/self/maps."""
     # A line holds addresses, permissions, offset, device, inode and, with newlines escaped, the path.
     name = os.fsencode(os.path.realpath(path)).replace(b"\n", b"\\012")
     try:
@@ -36,7 +36,7 @@ def mappings(path: Path) -> list[Mapping]:
 
 
 def file_offset(places: list[Mapping], address: int, nbytes: int) -> int | None:
-    """The file's byte that ``address`` shows; None where the ``nbytes`` from there are not in one of the mappings."""
+    """The byte of the file that is mapped at ``address``; None where no mapping has the ``nbytes`` from there on."""
     for place in places:
         if place.start <= address and address + nbytes <= place.stop:
             return address - place.start + place.offset

@@ -1,4 +1,4 @@
-"""Work done in threads ahead of where its results are taken in, one after another: torch and numpy leave the lock."""
+"""Work done ahead in threads, with results taken in order: torch and numpy release Python's lock."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from converters.files.allocator import keep_freed_memory
 T = TypeVar("T")
 
 WORKERS = 2
-AHEAD = 8  # blocks made but not yet taken in: enough to ride out a write, few enough to stay small
+AHEAD = 8  # results made but not yet taken: enough to bridge a write, few enough to stay small
 
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of ``tasks`` in their order, while the next few run in WORKERS threads.
+    """The results of ``tasks`` in order, while the next few tasks run in WORKERS threads.
 
-    Each task has one core: torch doesn't spread its operations over threads of its own meanwhile. A task's exception
-    is raised where its result would have come.
+    Each task has one core: meanwhile torch runs its operations in a single thread. A task's exception is raised in
+    place of its result.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Small files that came in place of the ones asked for: pointers of Git LFS, and web pages."""
+"""Small files that were downloaded instead of the real ones: Git LFS pointers and web pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = max(len(beginning) for beginning in (_POINTER, *_PAGES))
 
 
 def stand_in(content: bytes) -> str:
-    """What a file that begins with ``content`` is, and what to do, if it stands in for another; else empty."""
+    """What a stand-in that begins with ``content`` is, and what to do about it; empty for any other file."""
     if content.startswith(_POINTER):
         return "a pointer of Git LFS in place of the file itself. Run in its directory: git lfs pull."
     if content[:_LONGEST].lstrip().lower().startswith(_PAGES):
@@ -21,7 +21,7 @@ def stand_in(content: bytes) -> str:
 
 
 def check_itself(path: Path) -> None:
-    """Raise InputError for a file that stands in for another; one that can't be read is left to its reader."""
+    """Raise InputError for a stand-in. A file that can't be read is left to its reader."""
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST)

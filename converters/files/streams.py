@@ -1,4 +1,4 @@
-"""Long files read and written once, around the system's page cache where the file system allows it (O_DIRECT).
+"""Long files that are read or written once, bypassing the page cache where the file system allows it (O_DIRECT).
 
 Copying every byte through the page cache, and making room there, costs a conversion more than its arithmetic.
 """
@@ -23,15 +23,15 @@ from converters.files.file_system import lacks, note_no_direct, open_direct
 if TYPE_CHECKING:
     import torch
 
-_PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
+_PAGE = 4096  # O_DIRECT needs offsets, lengths and addresses to be multiples of this
 _CHUNK_BYTES = 2 << 20
-_BUFFER_BYTES = 256 << 20  # of all files that are written at once
+_BUFFER_BYTES = 256 << 20  # of all files together that are written at once
 _WRITERS = 2  # threads, for all files together
-_SMALL_BYTES = 64 << 10  # below it a read through the page cache, with its reading ahead, is faster
+_SMALL_BYTES = 64 << 10  # smaller reads are faster through the page cache, which reads ahead
 
 
 class StreamReader:
-    """A file whose stretches are read once each. What the page cache holds already is taken from there."""
+    """A file of which each byte is read once. What the page cache already holds is taken from there."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError where the file can't be opened."""
@@ -41,7 +41,7 @@ class StreamReader:
 
     @cached_property
     def _direct(self) -> FileIO | None:
-        """The file without the page cache; None on a file system that can't do that."""
+        """The file opened to bypass the page cache; None on a file system that can't do that."""
         try:
             return open(self._path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT))
         except OSError as error:
@@ -49,7 +49,7 @@ class StreamReader:
             return None
 
     def read(self, offset: int, count: int) -> torch.Tensor:
-        """``count`` bytes from ``offset`` as uint8. Raises InputError where the file has become shorter."""
+        """``count`` bytes from ``offset`` on, as uint8 [count]. Raises InputError where the file has become shorter."""
         import torch
 
         if self._may_be_direct and count >= _SMALL_BYTES and not self._cached(offset + count - 1) and self._direct:
@@ -65,14 +65,14 @@ class StreamReader:
         return values
 
     def values(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-        """The elements that lie from byte ``offset`` on, at any alignment. Raises InputError as ``read`` does."""
+        """A tensor of this dtype and shape from byte ``offset`` on, at any alignment. Raises InputError as ``read``."""
         found = self.read(offset, prod(shape) * dtype.itemsize)
         if found.storage_offset() % dtype.itemsize:
             found = found.clone()
         return found.view(dtype).view(*shape)
 
     def _read_direct(self, descriptor: int, offset: int, count: int) -> torch.Tensor:
-        """The pages around the stretch read into pages of memory; the stretch is a view of them."""
+        """Read whole pages into page-aligned memory; the result is a view of the bytes asked for."""
         import torch
 
         begin = offset // _PAGE * _PAGE
@@ -102,14 +102,15 @@ class StreamReader:
 
 
 class StreamWriter:
-    """A file written front to back, behind the caller. With ``resume_at`` one that is there is cut and continued."""
+    """A file written front to back, in the background."""
 
     def __init__(self, path: Path, resume_at: int = 0, chunk_bytes: int = _CHUNK_BYTES) -> None:
+        """With ``resume_at``, cut an existing file at that byte and continue it. Raises OSError."""
         self._chunk_bytes = chunk_bytes
-        # One is filled while the other is on its way to the disk; mapped memory begins at a page.
+        # One is filled while the other is written to the disk. Mapped memory is page-aligned.
         self._filling, self._spare = (memoryview(mmap.mmap(-1, chunk_bytes)) for _ in range(2))
         self._writing: Future[None] | None = None
-        self._begin = resume_at // _PAGE * _PAGE  # of what is being filled, in the file
+        self._begin = resume_at // _PAGE * _PAGE  # where in the file the buffer being filled begins
         self._filled = resume_at - self._begin
         if resume_at:
             os.truncate(path, resume_at)
@@ -120,7 +121,7 @@ class StreamWriter:
         self._descriptor = open_direct(path, flags if resume_at else flags | os.O_TRUNC)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``. Raises the OSError of this or an earlier writing."""
+        """Append ``data``. Raises the OSError of this or an earlier write."""
         left = memoryview(data)
         while left:
             count = min(len(left), self._chunk_bytes - self._filled)
@@ -134,10 +135,10 @@ class StreamWriter:
                 self._begin, self._filled = self._begin + self._chunk_bytes, 0
 
     def flush(self) -> int:
-        """Hand all that is written to the system. Returns a file descriptor to fsync."""
+        """Hand everything written so far to the system. Returns a file descriptor to fsync."""
         self._wait()
         if self._filled:
-            # No whole page, so through the page cache: a page cut afterwards would need a file system that can cut.
+            # Not a whole page, so through the page cache: a whole one would have to be truncated afterwards.
             direct = _leave_direct(self._descriptor)
             self._put(self._filling, self._filled, self._begin)
             if direct:
@@ -145,10 +146,10 @@ class StreamWriter:
         return self._descriptor
 
     def close(self) -> None:
-        """Close the file; what wasn't flushed is lost."""
+        """Close the file. What wasn't flushed is lost."""
         if self._descriptor < 0:
             return
-        with suppress(OSError):  # of a writing that nobody relies on
+        with suppress(OSError):  # of a write that nobody relies on
             self._wait()
         os.close(self._descriptor)
         self._descriptor = -1
@@ -159,7 +160,7 @@ class StreamWriter:
             running.result()
 
     def _put(self, pages: memoryview, count: int, position: int) -> None:
-        """Write the first ``count`` bytes of ``pages`` at ``position``: whole pages, where the file is direct."""
+        """Write the first ``count`` bytes of ``pages`` at ``position``; whole pages, where the cache is bypassed."""
         done = 0
         while done < count:
             try:
@@ -171,12 +172,12 @@ class StreamWriter:
 
 
 def chunk_bytes(files: int) -> int:
-    """A writer's chunk where so many files are written at once, each with two: smaller where there are many."""
+    """The size of a writer's two buffers where ``files`` are written at once: smaller where there are many."""
     return max(_PAGE, min(_CHUNK_BYTES, _BUFFER_BYTES // (2 * files) // _PAGE * _PAGE))
 
 
 def _leave_direct(descriptor: int) -> bool:
-    """Have a file go through the page cache from now on; False where it did already."""
+    """Have a file go through the page cache from now on. Returns False where it did already."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     direct = getattr(os, "O_DIRECT", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
@@ -184,7 +185,7 @@ def _leave_direct(descriptor: int) -> bool:
 
 
 def _go_direct(descriptor: int) -> None:
-    """Take back ``_leave_direct``."""
+    """Have a file bypass the page cache again."""
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
 

@@ -1,4 +1,4 @@
-"""Paths for libraries that take them as text: a name on Linux is any bytes, and need not be text in any encoding."""
+"""Paths for libraries that take them as text: on Linux a name may be any bytes, which need not be valid text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def text_path(path: Path) -> Iterator[Path]:
-    """``path``, or while it isn't text a link to it."""
+    """``path``, or where it isn't valid text, a temporary link to it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

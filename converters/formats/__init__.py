@@ -1,1 +1,1 @@
-"""File formats that hold tensors: safetensors, pickles, GGUF, compressed-tensors."""
+"""File formats: safetensors, pickles, GGUF, compressed-tensors, Protocol Buffers."""

@@ -1,4 +1,4 @@
-"""int8 weights in the compressed-tensors layout: which config.json describes it, and what the values stand for.
+"""int8 weights in the compressed-tensors layout: how config.json describes it, and what the values mean.
 
 The layout (format "int-quantized", https://github.com/vllm-project/compressed-tensors): ``<name>.weight`` int8
 [out, in] and ``<name>.weight_scale`` [out, 1]; the weight is their product.
@@ -18,29 +18,29 @@ from converters.model.parameters import LM_HEAD, parameters
 if TYPE_CHECKING:
     import torch
 
-SCALE_SUFFIX = "_scale"  # behind the name of the weight
+SCALE_SUFFIX = "_scale"  # after the name of the weight
 _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
 # What ``config_groups`` says of weights in this layout.
 INT8_GROUP: dict[str, Any] = {
     "format": _FORMAT,
     "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
 }
-# What a field of ``weights`` is where it isn't given, and fields that say how the scales were found.
+# Default values of the fields of ``weights``, and fields that only say how the scales were found.
 _WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
-# Fields around it that change nothing in what a weight stands for. Its own tensors tell whether a linear is quantized,
-# so what is said of that (targets, ignore, quantization_status) is not needed.
+# Fields beside it that don't change a weight's value. Whether a linear is quantized is seen from its tensors, so the
+# fields about that (targets, ignore, quantization_status) are not needed.
 _HARMLESS = ("quant_method", "format", "config_groups", "ignore", "quantization_status", "global_compression_ratio",
              "run_compressed", "version")  # fmt: skip
-_MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # other empty objects get compressed-tensors' defaults
+_MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # compressed-tensors fills other empty objects with defaults
 _HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
 
 
 def quantization_config(config: ModelConfig, quantized: Container[str], group: dict[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` of a config.json where the weights named in ``quantized`` are as ``group`` says.
+    """The ``quantization_config`` for config.json where the weights named in ``quantized`` are as ``group`` says.
 
-    ``group`` has the ``format`` and the ``weights`` of a config group. Every other linear is listed as ignored, an
-    output head that is tied to the embedding as well.
+    ``group`` has the ``format`` and the ``weights`` of a config group. Every other linear is listed as ignored, even
+    an output head that is tied to the embedding.
     """
     linears = [LM_HEAD.name, *(parameter.name for parameter in parameters(config) if parameter.row.is_linear)]
     ignored = [name for name in dict.fromkeys(linears) if name not in quantized]
@@ -54,10 +54,10 @@ def quantization_config(config: ModelConfig, quantized: Container[str], group: d
 
 
 def is_int8(fields: Any, where: str) -> bool:
-    """Whether the fields of the config.json in the folder ``where`` describe weights of this layout.
+    """Whether the fields of the config.json in the folder ``where`` describe weights in this layout.
 
-    Raises InputError, by name, for what else they ask of compressed-tensors; other methods are left to whoever reads
-    the rest of config.json.
+    Raises InputError, naming the field, for any other feature of compressed-tensors. Other quantization methods are
+    left to the reader of the rest of config.json.
     """
     described = fields.get("quantization_config") if isinstance(fields, dict) else None
     if not isinstance(described, dict) or described.get("quant_method") != _METHOD:
@@ -73,9 +73,9 @@ def is_int8(fields: Any, where: str) -> bool:
 
 
 def note_ignored(fields: dict[str, Any], where: str, linears: Iterable[str], quantized: Container[str]) -> None:
-    """Note which ``linears`` (names of weights) are held otherwise than ``ignore`` says; what is stored counts.
+    """Note which ``linears`` (names of weights) are stored otherwise than ``ignore`` says; the stored form counts.
 
-    Raises InputError where ``ignore`` is no list of names and of regular expressions behind ``re:``.
+    Raises InputError where ``ignore`` is not a list of names and of regular expressions that begin with ``re:``.
     """
     patterns = fields["quantization_config"].get("ignore") or []
     if not isinstance(patterns, list):
@@ -87,13 +87,13 @@ def note_ignored(fields: dict[str, Any], where: str, linears: Iterable[str], qua
     for name in linears:
         said = any(pattern.match(name.removesuffix(".weight")) for pattern in ignored)
         if said and name in quantized:
-            note(f"{where}: config.json has {name} in ignore, but it is stored in int8, and so it is read.")
+            note(f"{where}: config.json has {name} in ignore, but it is stored in int8 and read as such.")
         elif not said and name not in quantized:
             note(f"{where}: {name} is not stored in int8, though config.json doesn't have it in ignore.")
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """A module's name, or a regular expression for its beginning, as compressed-tensors matches them."""
+    """The pattern for an entry of ``ignore``: a whole name, or a regular expression for the beginning of one."""
     expression = text.removeprefix("re:")
     return re.compile(expression if expression != text else re.escape(text) + r"\Z")
 
@@ -108,7 +108,7 @@ def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
     if not isinstance(weights, dict):
         raise _refusal(where, f"weights {shown(weights)} in {name}")
     given = {key: value for key, value in weights.items() if value is not None}
-    if given.get("group_size") == -1:  # another way to say it
+    if given.get("group_size") == -1:  # another way to say per channel
         given |= {"strategy": given.get("strategy", "channel")}
         del given["group_size"]
     _check(
@@ -126,12 +126,12 @@ def _check_group(where: str, name: str, group: dict[str, Any]) -> None:
         raise _refusal(where, "input_activations by scales that are stored (not dynamic)")
     note(
         f"{where} asks for activations in {shown(activations.get('num_bits'))} bits too (input_activations); that is "
-        "left out: the weights are as they would be, activations are not quantized."
+        "ignored: it doesn't change the weights, and activations are not quantized."
     )
 
 
 def _check(where: str, values: dict[str, Any], valid: dict[str, tuple[Any, ...]]) -> None:
-    """Raise InputError for a field with another value than those that are ``valid`` for it."""
+    """Raise InputError for a field whose value is not one of its ``valid`` ones."""
     for key, allowed in valid.items():
         value = values.get(key)
         if not any(value == each and type(value) is type(each) for each in allowed):
@@ -139,7 +139,7 @@ def _check(where: str, values: dict[str, Any], valid: dict[str, tuple[Any, ...]]
 
 
 def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> None:
-    """Raise InputError for a field beside the ``known`` ones that switches something on."""
+    """Raise InputError for a field that is not ``known`` and switches something on."""
     for key, value in fields.items():
         if key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense":
             continue
@@ -153,7 +153,7 @@ def _check_rest(where: str, fields: dict[str, Any], known: Iterable[str]) -> Non
 
 def _refusal(where: str, what: str) -> InputError:
     return InputError(
-        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. Of that this "
-        f"tool reads {_FORMAT!r}: symmetric int8, one scale per output channel, nothing else. Convert the unquantized "
-        "original."
+        f"{where}: config.json describes a model that is already quantized by {_METHOD!r} with {what}. This "
+        f"tool reads only its format {_FORMAT!r}: symmetric int8, one scale per output channel. Convert the "
+        "unquantized original."
     )

@@ -1,4 +1,4 @@
-"""The header of a GGUF file (llama.cpp's format, version 2 and 3): held against the file, and read with types."""
+"""The header of a GGUF file (llama.cpp's format, versions 2 and 3): checked against the file, and read with types."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from converters.console.errors import DuplicateTensor, InputError, shown
 
-# The header's value types by number: bytes of a scalar; a string and an array come with their length.
+# The header's value types by number, with the bytes of a scalar; strings and arrays are stored with their length.
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
-# Far above what vocabularies take (LLaMA 3's, with its merges: 600,000 items, 8 MB), and quick to be done with.
+# Far above what vocabularies need (LLaMA 3's with its merges: 600,000 items, 8 MB), and still quick to read.
 _MAX_ITEMS = 1 << 21  # pairs of metadata, array elements and tensors
 _MAX_HEADER_BYTES = 1 << 28
 _MAX_AXES = 4
@@ -27,8 +27,8 @@ _ABSENT = object()
 class Metadata:
     """The key-value pairs of a GGUF file's header, read with their types checked.
 
-    Each method returns ``default`` for an absent key, or raises InputError where no default is given; a value of
-    another type is an InputError too.
+    For a missing key each method returns ``default``, or without one raises InputError. It also raises InputError for a
+    value of another type.
     """
 
     path: Path
@@ -85,7 +85,10 @@ class _Tensor(NamedTuple):
 
 
 def check_header(path: Path) -> None:
-    """Walk the header once, before the library does: it trusts every count, and would loop for years on a large one."""
+    """Check the header before the library reads it, which trusts every count and would loop for years on a large one.
+
+    Raises InputError for a file that is missing, unreadable, damaged or of another version.
+    """
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     try:
@@ -102,7 +105,7 @@ def check_header(path: Path) -> None:
 
 
 class _Walk:
-    """A position in the header that never passes the end of the file, nor more than _MAX_ITEMS items."""
+    """A position in the header that moves neither past the end of the file nor past _MAX_ITEMS items."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._size = path, data, len(data)
@@ -110,7 +113,7 @@ class _Walk:
         self._alignment = _DEFAULT_ALIGNMENT
 
     def check(self) -> None:
-        """Raises InputError where the header can't be true: a version, a count, a length, a tensor's place."""
+        """Raises InputError where the version, a count, a length or a tensor's position can't be right."""
         version = self._number("<I")
         if version & 0xFFFF == 0:
             raise InputError(f"{self._path} is a big-endian GGUF file; make it little-endian with gguf-convert-endian.")
@@ -133,7 +136,7 @@ class _Walk:
             raise damaged(self._path, f"its header holds more than {_MAX_ITEMS} items")
 
     def _skip(self, length: int) -> int:
-        """Pass over ``length`` bytes and return where they start."""
+        """Move past ``length`` bytes and return where they start."""
         start = self._at
         self._at += length
         if self._at > self._size:

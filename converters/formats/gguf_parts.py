@@ -22,7 +22,7 @@ _MAX_PARTS = 1000
 
 
 class StoredTensor:
-    """A tensor as a file holds it. ``type`` is the gguf library's; ``shape`` is torch's, GGUF lists axes backwards."""
+    """A tensor in a file. ``type`` is the gguf library's; ``shape`` is in torch's order, the reverse of GGUF's."""
 
     def __init__(self, file: StreamReader, path: Path, tensor: Any) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class StoredTensor:
         self._dtype, self._raw_shape = tensor.data.dtype, tensor.data.shape
 
     def raw(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as they are: uint8 blocks, or float16 or float32 elements; of a vector the whole."""
+        """Rows [start, stop) as stored: uint8 blocks, or float16 or float32 elements; a vector is read whole."""
         import numpy as np
 
         if len(self._raw_shape) == 1:
@@ -48,7 +48,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """All files of a model: the metadata of the first, the tensors of all, and every file's bytes before its data."""
+    """All files of a model: the first one's metadata, all tensors, and the bytes of all headers."""
 
     paths: list[Path]
     metadata: Metadata
@@ -57,9 +57,9 @@ class Parts:
 
 
 def open_parts(path: Path) -> Parts:
-    """Open a GGUF file, or all parts of a split model, any of which ``path`` may be.
+    """Open a GGUF file, or all parts of a split model; ``path`` may be any of them.
 
-    Raises InputError for a damaged file and, naming it, for a part that is missing or doesn't belong to the others.
+    Raises InputError for a damaged file, and for a part that is missing or doesn't belong to the others.
     """
     metadata, tensors, header = _read(path)
     count = metadata.whole("split.count", 1)
@@ -68,7 +68,7 @@ def open_parts(path: Path) -> Parts:
     paths = _names(metadata, count)
     for other in paths:
         if not other.is_file():
-            raise InputError(f"{other} is missing, a part of the model that {path.name} is one of. Fetch it.")
+            raise InputError(f"{other} is missing; it is a part of the same model as {path.name}. Fetch it.")
     opened = [(metadata, tensors, header) if other == path else _read(other) for other in paths]
     total = opened[0][0].whole("split.tensors.count")
     for number, (each, _, _) in enumerate(opened):
@@ -84,7 +84,7 @@ def open_parts(path: Path) -> Parts:
 
 
 def first_parts(paths: Iterable[Path]) -> list[Path]:
-    """The paths in order, of a split model's only the first."""
+    """The paths in order, with only the first part of each split model."""
     models: dict[object, Path] = {}
     for path in sorted(paths):
         name = _PART.fullmatch(path.name)
@@ -93,14 +93,14 @@ def first_parts(paths: Iterable[Path]) -> list[Path]:
 
 
 def _names(metadata: Metadata, count: int) -> list[Path]:
-    """The paths of all parts, by the name of one."""
+    """The paths of all parts, from the name of one."""
     path, number = metadata.path, metadata.whole("split.no")
     name = _PART.fullmatch(path.name)
     if count > _MAX_PARTS or not 0 <= number < count:
         raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise InputError(
-            f"{path} is part {number + 1} of {count} of a split model; name it so, and the others like it: "
+            f"{path} is part {number + 1} of {count} of a split model; rename it, and the others alike, to "
             f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
         )
     return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]
@@ -122,7 +122,7 @@ def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -
 
 
 def _read(path: Path) -> tuple[Metadata, list[StoredTensor], bytes]:
-    """A file's metadata, tensors and the bytes before the data, checked as far as the format goes."""
+    """A file's metadata, tensors and header bytes, checked against the format only."""
     from gguf import GGUFReader
 
     check_header(path)
@@ -131,7 +131,7 @@ def _read(path: Path) -> tuple[Metadata, list[StoredTensor], bytes]:
         values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         file = StreamReader(path)
         tensors = [StoredTensor(file, path, tensor) for tensor in reader.tensors]
-    except Exception as error:  # a parser of someone else's, on a file that may be damaged in any way
+    except Exception as error:  # the library's parser can raise anything on a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise damaged(path, reason[:100]) from None
     return Metadata(path, values), tensors, reader.data[: reader.data_offset].tobytes()

@@ -1,9 +1,9 @@
-"""Files that torch.save wrote before its zip format, or writes without it: their tensors, mapped and not read.
+"""Files of torch.save in the format before its zip format: their tensors are mapped, not read.
 
 Such a file is five pickles (a magic number, the format's version, the machine's sizes, the object, the keys of its
-storages) and then the storages in the order of the keys, each behind its number of elements. torch.load reads that, but
-can't map it. Here the object is unpickled with storages that hold nothing, by torch's own unpickler for
-weights_only=True; where the values lie follows from the storages' sizes.
+storages), then the storages in the order of the keys, each after its number of elements. torch.load reads that but
+can't map it. Here torch's own unpickler for weights_only=True unpickles the object with empty storages, and the
+positions of the values follow from the storages' sizes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_zip(path: Path) -> bool:
 
 
 def check_byte_order(path: Path) -> None:
-    """Raise ValueError where a zip file says that its values are of the other byte order: they are read as they lie."""
+    """Raise ValueError where a zip file says that its values have the other byte order: they are read unconverted."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith("/byteorder") and archive.read(name).decode() != sys.byteorder:
@@ -46,10 +46,10 @@ def check_byte_order(path: Path) -> None:
 
 
 def mapped_tensors(path: Path) -> Any:
-    """What the file holds, as ``torch.load(mmap=True, weights_only=True)`` gives it for zip files.
+    """The file's content, as ``torch.load(mmap=True, weights_only=True)`` returns it for zip files.
 
-    Only tensors of a dictionary are mapped; whatever else the file holds comes without values. Raises anything for a
-    damaged or a hostile file.
+    Only tensors in a dictionary are mapped; any other content comes without values. May raise any exception for a
+    damaged or hostile file.
     """
     import torch
 
@@ -67,7 +67,7 @@ def mapped_tensors(path: Path) -> Any:
 
 
 def _unpickle(file: BinaryIO, storages: dict[str, _Storage] | None = None) -> Any:
-    """The next pickle of the file; ``storages`` gathers by key the ones that it refers to."""
+    """The next pickle of the file; ``storages`` collects by key the storages that it refers to."""
     import torch
     from torch._weights_only_unpickler import Unpickler
 
@@ -87,9 +87,9 @@ def _unpickle(file: BinaryIO, storages: dict[str, _Storage] | None = None) -> An
 
 
 def _places(file: BinaryIO, keys: list[str], storages: dict[str, _Storage]) -> dict[int, tuple[int, int]]:
-    """Where each storage's bytes begin and end in the file, by the identity of its empty one.
+    """Where each storage's bytes begin and end in the file, by the identity of its empty storage.
 
-    Raises ValueError where the file ends before, or says otherwise of a size.
+    Raises ValueError where the file ends too early or states another size.
     """
     places, at = {}, file.tell()
     for key in keys:
@@ -106,7 +106,7 @@ def _places(file: BinaryIO, keys: list[str], storages: dict[str, _Storage]) -> d
 
 
 def _mapped(value: Any, whole: torch.UntypedStorage, places: dict[int, tuple[int, int]]) -> Any:
-    """A tensor whose storage is a stretch of the mapped file; anything else as it is."""
+    """A tensor with its storage replaced by its part of the mapped file; any other value unchanged."""
     import torch
 
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:

@@ -1,7 +1,7 @@
-"""The wire format of Protocol Buffers, as far as a message's fields: https://protobuf.dev/programming-guides/encoding
+"""Reading the fields of a Protocol Buffers message: https://protobuf.dev/programming-guides/encoding
 
-sentencepiece carries a reader of its own, which refuses to be imported beside another version of protobuf than it was
-generated for; four kinds of field don't call for that.
+The reader that comes with sentencepiece only works with the version of protobuf that it was generated for, and four
+kinds of field are easily read without it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _LONGEST_VARINT = 10
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The number and value of every field in order: a (signed) integer, or the bytes of anything else.
+    """The number and value of every field in order; a value is a signed integer, or for other kinds its bytes.
 
-    Raises ValueError for what is no message.
+    Raises ValueError where ``message`` is not a valid message.
     """
     at = 0
     while at < len(message):
@@ -39,14 +39,14 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def read_float(value: int | bytes) -> float:
-    """A field of four bytes as the number that it is. Raises ValueError for another field."""
+    """The float32 in a field of four bytes. Raises ValueError for any other field."""
     if not isinstance(value, bytes) or len(value) != 4:
         raise ValueError("a field of four bytes was expected")
     return struct.unpack("<f", value)[0]
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """An unsigned integer of seven bits a byte, the last of which has its high bit clear; and where it ends."""
+    """An unsigned integer of seven bits a byte, and where it ends; only its last byte has the high bit clear."""
     value = 0
     for place in range(_LONGEST_VARINT):
         if at + place >= len(message):

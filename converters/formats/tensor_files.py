@@ -12,15 +12,15 @@ from converters.console.errors import DuplicateTensor, InputError
 from converters.files.mapped import file_offset, mappings
 from converters.files.streams import StreamReader
 from converters.files.text_path import text_path
-from converters.files.whole import DTYPE_NAMES
 from converters.formats.legacy_pickle import check_byte_order, is_zip, mapped_tensors
+from converters.formats.safetensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
 
 
 class TensorFile(Protocol):
-    """Named tensors of one file; ``rows`` reads a few of them."""
+    """The named tensors of one file, whose values are read only by ``rows``."""
 
     path: Path
 
@@ -29,21 +29,22 @@ class TensorFile(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> str:
-        """torch's name of the stored dtype (``bfloat16``)."""
+        """torch's name for the stored dtype (``bfloat16``)."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) along the first axis, on the host."""
+        """Rows [start, stop) along the first axis, [stop - start, ...] on the host, in the stored dtype."""
         ...
 
 
 class SafetensorsFile:
-    """A safetensors file. The library holds its header against its length; values are read, not mapped.
+    """A safetensors file. The library checks its header against its length; values are read, not mapped.
 
-    So what is resident is what was asked for, however large the file.
+    So only what was asked for is resident, however large the file is.
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises InputError for a file that can't be read, is damaged, or names a tensor twice."""
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -71,7 +72,7 @@ class SafetensorsFile:
         return DTYPE_NAMES.get(self.code(name), self.code(name))
 
     def code(self, name: str) -> str:
-        """The format's code of the stored dtype (``BF16``)."""
+        """The format's code for the stored dtype (``BF16``)."""
         return self._entries[name]["dtype"]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ class SafetensorsFile:
         return self._stream.values(begin, dtype, shape)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """A JSON object whose names are unique; the library keeps the last of two and says nothing."""
+        """A JSON object with unique names: the library would silently keep the last of two."""
         entries: dict[str, Any] = {}
         for name, value in pairs:
             if name in entries:
@@ -94,18 +95,19 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A .bin or .pth of torch.save, of any age; only tensors and plain containers are unpickled (weights_only=True).
+    """A .bin or .pth of torch.save, old or new; only tensors and plain containers are unpickled (weights_only=True).
 
-    The file is mapped to be unpickled; values are read from where they lie in it, so that little becomes resident.
+    The file is mapped to be unpickled, but values are read from it by position, so that little becomes resident.
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises InputError for a file that can't be loaded safely, or holds something else than plain tensors."""
         import torch
 
         self.path = path
         try:
             with text_path(path) as readable, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols; what can't be read raises
+                warnings.simplefilter("ignore")  # about pickle protocols; unreadable files raise anyway
                 if is_zip(path):
                     check_byte_order(path)
                     tensors = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
@@ -117,8 +119,8 @@ class PickleFile:
         except Exception as error:  # unpickling damaged or hostile bytes can raise anything
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"{path} can't be loaded safely ({reason}). If it came whole, it holds more than tensors: save these "
-                "alone, as safetensors."
+                f"{path} can't be loaded safely ({reason}). If it is complete, it holds more than tensors: save only "
+                "those, as safetensors."
             ) from None
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
@@ -147,5 +149,5 @@ class PickleFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Open a file by its ending; anything but .safetensors is read as a .bin."""
+    """Open a file by its suffix; anything but .safetensors is read as torch's. Raises InputError."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)

@@ -1,1 +1,1 @@
-"""An output directory: claimed, recorded, resumed, checked before the first byte."""
+"""Output directories: checked before the first byte, claimed, recorded and resumed."""

@@ -1,4 +1,4 @@
-"""How far an unfinished output is known to be on the disk, so that a rerun continues there instead of anew."""
+"""How much of an unfinished output is known to be on the disk, so that a rerun continues there."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 from converters.console.errors import InputError
 from converters.files.file_system import sync_file
 from converters.files.json_file import read_json
-from converters.files.whole import SafetensorsWriter, partial_path, write_json
+from converters.files.whole import partial_path, write_json
+from converters.formats.safetensors import SafetensorsWriter
 
 FILE_NAME = ".journal.json"
-SYNC_BYTES = 1 << 30  # at most about this much work is done again after a crash
+SYNC_BYTES = 1 << 30  # at most about this many bytes are written again after a crash
 
 
 class Journal:
-    """Positions in unfinished files, up to which they have been flushed, with a state that belongs to them.
+    """The positions up to which unfinished files have been flushed, with the caller's state at that point.
 
-    ``note`` is called where a file stands at the end of a tensor. Once enough has been written since the last time, the
-    files are flushed in a thread of their own while writing goes on, and then the positions are written down.
+    ``note`` is called at the end of a tensor. Once enough has been written since the last time, a thread flushes the
+    files while writing goes on, and then saves the positions.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -31,7 +32,10 @@ class Journal:
         self._noted = 0
 
     def read(self, files: Sequence[str]) -> tuple[int, Any]:
-        """The position that all of these unfinished files have reached, and the state noted with it; or (0, None)."""
+        """The position in bytes that all of these unfinished files have reached, and the state noted with it.
+
+        (0, None) where that isn't known, or they have reached different positions.
+        """
         try:
             record = read_json(self._path)
         except InputError:
@@ -46,7 +50,7 @@ class Journal:
         return position, record.get("state")
 
     def note(self, writers: dict[str, SafetensorsWriter], state: Any = None) -> None:
-        """Take in that these files, by name, stand at the end of a tensor. Raises the OSError of an earlier flush."""
+        """Note that these files, by name, are at the end of a tensor. Raises the OSError of an earlier flush."""
         written = sum(writer.nbytes for writer in writers.values())
         busy = self._running is not None and not self._running.done()
         if busy or abs(written - self._noted) < SYNC_BYTES:
@@ -54,18 +58,18 @@ class Journal:
         self.wait()
         self._noted = written
         positions = {name: writer.nbytes for name, writer in writers.items()}
-        flushed = [writer.flush() for writer in writers.values()]  # all, before one fails and leaves copies open
+        flushed = [writer.flush() for writer in writers.values()]  # all first: a failure later would leave copies open
         descriptors = [os.dup(descriptor) for descriptor in flushed]
         self._running = self._pool.submit(self._save, descriptors, {"positions": positions, "state": state})
 
     def wait(self) -> None:
-        """Return when what was noted is written down."""
+        """Wait until what was noted is saved. Raises the OSError of flushing or saving it."""
         if self._running is not None:
             self._running.result()
             self._running = None
 
     def close(self) -> None:
-        """Stop noting, once what was noted is written down. The file goes when the output is finished (output.py)."""
+        """Stop noting, once what was noted is saved. The file is removed when the output is finished (claim.py)."""
         self._pool.shutdown()
 
     def _save(self, descriptors: list[int], record: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ _CONTENT = b"A command of llama-tpu-toolchain is writing here, or was ended whil
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold ``out`` by an advisory lock on a file in it, which the operating system drops with the process.
+    """Hold ``out`` by an advisory lock on a file in it, which the operating system releases when the process ends.
 
-    A file of that name that is there is neither followed, changed nor removed, but for one that was left by a process
-    of ours. Raises InputError where another process holds it, or where something else has that name.
+    An existing file of that name is not followed, changed or removed, unless a process of ours left it. Raises
+    InputError where another process holds the lock, or where something else has that name.
     """
     path = out / FILE_NAME
     descriptor = _open(path)
@@ -29,7 +29,7 @@ def lock(out: Path) -> Iterator[None]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InputError(f"{path} is no file of this tool. Move it away, or give another --out.")
         held = file_system.lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        if not held:  # or the holder has just left and taken the file with it
+        if not held:  # or its holder has just ended and removed the file
             raise _busy(out)
         try:
             yield
@@ -41,9 +41,9 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the file, which gets its name with its content where it isn't there.
+    """A descriptor of the file; a new one gets its name only once it has its content.
 
-    A process that is killed on the way so leaves none that could be taken for somebody else's.
+    So a process that is killed on the way leaves no file that could be taken for someone else's.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -60,7 +60,7 @@ def _open(path: Path) -> int:
 
 
 def _name(partial: Path, path: Path) -> None:
-    """Give a file its name where nothing has it. Raises FileExistsError where something has."""
+    """Rename a file. Raises FileExistsError where something has that name already."""
     try:
         os.link(partial, path)
         os.unlink(partial)
@@ -74,7 +74,7 @@ def _name(partial: Path, path: Path) -> None:
 
 
 def _remove_left(partial: Path) -> None:
-    """Remove what a process that was killed while it made its lock has left."""
+    """Remove what was left by a process that was killed while it made its lock."""
     if (
         partial.is_file()
         and not partial.is_symlink()
@@ -86,7 +86,7 @@ def _remove_left(partial: Path) -> None:
 def _open_existing(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_NONBLOCK)
-    except FileNotFoundError:  # whoever held it has just left
+    except FileNotFoundError:  # its holder has just ended
         raise _busy(path.parent) from None
     except OSError:
         if path.is_symlink() or not path.is_file():

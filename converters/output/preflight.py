@@ -1,4 +1,4 @@
-"""Whether an output fits, found out before its first byte: disk, inodes, memory; and how long it may take."""
+"""Whether an output fits (disk, inodes, memory) and how long it may take, found out before its first byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from converters.files.streams import chunk_bytes
 from converters.model.config import ModelConfig
 
 _PROGRAM_BYTES = 550_000_000  # the interpreter with torch
-_BLOCK_BYTES = 10 * BLOCK_ELEMENTS  # a block as it is read (float32 at most), and what is made of it
+_BLOCK_BYTES = 10 * BLOCK_ELEMENTS  # a block as read (float32 at most), and what is made from it
 _PROBE_BYTES = 64 << 20
 _PROBE_TASKS = 24
 _UNKNOWN_BYTES = 1 << 62  # more than any disk holds
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 
 def room_for(nbytes: int) -> int:
-    """Bytes that must be free for weights of ``nbytes``, with the small files and what the file system takes."""
+    """Bytes that must be free for weights of ``nbytes``, with the small files and the file system's own overhead."""
     return nbytes + nbytes // 1000 + (64 << 10)
 
 
 def existing(path: Path) -> Path:
-    """The folder on whose disk ``path`` is or will be."""
+    """The nearest existing folder (or file) at or above ``path``, which is on the same disk."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -44,7 +44,7 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where ``path`` is or will be; no limit where its file system doesn't say."""
+    """Free bytes on the disk where ``path`` is or will be; without limit, with a note, where that isn't known."""
     usage = shutil.disk_usage(existing(path))
     if usage.free or usage.total:
         return usage.free
@@ -53,9 +53,9 @@ def free_bytes(path: Path) -> int:
 
 
 def expected_rss_bytes(at_once: int) -> int:
-    """The resident memory that conversion and quantization are expected to reach: the same for a model of any size.
+    """The resident memory in bytes that conversion and quantization need, which doesn't depend on the model's size.
 
-    ``at_once`` is how many files are written at the same time.
+    ``at_once`` is the number of files that are written at the same time.
     """
     return _PROGRAM_BYTES + (AHEAD + WORKERS + 1) * _BLOCK_BYTES + 2 * at_once * chunk_bytes(at_once)
 
@@ -81,7 +81,10 @@ def check_machine(out: Path, files: int, at_once: int = 1) -> None:
 
 
 def layers_that_fit(config: ModelConfig, nbytes: Callable[[ModelConfig], int], free: int) -> str:
-    """A hint for an error: the most layers of a model whose output of ``nbytes`` would fit, or nothing."""
+    """A hint for an error: how many layers of the model fit in ``free`` bytes; empty where none or all do.
+
+    ``nbytes`` gives the size of a configuration's output.
+    """
     counts = range(1, config.num_layers + 1)
     fitting = bisect_right(counts, free, key=lambda count: room_for(nbytes(config.cut(count))))
     return f", --layers {fitting} or fewer" if 0 < fitting < config.num_layers else ""
@@ -90,14 +93,14 @@ def layers_that_fit(config: ModelConfig, nbytes: Callable[[ModelConfig], int], f
 def estimate(
     out: Path, nbytes: int, tasks: Iterable[Callable[[], T]], size: Callable[[T], int], at_once: int = 1
 ) -> str:
-    """For --dry-run: the memory and the time that an output of ``nbytes`` is expected to take.
+    """For --dry-run: a line with the time and memory that an output of ``nbytes`` is expected to take.
 
-    The first few of the ``tasks`` that make the output, whose results have ``size`` bytes, and a short write to this
-    disk are measured; the slower of the two sets the pace.
+    Measures the first few of the ``tasks`` that make the output, whose results have ``size`` bytes, and a short write
+    to this disk; the slower of the two sets the pace. ``at_once`` files are written at the same time.
     """
     waiting = iter(tasks)
     for first in islice(waiting, 1):
-        first()  # what happens once, like loading torch, is none of the pace
+        first()  # not measured: it includes what happens only once, like loading torch
     begin = time.perf_counter()
     made = sum(map(size, in_order(islice(waiting, _PROBE_TASKS))))
     making = made / (time.perf_counter() - begin) if made else math.inf
@@ -110,7 +113,7 @@ def estimate(
 
 
 def _measure_write_rate(out: Path) -> float:
-    """Bytes per second that the disk of ``out`` takes, from writing and flushing 64 MB to a file without a name."""
+    """Bytes per second that the disk of ``out`` takes, measured by writing and flushing an unnamed file of 64 MiB."""
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=existing(out), buffering=0) as file:
         begin = time.perf_counter()
@@ -121,7 +124,7 @@ def _measure_write_rate(out: Path) -> float:
 
 
 def available_memory() -> int | None:
-    """Linux's own estimate of the memory that a program can take; None elsewhere."""
+    """Linux's own estimate of the bytes of memory that a program can use; None on other systems."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""What a command knows of its output directory: the arguments, the source as it was, and every file by size and digest.
+"""The record of an output directory: the arguments, the source's sizes and times, and every file by size and digest.
 
-``.in-progress.json`` is there while the directory is being filled, ``.written.json`` from then on. Only what they list
-counts as written by these tools: nothing else is ever removed or written over.
+It is ``.in-progress.json`` while the directory is being filled, then ``.written.json``. Only what it lists counts as
+written by these tools: nothing else is ever removed or overwritten.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from converters.output.journal import FILE_NAME as JOURNAL
 IN_PROGRESS, WRITTEN = ".in-progress.json", ".written.json"
 FORMAT_VERSION = 1
 _READ_BYTES = 4 << 20
-_NAME = re.compile(r"([\w][\w .+-]*/)?[\w][\w .+-]*")  # of a file in the directory, or in a folder of it
+_NAME = re.compile(r"([\w][\w .+-]*/)?[\w][\w .+-]*")  # a file in the directory, or in a folder of it
 
 
 @dataclass(frozen=True)
 class Record:
-    """``wanted`` names the files of the run; ``files`` has those that are whole, of earlier runs into it too.
+    """What is known of a directory and of the run that fills it.
 
-    ``replaced`` names the files of an output that this one takes the place of, until they are removed. ``state`` is the
-    caller's own.
+    ``sources`` are size in bytes and time of the last write in ns of the source's files, by name. ``wanted`` names the
+    files of the run; ``files`` are those that are whole, including earlier runs'. ``replaced`` names the files of the
+    output that this one replaces, until they are removed. ``state`` is the caller's own.
     """
 
     command: str
@@ -44,20 +45,23 @@ class Record:
 
     @property
     def names(self) -> frozenset[str]:
-        """All files in the directory that these tools have written, or were about to."""
+        """All files in the directory that these tools have written or were going to write."""
         return frozenset(self.wanted) | self.files.keys() | set(self.replaced)
 
     def same_output(self, other: Record) -> bool:
-        """Whether both are of the same arguments and the same source, for the same files or others."""
+        """Whether both have the same command, arguments and source, whichever files they want."""
         return (self.command, self.arguments, self.sources) == (other.command, other.arguments, other.sources)
 
     def same_run(self, other: Record) -> bool:
+        """Whether both also want the same files."""
         return self.same_output(other) and set(self.wanted) == set(other.wanted)
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Record:
+        """The record with these files added or replaced."""
         return replace(self, files=dict(sorted((self.files | files).items())))
 
     def write(self, path: Path) -> None:
+        """Write the record whole, as JSON."""
         content = {
             "format_version": FORMAT_VERSION,
             "command": self.command,
@@ -72,12 +76,12 @@ class Record:
 
 
 def as_stored(value: Any) -> Any:
-    """A value as JSON gives it back, to be compared with what was read."""
+    """A value as it comes back from JSON, to compare with one that was read."""
     return json.loads(json.dumps(value))
 
 
 def read_record(path: Path) -> Record:
-    """Read one of the two files. Raises InputError where it is damaged, or of another version."""
+    """Read ``.in-progress.json`` or ``.written.json``. Raises InputError where it is damaged or of another version."""
     try:
         content = read_json(path)
         if content["format_version"] != FORMAT_VERSION:
@@ -101,7 +105,10 @@ def read_record(path: Path) -> Record:
 
 
 def read_file_record(entry: Any, path: Path, name: str) -> FileRecord:
-    """A file's size and digest as ``path`` has them. Raises InputError where they are not there."""
+    """The size and digest of the file ``name``, from an entry of the JSON file ``path``.
+
+    Raises InputError where the entry lacks them.
+    """
     nbytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(nbytes) is not int or not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise InputError(f"{path} has no size and sha256 for {name[:80]}. Make it again with --force.")
@@ -111,9 +118,9 @@ def read_file_record(entry: Any, path: Path, name: str) -> FileRecord:
 def verify_files(
     directory: Path, files: Mapping[str, FileRecord], command: str, advance: Callable[[int], None]
 ) -> None:
-    """Read these files whole; raise InputError, naming it, where one is missing or a byte has changed.
+    """Read these files whole. Raises InputError, naming the file, where one is missing or a byte has changed.
 
-    ``advance`` is told bytes as they are read.
+    ``advance`` is called with the number of bytes read.
     """
     for name, record in files.items():
         path, digest = directory / name, hashlib.sha256()
@@ -131,7 +138,10 @@ def verify_files(
 
 
 def remove(directory: Path, names: Iterable[str], unfinished: Iterable[str] = ()) -> None:
-    """Remove these files of a record, whole or not, of others the ``unfinished`` parts, and what was noted of those."""
+    """Remove the journal, the files ``names``, whole or not, and those of ``unfinished`` that are not whole.
+
+    Folders that this leaves empty are removed too.
+    """
     paths = [directory / name for name in (*names, JOURNAL)]
     for path in (*paths, *map(partial_path, paths), *(partial_path(directory / name) for name in unfinished)):
         path.unlink(missing_ok=True)
@@ -141,6 +151,6 @@ def remove(directory: Path, names: Iterable[str], unfinished: Iterable[str] = ()
 
 
 def existing_bytes(directory: Path, names: Iterable[str]) -> int:
-    """Bytes that these files take, whole or not."""
+    """The bytes that these files take up, whole or not."""
     paths = [directory / name for name in names]
     return sum(path.lstat().st_size for path in (*paths, *map(partial_path, paths)) if os.path.lexists(path))

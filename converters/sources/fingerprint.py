@@ -1,4 +1,4 @@
-"""A digest of large files that reads only a sample of them: quick enough to take on every start."""
+"""A digest of large files that reads only a sample of them, so that it can be taken on every start."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PAGE_BYTES = 4096
 _PAGES = 64
 
 
-def fingerprint(config: ModelConfig, files: Iterable[Path], companions: dict[str, bytes]) -> str:
-    """A hex sha256 over a configuration, a sample of the weights' files and the content of the files beside them."""
+def fingerprint(config: ModelConfig, files: Iterable[Path], auxiliary: dict[str, bytes]) -> str:
+    """The hex sha256 of a configuration, a sample of the weights' files and the auxiliary files (name -> content)."""
     digest = hashlib.sha256(json.dumps(to_hf(config), sort_keys=True).encode())
     digest.update(sample_files(files).encode())
-    for name, content in companions.items():
+    for name, content in auxiliary.items():
         digest.update(name.encode() + hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
 def sample_files(paths: Iterable[Path]) -> str:
-    """The hex sha256 over a sample of each file, in the order given.
+    """The hex sha256 of a sample of each file, in the order given.
 
     The sample is the file's name (without its folder), its size, its first 1 MiB, its last 4 KiB and 64 evenly spaced
-    pages of 4 KiB. It tells files apart, not tampering: a change between the sampled pages that keeps the size goes
-    unseen. Raises InputError for a file that can't be read.
+    pages of 4 KiB. It tells files apart but doesn't detect tampering: a change between the sampled pages that keeps the
+    size is missed. Raises InputError for a file that can't be read.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -45,19 +45,6 @@ def sample_files(paths: Iterable[Path]) -> str:
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror}.") from None
     return digest.hexdigest()
-
-
-def stamp_files(paths: Iterable[Path], changes: bool = False) -> dict[str, list[int]]:
-    """Size and time of the last writing (in ns) of each file, by name: what tells that one changed.
-
-    With ``changes``, the time of the last change of any kind too, which no program can set back; a file's owner, mode
-    or number of links changes it as well.
-    """
-    stamps = {}
-    for path in paths:
-        status = path.stat()
-        stamps[path.name] = [status.st_size, status.st_mtime_ns] + ([status.st_ctime_ns] if changes else [])
-    return stamps
 
 
 def _ranges(size: int) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
 _EMBEDDING = "token_embd.weight"
 
-# Metadata that changes the arithmetic: key without architecture -> the values that leave the feature off, and its name.
+# Metadata that changes the arithmetic: key without architecture -> values that leave the feature off, and its name.
 _FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_count": ((0,), "mixture of experts"),
     "attention.causal": ((True,), "attention to later tokens"),
@@ -67,8 +67,8 @@ class GGUFSource:
         import torch
 
         tensor = self._stored[name]
-        with np.errstate(all="ignore"):  # overflow and NaN are judged by whoever reads the values
-            if len(tensor.shape) == 1:  # a single row of blocks, which only dequantize as a whole
+        with np.errstate(all="ignore"):  # overflow and NaN are checked by the caller
+            if len(tensor.shape) == 1:  # a single row of blocks, which must be dequantized as a whole
                 values = gguf.dequantize(tensor.raw(start, stop), tensor.type)[start:stop]
             elif self._interleaved and name.endswith(INTERLEAVED):
                 head_dim = self.config.head_dim
@@ -80,7 +80,7 @@ class GGUFSource:
             return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def default_dtype(self) -> str:
-        """That of the linears and the embedding where none is quantized (norms are always float32); else bfloat16."""
+        """The dtype of the linears and the embedding (norms are always float32); bfloat16 where any is quantized."""
         types = {tensor.type.name for tensor in self._stored.values() if len(tensor.shape) == 2}
         return dtype_to_write({FLOAT_TYPES[name] for name in types}, None) if types <= set(FLOAT_TYPES) else "bfloat16"
 
@@ -93,16 +93,16 @@ class GGUFSource:
     def files(self) -> list[Path]:
         return self._parts.paths
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json; empty for a file without a tokenizer."""
         return dict(self._files)
 
 
 def open_gguf(path: Path) -> GGUFSource:
-    """Open a GGUF model by its file or any part, checking everything but the values.
+    """Open a GGUF model by its file or any of its parts, checking everything but the values.
 
-    Raises InputError for a damaged file, another architecture and any feature that the decoder or this reader lacks;
-    of its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor for the names of tensors.
+    Raises InputError for a damaged file, another architecture, and any feature that the decoder or this reader lacks;
+    for names of tensors its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor.
     """
     parts = open_parts(path)
     family = _family(parts.metadata)
@@ -117,13 +117,13 @@ def open_gguf(path: Path) -> GGUFSource:
 
 
 def _by_hf_name(family: Family, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors by Hugging Face name. Raises UnmappedTensor, naming the first one that has none."""
+    """The tensors by Hugging Face name. Raises UnmappedTensor for a tensor without one."""
     named = {}
     for tensor in tensors:
         name = _hf_name(family, tensor.name)
         if is_known(name, family.architecture):
             named[name] = tensor
-        elif tensor.name != ROPE_TABLE:  # a part of the configuration
+        elif tensor.name != ROPE_TABLE:  # it belongs to the configuration
             raise UnmappedTensor(f"{tensor.path} holds the tensor {tensor.name!r}, which no {family.title} model has.")
     return named
 
@@ -138,7 +138,7 @@ def _hf_name(family: Family, name: str) -> str:
 
 
 def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
-    """Hold a tensor's shape against the table, and its type against what can be dequantized."""
+    """Raise InputError for a tensor of another shape than the table's, or of a type that can't be dequantized."""
     import gguf
     import numpy as np
 
@@ -166,7 +166,7 @@ def _family(metadata: Metadata) -> Family:
 
 
 def _check_features(metadata: Metadata) -> None:
-    """Refuse features that the decoder doesn't implement, by name."""
+    """Raise InputError for features that the decoder doesn't implement."""
     path = metadata.path
     for name, (off, feature) in _FEATURES.items():
         key = metadata.key(name)
@@ -174,7 +174,7 @@ def _check_features(metadata: Metadata) -> None:
             raise InputError(f"{path} asks for {feature} ({key}), which the decoder does not implement.")
     key = metadata.key("attention.sliding_window")
     window, positions = metadata.whole(key, 0), metadata.whole(metadata.key("context_length"))
-    if 0 < window < positions:  # a longer one hides nothing
+    if 0 < window < positions:  # a longer one has no effect
         raise InputError(
             f"{path} asks for a sliding window of {window} tokens ({key}) within {positions} positions, which the "
             "decoder does not implement."
@@ -229,7 +229,7 @@ def _head_dim(metadata: Metadata, hidden: int, heads: int) -> int:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal for a number stored in float32: 1e-05 for 9.999999747378752e-06, the same float32."""
+    """The shortest decimal of the same float32: 1e-05 for 9.999999747378752e-06; any other number unchanged."""
     import numpy as np
 
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""How a GGUF file says that RoPE is scaled: by a factor in the metadata, or by LLaMA 3.1's rule as a table."""
+"""RoPE scaling in a GGUF file: a factor in the metadata, or LLaMA 3.1's rule as a table of divisors."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from converters.formats.gguf_parts import StoredTensor
 from converters.model.config import ModelConfig
 from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
 
-TABLE = "rope_freqs.weight"  # float32 [head_dim / 2]: what the unscaled frequencies are divided by
+TABLE = "rope_freqs.weight"  # float32 [head_dim / 2]: divisors of the unscaled frequencies
 _LONG_TABLES = ("rope_factors_long.weight", "rope_factors_short.weight")
-# What all models of LLaMA 3.1 to 3.3 have; their factors differ. The table alone would not tell these three apart.
+# Common to all models of LLaMA 3.1 to 3.3, only their factors differ. These three don't follow from the table alone.
 _LOW, _HIGH, _ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 Rule = TypeVar("Rule", bound=RopeScaling)
-_TOLERANCE = 1e-4  # a table computed in float32 by the converter; the bands of other rules differ by far more
+_TOLERANCE = 1e-4  # the table was computed in float32; other rules differ by far more
 
 
 def rope_scaling(metadata: Metadata, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> RopeScaling | None:
-    """The scaling of RoPE that a file asks for whose configuration, without it, is ``config``.
+    """The RoPE scaling that a file asks for; ``config`` is the file's configuration without it.
 
-    llama.cpp's converter writes LLaMA 3.1's rule as what each frequency is divided by; the largest is the rule's
-    factor. Raises InputError for a rule that is not implemented, by name.
+    llama.cpp's converter writes LLaMA 3.1's rule as a divisor for each frequency; the largest one is the rule's factor.
+    Raises InputError, naming the rule, for one that is not implemented.
     """
     path = metadata.path
     for name in _LONG_TABLES:
@@ -50,7 +50,7 @@ def rope_scaling(metadata: Metadata, tensors: Mapping[str, StoredTensor], config
 
 
 def _linear(metadata: Metadata) -> LinearScaling | None:
-    """Scaling by the metadata: a factor without a type is a linear one, and 0 or 1 is none, as in llama.cpp."""
+    """The scaling in the metadata. As in llama.cpp, a factor without a type is linear, and 0 or 1 means none."""
     path, key = metadata.path, metadata.key("rope.scaling.type")
     kind = metadata.text(key, "linear")
     if kind not in ("none", "linear"):

@@ -1,4 +1,4 @@
-"""Weights in a Hugging Face directory: safetensors or torch's .bin, one file or an indexed set, read by rows."""
+"""Weights in a Hugging Face directory: safetensors or torch's .bin, in one file or an indexed set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from converters.console.errors import DuplicateTensor, InputError, UnexpectedTensor, UnmappedTensor
 from converters.console.notes import note
 from converters.files.json_file import read_json
-from converters.files.whole import CODES, TensorSpec
 from converters.formats.compressed_tensors import (
     INT8_GROUP,
     SCALE_SUFFIX,
@@ -18,6 +17,7 @@ from converters.formats.compressed_tensors import (
     note_ignored,
     quantization_config,
 )
+from converters.formats.safetensors import CODES, TensorSpec
 from converters.formats.tensor_files import TensorFile
 from converters.model.architecture import Architecture
 from converters.model.config import ModelConfig
@@ -36,12 +36,12 @@ from converters.sources.huggingface_surplus import (
     same_bytes,
     settle_head,
 )
-from converters.tokenizers.auxiliary_files import read_companions, with_tokenizer
+from converters.tokenizers.auxiliary_files import read_auxiliary_files, with_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-_BASE = "model."  # before the names of a whole model's tensors; left out where the model was saved without its head
+_BASE = "model."  # begins tensors' names; missing where the model was saved without its head
 
 
 class HFSource:
@@ -54,7 +54,7 @@ class HFSource:
         self.directory = directory
         self._holder = holder
         self._stored_dtypes, self._said_dtype = found, said
-        self._companions = with_tokenizer(directory, config)
+        self._auxiliary = with_tokenizer(directory, config)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -66,17 +66,17 @@ class HFSource:
         return dtype_to_write(self._stored_dtypes, self._said_dtype)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, self.files(), read_companions(self.directory))
+        return fingerprint(self.config, self.files(), read_auxiliary_files(self.directory))
 
     def files(self) -> list[Path]:
         return sorted({held.path for held in self._holder.values()})
 
-    def companions(self) -> dict[str, bytes]:
-        return dict(self._companions)
+    def auxiliary_files(self) -> dict[str, bytes]:
+        return dict(self._auxiliary)
 
 
 class CompressedSource(HFSource):
-    """Weights in the compressed-tensors layout (formats/compressed_tensors.py) under the QuantizedSource protocol."""
+    """Weights in the compressed-tensors layout (compressed_tensors.py) under the QuantizedSource protocol."""
 
     format = "int8"
 
@@ -105,15 +105,15 @@ class CompressedSource(HFSource):
 
     @cached_property
     def _looked_up(self) -> set[str]:
-        """The names of the int8 tables that are no linears' weights, such as the embedding: they are dequantized."""
+        """The names of int8 weights that are looked up, such as the embedding: these are always dequantized."""
         return {p.name for p in parameters(self.config) if p.row.looked_up and p.name + SCALE_SUFFIX in self._holder}
 
 
 def open_hf(directory: Path) -> HFSource:
-    """Open a Hugging Face directory and hold its tensors against the parameter table.
+    """Open a Hugging Face directory and check its tensors against the parameter table.
 
-    Raises InputError for an unreadable or untrustworthy file, for a tensor of another shape or of no floating type,
-    and its four subclasses for names that don't fit.
+    Raises InputError for an unreadable or unsafe file, and for a tensor of another shape or of a type that isn't read;
+    for names its subclasses UnmappedTensor, UnexpectedTensor, MissingTensor and DuplicateTensor.
     """
     if not directory.is_dir():
         raise InputError(f"{directory} does not exist or is no directory.")
@@ -138,10 +138,10 @@ def open_hf(directory: Path) -> HFSource:
 
 
 def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str, Held]:
-    """Where each tensor is that is a weight of such a model; what it doesn't need is left out, with a note.
+    """Where each of the model's weights is stored. Tensors that it doesn't need are left out, with a note.
 
     The name of a weight may be followed by ``suffix``. Raises UnmappedTensor for any other name, and DuplicateTensor
-    for a tensor that is held twice with different values.
+    for a tensor that is stored twice with different values.
     """
     needed, whole = {parameter.name for parameter in parameters(config)}, family_of(config.architecture).architecture
     holder: dict[str, Held] = {}
@@ -169,16 +169,17 @@ def _hold(files: list[TensorFile], config: ModelConfig, suffix: str) -> dict[str
 
 
 def _whole_name(stored: str, suffix: str, architecture: Architecture) -> str:
-    """A tensor's name in a whole model: some, like OPT-66B's, were saved without the output head, or its prefix."""
+    """A tensor's name in a whole model. Models saved without their head, like OPT-66B, lack the prefix "model."."""
     based = _BASE + stored
     known = any(is_known(name, architecture) for name in (based.removesuffix(suffix), biased_weight(based)))
     return based if known else stored
 
 
 def _check_tensors(config: ModelConfig, holder: dict[str, Held], scales: set[str]) -> set[str]:
-    """Hold shapes and dtypes against the table; what has one of the ``scales`` is int8.
+    """Check shapes and dtypes; a weight that has one of the ``scales`` must be int8.
 
-    Returns the dtypes of the weights that are not quantized.
+    Returns the dtypes of the weights that are not quantized. Raises InputError, for a scale without a matrix
+    UnexpectedTensor.
     """
     found, left = set(), set(scales)
     for parameter in parameters(config):
@@ -192,12 +193,14 @@ def _check_tensors(config: ModelConfig, holder: dict[str, Held], scales: set[str
         else:
             found.add(_check_tensor(holder[parameter.name], parameter.name, parameter.shape, READ_DTYPES))
     for scale in left:
-        raise UnexpectedTensor(f"{holder[scale].path} holds {scale}, the scale of no matrix of its configuration.")
+        raise UnexpectedTensor(
+            f"{holder[scale].path} holds {scale}, the scale of a matrix that its configuration doesn't have."
+        )
     return found
 
 
 def _check_tensor(held: Held, name: str, expected: tuple[int, ...], dtypes: tuple[str, ...]) -> str:
-    """Hold one tensor's shape and dtype against what is expected. Returns the dtype."""
+    """Raise InputError for a tensor of another shape or dtype than expected. Returns its dtype."""
     shape, dtype = held.shape, held.dtype
     if shape != expected:
         raise InputError(

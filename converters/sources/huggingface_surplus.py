@@ -1,7 +1,7 @@
-"""Tensors of a Hugging Face directory that its model doesn't need: which may be left out, with a note.
+"""Tensors of a Hugging Face directory that its model doesn't need, and that are left out with a note.
 
-Buffers that follow from config.json, biases of zeros where the model has none, a tensor that two files hold alike, and
-an output head that is the embedding again.
+These are buffers that follow from config.json, biases of zeros where the model has no biases, second copies of a
+tensor, and an output head that is a copy of the embedding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 _ROTARY = r"rotary_emb(edding)?\.(original_)?_?(inv_freq|(cos|sin|cos_sin)(_cached?)?|freqs(_cis)?|position_ids)"
 _MASKS = r"(self_attn|attention|attn)\.(masked_)?bias|(attention_|causal_)?mask|position_ids|(attention_)?masked_bias"
 _WITHIN = r"(self_attn|attention|attn|embed_positions)\."
-# What trainers and older versions of transformers saved as buffers, of the model or of each layer.
+# Buffers that trainers and older versions of transformers saved, for the model or for each layer.
 _COMPUTED = re.compile(rf"(model\.)?(decoder\.)?(layers\.\d+\.)?(({_WITHIN})?({_ROTARY}|{_MASKS})|version)")
 _BIAS, _WEIGHT = ".bias", ".weight"
-_NAMED = 3  # tensors that a note names
+_NAMED = 3  # how many tensors a note names
 
 
 class Held(NamedTuple):
-    """Where a tensor is: its file, and its name there."""
+    """Where a tensor is stored: its file, and its name there."""
 
     file: TensorFile
     name: str
@@ -57,7 +57,7 @@ class Held(NamedTuple):
         return self.file.rows(self.name, start, stop)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """The ranges of rows in which to read all of its values; for a tensor of one axis or more, not empty."""
+        """Ranges of rows that cover the tensor, which must have an axis and not be empty."""
         return row_blocks(0, self.shape[0], prod(self.shape[1:]))
 
     @property
@@ -66,12 +66,12 @@ class Held(NamedTuple):
 
 
 def is_computed(name: str) -> bool:
-    """Whether a tensor of this name is a buffer that follows from config.json: no weight."""
+    """Whether a tensor of this name is a buffer that follows from config.json, not a weight."""
     return _COMPUTED.fullmatch(name) is not None
 
 
 def biased_weight(name: str) -> str:
-    """The name of the weight that a bias goes with; of anything else an empty one."""
+    """The name of the weight that a bias belongs to; empty where ``name`` is not a bias."""
     return name.removesuffix(_BIAS) + _WEIGHT if name.endswith(_BIAS) else ""
 
 
@@ -83,12 +83,12 @@ def note_left_out(names: list[str], what: str) -> None:
 
 
 def is_zero(held: Held) -> bool:
-    """Whether all values are zero, read block by block."""
+    """Whether all values are zero; reads them block by block."""
     return held.readable and not any(held.rows(*block).any() for block in held.blocks())
 
 
 def same_bytes(one: Held, other: Held) -> bool:
-    """Whether two tensors are the same to the bit, read block by block."""
+    """Whether two tensors are the same bit for bit; reads them block by block."""
     import torch
 
     return _alike(one, other) and all(
@@ -98,7 +98,7 @@ def same_bytes(one: Held, other: Held) -> bool:
 
 
 def _same_values(one: Held, other: Held) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes, read block by block."""
+    """Whether two tensors hold the same numbers, in any dtypes; reads them block by block."""
     import torch
 
     return (
@@ -114,10 +114,11 @@ def _alike(one: Held, other: Held) -> bool:
 
 
 def settle_head(config: ModelConfig, holder: dict[str, Held], scale: str) -> ModelConfig:
-    """The configuration that fits the output head which is there, taken out of ``holder`` where it is the embedding.
+    """The configuration that fits the stored output head; a head equal to the embedding is removed from ``holder``.
 
-    As in transformers 5: where the head is said to be the embedding (tied), and both are stored with values of their
-    own, both count; where only the head is, it is the embedding too. ``scale`` is the name of a quantized head's.
+    As in transformers 5: where config.json ties the head to the embedding but both are stored with different values,
+    both count; where only the head is stored, it is the embedding too. ``scale`` is the name of a quantized head's
+    scale.
     """
     embedding, head = config.architecture.prefix + EMBEDDING.name, LM_HEAD.name
     if not config.tie_word_embeddings or head not in holder:

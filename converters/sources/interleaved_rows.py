@@ -1,4 +1,4 @@
-"""The order of a Q or K projection's rows under interleaved rotary embeddings, which Meta's files and GGUF keep."""
+"""The order of a Q or K projection's rows under interleaved rotary embeddings, which Meta's files and GGUF use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-INTERLEAVED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # how the names of such tensors end
+INTERLEAVED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # the names of such tensors end so
 
 
 def interleaved_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Where rows [start, stop) of a Q or K projection, in Hugging Face's order, are kept: int64 indices, one per row.
+    """The stored positions of rows [start, stop) in Hugging Face's order of a Q or K projection: int64 [stop - start].
 
     Rotary embeddings turn pairs of a head's dimensions. Hugging Face pairs row i with row i + head_dim / 2
     (rotate-half); Meta's files and GGUF keep the two side by side.

@@ -1,4 +1,4 @@
-"""Meta's own LLaMA checkpoints: consolidated.00.pth and on, one file per model-parallel part, merged row by row."""
+"""Meta's own LLaMA checkpoints: consolidated.00.pth ..., one file per model-parallel part, merged row by row."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from converters.sources.meta_parts import (
     open_parts,
     part_paths,
 )
-from converters.tokenizers.auxiliary_files import MODEL, read_companions, with_tokenizer
+from converters.tokenizers.auxiliary_files import MODEL, read_auxiliary_files, with_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-# Meta's name -> Hugging Face name: the tensors outside the blocks, and those of block N between "layers.N." and
-# ".weight".
+# Meta's name -> Hugging Face name: tensors outside the blocks; in block N, what is between "layers.N." and ".weight".
 MODEL_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -49,27 +48,27 @@ BLOCK_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
 }
 _BLOCK_NAME = re.compile(r"layers\.(0|[1-9][0-9]*)\.([a-z0-9_.]+)\.weight")
-# The frequencies of rotary embeddings: a function of the configuration, no weights.
+# The frequencies of rotary embeddings, which follow from the configuration.
 _COMPUTED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _EMBEDDING, _WQ, _W1 = "tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"
 
 
 class _Stored(NamedTuple):
-    """Where a tensor is: its name in the parts, and the axis that they split (None: each part holds it whole)."""
+    """A tensor's name in the parts, and the axis along which they split it (None: each part holds all of it)."""
 
     name: str
     axis: int | None
 
 
 class MetaSource:
-    """The weights of a directory of Meta's under the TensorSource protocol."""
+    """The weights of one of Meta's directories, as a TensorSource."""
 
     def __init__(
         self, directory: Path, config: ModelConfig, parts: list[PickleFile], stored: dict[str, _Stored]
     ) -> None:
         self.config = config
         self._directory, self._parts, self._stored = directory, parts, stored
-        self._companions = with_tokenizer(directory, config, above=True)
+        self._auxiliary = with_tokenizer(directory, config, above=True)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor by its Hugging Face name, merged from the parts and in rotate-half order."""
@@ -87,30 +86,30 @@ class MetaSource:
         return dtype_to_write({self._parts[0].dtype(name) for name, _ in self._stored.values()}, said=None)
 
     def fingerprint(self) -> str:
-        companions = read_companions(self._directory)
-        if MODEL in self._companions:  # it may be that of the folder above
-            companions[MODEL] = self._companions[MODEL]
-        return fingerprint(self.config, self.files(), companions)
+        auxiliary = read_auxiliary_files(self._directory)
+        if MODEL in self._auxiliary:  # it may come from the folder above
+            auxiliary[MODEL] = self._auxiliary[MODEL]
+        return fingerprint(self.config, self.files(), auxiliary)
 
     def files(self) -> list[Path]:
         return [part.path for part in self._parts]
 
-    def companions(self) -> dict[str, bytes]:
-        return dict(self._companions)
+    def auxiliary_files(self) -> dict[str, bytes]:
+        return dict(self._auxiliary)
 
 
 def is_meta(directory: Path) -> bool:
-    """Whether a directory is one of Meta's; one with a config.json is taken for Hugging Face's."""
+    """Whether a directory is one of Meta's; with a config.json it counts as Hugging Face's."""
     if (directory / "config.json").exists():
         return False
     return (directory / PARAMS).exists() or bool(part_paths(directory))
 
 
 def open_meta(directory: Path) -> MetaSource:
-    """Open a directory of Meta's, with everything checked but the values of split tensors.
+    """Open one of Meta's directories, checking everything but the values of split tensors.
 
-    Raises InputError for a missing part, for parts of different checkpoints, for tensors that don't fit params.json
-    and for unreadable files; of its subclasses UnmappedTensor, UnexpectedTensor and MissingTensor for names.
+    Raises InputError for a missing part, parts of different checkpoints, tensors that don't fit params.json and
+    unreadable files; for names its subclasses UnmappedTensor, UnexpectedTensor and MissingTensor.
     """
     if not (directory / PARAMS).is_file():
         raise InputError(f"{directory} holds parts of a checkpoint of Meta's without {PARAMS}; fetch it too.")
@@ -133,7 +132,7 @@ def open_meta(directory: Path) -> MetaSource:
 
 
 def _by_hf_name(first: PickleFile) -> dict[str, str]:
-    """Hugging Face name -> Meta's, for what a part holds. Raises UnmappedTensor or MissingTensor."""
+    """Hugging Face's name -> Meta's, for the tensors of a part. Raises UnmappedTensor or MissingTensor."""
     named = {}
     for name in first.names():
         block = _BLOCK_NAME.fullmatch(name)
@@ -143,14 +142,14 @@ def _by_hf_name(first: PickleFile) -> dict[str, str]:
             named[f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.weight"] = name
         elif not _COMPUTED.fullmatch(name):
             raise UnmappedTensor(f"{first.path} holds the tensor {name[:80]!r}, which no LLaMA model has.")
-    for name in (_EMBEDDING, _WQ, _W1):  # what the sizes are read from; the rest is held against the table
+    for name in (_EMBEDDING, _WQ, _W1):  # sizes are read from these; the rest is checked against the table
         if name not in first.names():
             raise MissingTensor(f"{first.path} lacks the tensor {name}.")
     return named
 
 
 def _vocab_size(parts: list[PickleFile], params: Params) -> int:
-    """The rows of the whole embedding, which LLaMA 1 and 2 split by columns, LLaMA 3 by rows."""
+    """The rows of the whole embedding, which LLaMA 1 and 2 split by columns and LLaMA 3 by rows."""
     rows, width = _matrix(parts[0], _EMBEDDING)
     return rows * len(parts) if width == params.dim else rows
 
@@ -172,14 +171,14 @@ def _matrix(part: PickleFile, name: str) -> tuple[int, int]:
 
 
 def _split_axis(parameter: Parameter, part: PickleFile, name: str) -> int | None:
-    """The axis along which the parts split a tensor: as the table does, but for LLaMA 1 and 2's embedding."""
+    """The axis along which the parts split a tensor: the table's, except for the embedding of LLaMA 1 and 2."""
     if parameter.row is EMBEDDING:
         return 0 if part.shape(name)[1] == parameter.shape[1] else 1
     return parameter.row.shard
 
 
 def _dtype(part: PickleFile, stored: dict[str, _Stored]) -> str:
-    """The dtype of the weights (the widest of a mixed set)."""
+    """The dtype of the weights; float32 where they are mixed. Raises InputError for one that isn't read."""
     found = set()
     for name, _ in stored.values():
         if part.dtype(name) not in DTYPES:

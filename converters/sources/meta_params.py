@@ -1,4 +1,4 @@
-"""params.json, which goes with Meta's own LLaMA checkpoints: the dimensions, and what they leave to be known."""
+"""params.json of Meta's own LLaMA checkpoints: the dimensions, and what has to be inferred from them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MAX_SIZE = 1 << 24
 _MAX_MULTIPLIER = 1 << 10
 _LLAMA_3_VOCAB = 128256
 _CODE_LLAMA_THETA = 1e6
-# LLaMA 3.1's scaling of RoPE is a switch in params.json. Where that doesn't say the factor too, it is in the code that
-# goes with the model: 8, but 32 for LLaMA 3.2's 1B and 3B, told by (dim, n_layers).
+# LLaMA 3.1's RoPE scaling is a switch in params.json. Without a factor beside it, the factor is that of the model's own
+# code: 32 for LLaMA 3.2's 1B and 3B, recognized by (dim, n_layers), and 8 for the others.
 _ROPE_FACTOR = 8.0
 _ROPE_FACTORS = {
     (4096, 32): _ROPE_FACTOR,
@@ -30,12 +30,15 @@ _ROPE_FACTORS = {
 }
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR, _ORIGINAL_POSITIONS = 1.0, 4.0, 8192
 _SCALING_FIELDS = ("rope_scaling_factor", "rope_high_freq_factor")
-_IGNORED = ("max_seq_len", "max_batch_size")  # limits of a run, no part of the model
+_IGNORED = ("max_seq_len", "max_batch_size")  # limits of a run, not of the model
 
 
 @dataclass(frozen=True)
 class Params:
-    """The fields of params.json, under its names and with the defaults of Meta's reference code of LLaMA 1 and 2."""
+    """The fields of params.json, with the defaults of Meta's reference code for LLaMA 1 and 2.
+
+    Raises InputError for a value out of range.
+    """
 
     dim: int
     n_layers: int
@@ -44,7 +47,7 @@ class Params:
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
-    vocab_size: int = -1  # not known: the tokenizer's, so the embedding's
+    vocab_size: int = -1  # unknown: taken from the embedding
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False
     rope_scaling_factor: float | None = None
@@ -70,18 +73,18 @@ class Params:
 
     @property
     def intermediate_size(self) -> int:
-        """The feed-forward size by the rule of Meta's reference code: 2/3 of 4 * dim, times the multiplier, rounded."""
+        """The feed-forward size as in Meta's reference code: 2/3 of 4 * dim, times the multiplier, rounded up."""
         size = 8 * self.dim // 3
         if self.ffn_dim_multiplier is not None:
             size = int(self.ffn_dim_multiplier * size)
         return -(-size // self.multiple_of) * self.multiple_of
 
     def config(self, name: str, vocab_size: int) -> ModelConfig:
-        """The model's configuration; ``vocab_size`` is the embedding's. The dtype is left to whoever sees the weights.
+        """The model's configuration, without its dtype; ``vocab_size`` is the number of the embedding's rows.
 
-        params.json doesn't say how long a context may be, nor which tokens end a text; both follow from the
-        generation: 3.1 scales RoPE, 3 has its own vocabulary, Code Llama its own RoPE base. LLaMA 1 and 2 can't be
-        told apart and get LLaMA 1's length.
+        params.json gives neither the longest context nor the tokens that end a text. Both follow from the generation:
+        3.1 scales RoPE, 3 has its own vocabulary, Code Llama its own RoPE base. LLaMA 1 and 2 can't be told apart and
+        get LLaMA 1's context length. Raises InputError where params.json states another vocabulary.
         """
         if self.vocab_size not in (-1, vocab_size):
             raise InputError(f"vocab_size is {self.vocab_size} and the embedding has {vocab_size} rows.")
@@ -102,13 +105,13 @@ class Params:
             rope_theta=self.rope_theta,
             rope_scaling=scaling,
             max_position_embeddings=131072 if scaling else unscaled,
-            tie_word_embeddings=False,  # LLaMA 3.2's files hold the head a second time
+            tie_word_embeddings=False,  # LLaMA 3.2's files hold the tied head as a tensor of its own
             bos_token_id=128000 if third else 1,
             eos_token_ids=_end_tokens(third, scaled=scaling is not None),
         )
 
     def _rope_scaling(self) -> Llama3Scaling | None:
-        """By what params.json says itself, or else by the model's size; notes what is ignored or guessed."""
+        """From params.json itself, or else from the model's size; notes what is ignored or guessed."""
         factor, high = self.rope_scaling_factor, self.rope_high_freq_factor
         if not self.use_scaled_rope:
             for name in _SCALING_FIELDS:
@@ -128,14 +131,14 @@ class Params:
 
 
 def _end_tokens(third: bool, scaled: bool) -> tuple[int, ...]:
-    """Of LLaMA 3: end of text and of turn, and from 3.1 on, which scales RoPE, end of message; of 1 and 2: </s>."""
+    """LLaMA 1 and 2: </s>. LLaMA 3: end of text and of turn; from 3.1 on (which scales RoPE) also of message."""
     if not third:
         return (2,)
     return (128001, 128008, 128009) if scaled else (128001, 128009)
 
 
 def read_params(path: Path) -> Params:
-    """The content of a params.json. Raises InputError for a field that is missing, wrong or not known."""
+    """The content of a params.json. Raises InputError for a field that is missing, wrong or unknown."""
     content: Any = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a JSON object; fetch it again.")

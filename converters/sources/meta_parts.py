@@ -1,4 +1,4 @@
-"""The model-parallel parts of one of Meta's checkpoints, consolidated.00.pth and on: all there, of one kind, merged."""
+"""The model-parallel parts of one of Meta's checkpoints (consolidated.00.pth ...): checked for consistency, merged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")
-# By how much of a value the parts' copies of a tensor may differ. LLaMA 3 70B's norms differ in the last bits of
-# bfloat16: each part trained a copy of its own. A difference of 1/16 is 8 units in bfloat16's last place, above all
-# rounding and drift of copies that saw the same gradients; norms of different models differ by more somewhere.
+# The largest relative difference allowed between the parts' copies of a tensor. LLaMA 3 70B's norms differ in the last
+# bits of bfloat16: each part trained its own copy. 1/16 is 8 units in bfloat16's last place, more than rounding and
+# drift of copies that saw the same gradients; norms of different models differ by more somewhere.
 _DRIFT = 1 / 16
 
 
@@ -27,12 +27,12 @@ def part_name(number: int) -> str:
 
 
 def part_paths(directory: Path) -> list[Path]:
-    """The files of a directory that are named as parts, in order."""
+    """The files of a directory that have the name of a part, in order."""
     return sorted(path for path in directory.iterdir() if _PART.fullmatch(path.name))
 
 
 def open_parts(directory: Path) -> list[PickleFile]:
-    """The parts in order. Raises InputError, naming it, for one that is missing between them or can't be opened."""
+    """The parts in order. Raises InputError, naming the part, where one is missing in between or can't be opened."""
     paths = part_paths(directory)
     for number, path in enumerate(paths or [directory]):
         if path.name != part_name(number):
@@ -41,7 +41,7 @@ def open_parts(directory: Path) -> list[PickleFile]:
 
 
 def check_count(parts: list[PickleFile], rows: int, total: int, name: str) -> None:
-    """Raise InputError where parts that hold ``rows`` of ``name``'s ``total`` rows each are parts of another number."""
+    """Raise InputError unless parts that each hold ``rows`` of ``name``'s ``total`` rows are complete."""
     directory = parts[0].path.parent
     if rows * len(parts) == total:
         return
@@ -50,11 +50,11 @@ def check_count(parts: list[PickleFile], rows: int, total: int, name: str) -> No
     count = total // rows
     if count < len(parts):
         raise InputError(
-            f"{directory} holds {len(parts)} parts of the size that each of {count} has; {part_name(count)} and what "
-            "follows belong to another checkpoint."
+            f"{directory} holds {len(parts)} parts, and by their size the checkpoint has {count}; "
+            f"{part_name(count)} and those after it belong to another checkpoint."
         )
     missing = ", ".join(part_name(number) for number in range(len(parts), min(count, len(parts) + 8)))
-    raise InputError(f"{directory} lacks {missing}: the others are of the size that each of {count} parts has.")
+    raise InputError(f"{directory} lacks {missing}: by their size the others are parts of {count}.")
 
 
 def check_same_names(parts: list[PickleFile], ignored: re.Pattern[str]) -> None:
@@ -70,7 +70,7 @@ def check_same_names(parts: list[PickleFile], ignored: re.Pattern[str]) -> None:
 def check_shapes(parts: list[PickleFile], name: str, axis: int | None, whole: tuple[int, ...]) -> None:
     """Raise InputError for a part that doesn't hold its equal share, along ``axis``, of a tensor of shape ``whole``.
 
-    With None for the axis each holds it whole. Neither may parts hold it in different dtypes.
+    Without an axis each part must hold all of it. All parts must hold it in the same dtype.
     """
     expected = [length // len(parts) if i == axis else length for i, length in enumerate(whole)]
     divides = axis is None or whole[axis] % len(parts) == 0
@@ -79,7 +79,7 @@ def check_shapes(parts: list[PickleFile], name: str, axis: int | None, whole: tu
         shape = list(part.shape(name))
         if shape != expected or not divides:
             raise InputError(
-                f"{part.path} holds {name} in shape {shape}; {list(whole)} in {len(parts)} parts are called for, "
+                f"{part.path} holds {name} in shape {shape}; {list(whole)} in {len(parts)} parts calls for "
                 f"{expected} each."
             )
         if part.dtype(name) != dtype:
@@ -90,7 +90,7 @@ def check_shapes(parts: list[PickleFile], name: str, axis: int | None, whole: tu
 
 
 def check_replicas(parts: list[PickleFile], names: Iterable[str]) -> None:
-    """Note where what every part holds whole, of which the first part's is taken, isn't the same in all.
+    """Note tensors of which every part holds a copy, where the copies differ; the first part's is used.
 
     Raises InputError where a value differs by more than ``_DRIFT``.
     """
@@ -102,15 +102,15 @@ def check_replicas(parts: list[PickleFile], names: Iterable[str]) -> None:
             largest = max(largest, apart)
     if differing:
         note(
-            f"{parts[0].path.parent}: the parts differ in {plural(len(differing), 'tensor')} that each holds whole "
-            f"({differing[0]}, for one), by up to {largest:.2g} of a value; those of {parts[0].path.name} are taken."
+            f"{parts[0].path.parent}: the parts differ in {plural(len(differing), 'tensor')} that each of them holds "
+            f"(such as {differing[0]}), by up to {largest:.2g} of a value; those of {parts[0].path.name} are taken."
         )
 
 
 def _apart(first: PickleFile, part: PickleFile, name: str) -> float:
-    """The largest difference between two copies of a tensor, over the larger value or the tensor's root mean square.
+    """The largest relative difference between two copies of a tensor.
 
-    Raises InputError where that is more than ``_DRIFT``.
+    It is relative to the larger of both values and the tensor's root mean square. Raises InputError above ``_DRIFT``.
     """
     import torch
 
@@ -129,7 +129,7 @@ def _apart(first: PickleFile, part: PickleFile, name: str) -> float:
 
 
 def merged_rows(parts: list[PickleFile], name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a tensor that the parts hold in equal shares along ``axis``, or (None) each whole."""
+    """Rows [start, stop) of a tensor that the parts split evenly along ``axis``, or (None) of which each has a copy."""
     import torch
 
     if axis is None:

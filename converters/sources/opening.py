@@ -1,11 +1,11 @@
-"""Whatever holds a model's weights, opened as a source of them."""
+"""Opening a path as a source of weights, whatever kind it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from converters.console.errors import InputError
-from converters.output.claim import check_finished
+from converters.output.state import check_finished
 from converters.sources import random_init
 from converters.sources.huggingface import open_hf
 from converters.sources.huggingface_files import INDEX
@@ -16,9 +16,9 @@ from converters.sources.source import TensorSource
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open whatever holds a model's weights: a checkpoint, a Hugging Face or Meta directory, a GGUF file, shards.
+    """Open a model's weights: a checkpoint, a Hugging Face or Meta directory, a GGUF file, or shards.
 
-    Nothing but headers is read. Raises InputError where the path holds no such thing.
+    Reads only headers and small files. Raises InputError where the path is none of these, unfinished or damaged.
     """
     if path.is_file():
         return open_file(path)

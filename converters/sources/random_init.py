@@ -1,8 +1,8 @@
-"""Random weights that carry no information but their seed, so that any rows of any tensor can be made alone.
+"""Random weights that follow from a seed alone, so that any rows of any tensor can be made without the others.
 
-Value i of a tensor is the quantile of a normal distribution that belongs to 16 random bits: lane i % 4 (from the low
-end) of the 64-bit word i // 4 of numpy's Philox stream (Salmon et al. 2011, a counter-based generator), keyed by the
-first 16 bytes of sha256("<seed>:<tensor name>") and starting at counter 0. Norm weights are 1, their biases 0.
+Value i of a tensor is the quantile of a normal distribution that 16 random bits select: lane i % 4 (from the low end)
+of the 64-bit word i // 4 of numpy's Philox stream (Salmon et al. 2011, a counter-based generator), keyed by the first
+16 bytes of sha256("<seed>:<tensor name>") and starting at counter 0. Norm weights are 1, their biases 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LANES = 4  # 16-bit values in a 64-bit word
 
 
 class RandomSource:
-    """Random weights of a configuration, in its dtype, under the TensorSource protocol."""
+    """Random weights of a configuration, in its dtype, as a TensorSource."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config = config
@@ -62,17 +62,20 @@ class RandomSource:
     def files(self) -> list[Path]:
         return []
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         return {}
 
 
 def random_init_record(seed: int) -> dict[str, Any]:
-    """What random_init.json says: all that is needed to make the weights again."""
+    """The content of random_init.json: with config.json, all that is needed to make the weights again."""
     return {"format_version": FORMAT_VERSION, "seed": seed, "distribution": DISTRIBUTION}
 
 
 def open_random_init(directory: Path) -> RandomSource:
-    """The weights that a directory's random_init.json and config.json describe."""
+    """The weights that a directory's random_init.json and config.json describe.
+
+    Raises InputError where either is damaged or of another version.
+    """
     path = directory / FILE_NAME
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
@@ -84,13 +87,13 @@ def open_random_init(directory: Path) -> RandomSource:
 
 
 def _draw(seed: int, name: str, start: int, stop: int, table: np.ndarray) -> np.ndarray:
-    """Values [start, stop) of a tensor, looked up in ``table`` piece by piece, as the cache likes it."""
+    """Values [start, stop) of a tensor, looked up in ``table`` in pieces that stay in the processor's cache."""
     import numpy as np
 
     values = np.empty(stop - start, dtype=table.dtype)
     for first, last in row_blocks(start, stop, 1, CACHED_ELEMENTS):
         bits = _random_bits(seed, name, first, last)
-        # Of all ways to look 16 bits up, numpy's take is the fastest; "clip" spares it a check of bounds.
+        # numpy's take is the fastest way to look up 16 bits; "clip" saves it a check of bounds.
         np.take(table, bits, mode="clip", out=values[first - start : last - start])
     return values
 
@@ -109,7 +112,7 @@ def _random_bits(seed: int, name: str, start: int, stop: int) -> np.ndarray:
 
 @lru_cache(maxsize=3)
 def _quantiles(dtype: str) -> np.ndarray:
-    """The 65,536 values that 16 random bits choose from, quantiles at the middle of equal slices, as bit patterns."""
+    """The 65,536 values that 16 random bits select from, as bit patterns: quantiles at the middle of equal slices."""
     import torch
 
     normal = NormalDist(0.0, STD)

@@ -1,4 +1,4 @@
-"""Sources of weights that other packages open, announced as entry points, so that none of them is imported here."""
+"""Sources of weights that other packages open, found by their entry points, so that they aren't imported here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from converters.sources.source import TensorSource
 
-GROUP = "llama_convert.sources"  # an entry point's name is the file that tells its kind of directory
+GROUP = "llama_convert.sources"  # an entry point is named after the file by which its kind of directory is recognized
 
 
 def find_opener(directory: Path) -> Callable[[Path], TensorSource] | None:
-    """The function that opens a directory which holds a file of a registered name; None for any other directory."""
+    """The function that opens a directory that holds a file of a registered name; None for any other directory."""
     for entry in entry_points(group=GROUP):
         if (directory / entry.name).is_file():
             return entry.load()

@@ -1,6 +1,6 @@
-"""A source that is one file: a GGUF file by its first bytes, whatever it is called; of others, what they are.
+"""A source that is a single file: GGUF by its first bytes, whatever its name; other files are refused with advice.
 
-Also the one GGUF file of a directory that holds weights in no other form.
+Also finds the GGUF file of a directory without other weights.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from converters.sources.source import TensorSource
 
 _MAGIC = b"GGUF"
 _HEAD_BYTES = 512
-_PICKLE = re.compile(rb"\x80[\x02-\x05]")  # so begins torch.save's older format
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")  # the beginning of torch.save's older format
 _GIVE = "Give a .gguf file, or a directory of Hugging Face's or Meta's."
 _UNPACK = "Unpack it, and give the .gguf file or the directory that comes out."
-# How files begin that people take for a model's: the first bytes, what that is, and what to do.
+# Other files that are given for a model: their first bytes, what they are, and what to do.
 _KINDS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
         (b"lmgg", b"fmgg", b"tjgg"),
-        "in GGML's format, which came before GGUF. Make a GGUF file of it with llama.cpp's "
+        "in GGML's format, which came before GGUF. Make a GGUF file from it with llama.cpp's "
         "convert_llama_ggml_to_gguf.py, or give another file of the model.",
     ),
     (
@@ -37,12 +37,12 @@ _KINDS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         "transformers writes one.",
     ),
 )
-# Weights of other forms: a directory with such files is Hugging Face's or Meta's, whole or not.
+# Weights in other formats: a directory with such files is Hugging Face's or Meta's, complete or not.
 _OTHER_FORMS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "consolidated.*")
 
 
 def open_file(path: Path) -> TensorSource:
-    """Open a GGUF file. Raises InputError for any other, saying what it is and what to give."""
+    """Open a GGUF file. Raises InputError for any other file, saying what it is and what to give instead."""
     try:
         head = _read_head(path)
     except OSError as error:
@@ -55,9 +55,9 @@ def open_file(path: Path) -> TensorSource:
 
 
 def find_gguf(directory: Path) -> Path | None:
-    """The GGUF file, of a split model the first, of a directory without weights of another form; None without one.
+    """The GGUF file of a directory (of a split model, the first part); None where there is none or other weights are.
 
-    Raises InputError where there are several models, naming them.
+    Raises InputError, naming them, where there are several models.
     """
     if any(True for pattern in _OTHER_FORMS for _ in directory.glob(pattern)):
         return None
@@ -72,7 +72,7 @@ def find_gguf(directory: Path) -> Path | None:
 
 
 def _is_gguf(path: Path) -> bool:
-    """By its name, even where it turns out to be none; or by its first bytes, as in caches that name files by hash."""
+    """By its name, even if the content is wrong; or by its first bytes, as in caches that name files by hash."""
     if path.suffix.lower() == ".gguf":
         return True
     try:
@@ -87,7 +87,7 @@ def _read_head(path: Path) -> bytes:
 
 
 def _kind(path: Path, head: bytes) -> str:
-    """What a file is, and what to do about it."""
+    """In words, what a file is, and what to do about it."""
     for beginnings, what in _KINDS:
         if head.startswith(beginnings):
             return what
@@ -104,7 +104,7 @@ def _kind(path: Path, head: bytes) -> str:
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
-    """By its name, or by its first bytes: the length of a JSON object, and that object's beginning."""
+    """By its name, or by its first bytes: the length of a JSON object, then the object's first character."""
     named = path.name.lower().endswith(".safetensors")
     return named or (head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= path.stat().st_size - 8)
 

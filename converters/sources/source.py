@@ -1,4 +1,4 @@
-"""What every source of weights offers: tensors by Hugging Face name, a few rows at a time."""
+"""The interface of all sources of weights: tensors by Hugging Face name, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from converters.model.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from converters.files.whole import TensorSpec
+    from converters.formats.safetensors import TensorSpec
 
 
 class TensorSource(Protocol):
-    """A model's weights in Hugging Face names, shapes and RoPE row order, whatever they are stored as.
+    """A model's weights in Hugging Face's names, shapes and RoPE row order, however they are stored.
 
-    Opening a source checks its names and shapes against the parameter table; values are read by ``rows`` alone.
+    Names and shapes are checked against the parameter table when a source is opened; only ``rows`` reads values.
     """
 
-    config: ModelConfig  # ``config.dtype`` is that of the weights; what is dequantized comes as float32
+    config: ModelConfig  # ``config.dtype`` is the weights' dtype; dequantized weights are float32
 
     def default_dtype(self) -> str:
-        """The dtype to write where the user names none: that of the weights. May note why."""
+        """The dtype to write where the user names none. May note why."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor along its first axis, on the host. Raises InputError for unreadable data."""
+        """Rows [start, stop) of a tensor along its first axis: [stop - start, ...] on the host.
+
+        Raises InputError for unreadable data.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -34,17 +37,17 @@ class TensorSource(Protocol):
         ...
 
     def files(self) -> list[Path]:
-        """The files that values are read from; none for values that are made."""
+        """The files that values are read from; none where values are computed."""
         ...
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         """The files that go with the weights (tokenizer, generation settings): file name -> content."""
         ...
 
 
 @runtime_checkable
 class QuantizedSource(TensorSource, Protocol):
-    """A source that holds linears in a quantized format: ``rows`` dequantizes, ``stored_rows`` doesn't."""
+    """A source that holds linears in a quantized format, which ``rows`` dequantizes and ``stored_rows`` doesn't."""
 
     format: str  # as llama-quantize names it: "int8" is values and one scale for each output channel
 
@@ -53,16 +56,16 @@ class QuantizedSource(TensorSource, Protocol):
         ...
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
-        """Every tensor as it is held, scales by the weight's name and ``_scale``, for this model or a cut of it.
+        """Every tensor as stored, for this model or one with fewer layers; a scale's name is the weight's + ``_scale``.
 
-        Tensors that are not quantized, and have no scale, are in ``config.dtype``.
+        Tensors that are not quantized have no scale, and are in ``config.dtype``.
         """
         ...
 
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of such a tensor, on the host."""
+        """Rows [start, stop) of a tensor of ``stored_specs``: [stop - start, ...] on the host."""
         ...
 
     def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
-        """What config.json has to say of these tensors: its ``quantization_config``."""
+        """The fields of config.json that describe these tensors: ``quantization_config``."""
         ...

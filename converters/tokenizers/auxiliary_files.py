@@ -1,7 +1,6 @@
-"""The files that go with a model's weights, the tokenizer first of all: as they are, and as a tokenizer.json.
+"""A model's auxiliary files: the tokenizer and what else goes with the weights.
 
-llama-run reads tokenizer.json. Where a directory has another form of tokenizer, that becomes one here; what it was
-made from goes along.
+llama-run reads tokenizer.json. A tokenizer in another format is converted to one here, and its own files are kept too.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
-COMPANIONS = (
+NAMES = (
     TOKENIZER,
     CONFIG,
     MODEL,
@@ -42,26 +41,29 @@ COMPANIONS = (
     "chat_template.json",
     GENERATION,
 )
-# Further templates, by name, in a folder beside the first. Files of no other folder go along.
+# A folder with further templates, by name. Files of other folders are not taken.
 TEMPLATES = "additional_chat_templates"
 _TEMPLATE = re.compile(r"\w[\w.-]*\.jinja")
 _GPT2_KINDS = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files and the like in a directory: file name, of a template with its folder -> content."""
+def read_auxiliary_files(directory: Path) -> dict[str, bytes]:
+    """A directory's auxiliary files: file name -> content; a further template's name has its folder before it.
+
+    Raises InputError where a large file is a stand-in for the real one.
+    """
     folder = directory / TEMPLATES
     templates = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    names = (*COMPANIONS, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
+    names = (*NAMES, *(f"{TEMPLATES}/{name}" for name in templates if _TEMPLATE.fullmatch(name)))
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-    for name in (TOKENIZER, MODEL):  # large enough to be kept elsewhere
+    for name in (TOKENIZER, MODEL):  # large enough to be stored with Git LFS
         if what := stand_in(files.get(name, b"")):
             raise InputError(f"{directory / name} is {what}")
     return files
 
 
 def note_without_tokenizer(files: dict[str, bytes], source: str) -> None:
-    """Say where the files that go along with a model hold no tokenizer for llama-run."""
+    """Note where a model's auxiliary files hold no tokenizer for llama-run."""
     if TOKENIZER in files:
         return
     kept = [name for name in (MODEL, VOCAB, MERGES) if name in files]
@@ -70,14 +72,13 @@ def note_without_tokenizer(files: dict[str, bytes], source: str) -> None:
 
 
 def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) -> dict[str, bytes]:
-    """The files of ``read_companions``, with a tokenizer.json and a tokenizer_config.json where there were none.
+    """A directory's auxiliary files, with a tokenizer.json and a tokenizer_config.json made where they are missing.
 
-    With ``above`` a tokenizer.model may also be in the folder that the directory is in, as in Meta's downloads.
-
-    They are made of a tokenizer.model (SentencePiece's, or LLaMA 3's of Meta) or of GPT-2's vocab.json and merges.txt.
-    Raises InputError for a tokenizer that is damaged, of a kind that is not converted, or not this model's.
+    They are made from a tokenizer.model (SentencePiece's, or Meta's for LLaMA 3) or from GPT-2's vocab.json and
+    merges.txt. With ``above``, a tokenizer.model may also be in the parent folder, as in Meta's downloads. Raises
+    InputError for a tokenizer that is damaged, of a kind that is not converted, or not this model's.
     """
-    files = read_companions(directory)
+    files = read_auxiliary_files(directory)
     place = directory
     if above and not {TOKENIZER, MODEL} & files.keys() and (folder := _folder_above(directory)):
         place = folder
@@ -93,7 +94,7 @@ def with_tokenizer(directory: Path, config: ModelConfig, above: bool = False) ->
 
 
 def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelConfig) -> dict[str, bytes]:
-    """The files that are made of a tokenizer.model, which is in ``place``, or of GPT-2's."""
+    """The files made from a tokenizer.model, which is in ``place``, or from GPT-2's files."""
     settings = read_settings(files, str(directory))
     if MODEL in files:
         tokenizer, vocabulary = _read_model(files[MODEL], str(place / MODEL), config, settings)
@@ -102,7 +103,7 @@ def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelCo
         tokenizer, vocabulary = read_gpt2(files[VOCAB], files[MERGES], str(directory), settings.add_prefix_space)
         bos = bool(settings.add_bos)
     else:
-        return {}  # the two files alone don't say how text is cut
+        return {}  # the two files alone don't say how text is split
     vocabulary.check_size(config.vocab_size)
     vocabulary = settings.complete(vocabulary, config.vocab_size)
     add_tokens(tokenizer, vocabulary)
@@ -115,22 +116,22 @@ def _make(files: dict[str, bytes], directory: Path, place: Path, config: ModelCo
 
 
 def _folder_above(directory: Path) -> Path | None:
-    """The folder that a directory is in, by its path or by where a link leads, if a tokenizer.model is there."""
+    """The parent of a directory, or of what it links to, that holds a tokenizer.model; None without one."""
     folders = (Path(os.path.abspath(directory)).parent, directory.resolve().parent)
     return next((folder for folder in folders if (folder / MODEL).is_file()), None)
 
 
 def _read_model(content: bytes, where: str, config: ModelConfig, settings: Settings) -> tuple[Tokenizer, Vocabulary]:
-    """A tokenizer.model, whichever of the two it is."""
+    """The tokenizer of a tokenizer.model, SentencePiece's or Meta's."""
     if not is_tiktoken(content):
         return read_sentencepiece(content, where, settings.add_prefix_space, _scheme(settings))
     return read_tiktoken(content, where, since_3_1=isinstance(config.rope_scaling, Llama3Scaling))
 
 
 def _scheme(settings: Settings) -> str:
-    """How a space comes before the stretches between added tokens (Normalization.scheme).
+    """Where a space is put before the pieces of text between added tokens (Normalization.scheme).
 
-    ``legacy`` says it; where it isn't said, LLaMA's class in transformers 5 is not legacy, and all others are.
+    ``legacy`` decides; without it, LLaMA's class in transformers 5 is not legacy, and all others are.
     """
     if settings.kind in LLAMA_KINDS:
         return "always" if settings.legacy else "first"

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, as the tokenizer.json and tokenizer_config.json that Hugging Face's libraries read.
+"""The tokenizer in a GGUF file, as tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
 
-Two kinds go with LLaMA models: byte-level BPE ("gpt2") and SentencePiece BPE with scores ("llama"). What the metadata
-leaves unsaid (defaults, patterns, which tokens match whole) is as in llama.cpp, the program that defines the format.
+LLaMA models have two kinds: byte-level BPE ("gpt2") and SentencePiece BPE with scores ("llama"). What the metadata
+doesn't say (defaults, patterns, which tokens match whole) is as in llama.cpp, the program that defines the format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from converters.tokenizers.tokenizer_json import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # no part of a text
+_WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # never a part of ordinary text
 # The ids that a SentencePiece vocabulary has unless the file says otherwise.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
@@ -44,10 +44,10 @@ _ADVICE = (
 
 
 def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
-    """The ids of special tokens by their GGUF names: bos, eos, eot, eom, unknown, padding; absent ones left out.
+    """The ids of special tokens by their GGUF names: bos, eos, eot, eom, unknown, padding; missing ones are left out.
 
-    An id outside the vocabulary stands for none, with a note: converters write -1, as 4294967295 too, for a model
-    without such a token. As in llama.cpp, what the kind of tokenizer has by default then holds.
+    An id outside the vocabulary is ignored with a note: converters write -1 (also as 4294967295) for a model without
+    such a token. As in llama.cpp, the default of the tokenizer's kind then applies.
     """
     tokens = metadata.array("tokenizer.ggml.tokens", (str,), default=None)
     count = vocab_size if tokens is None else min(len(tokens), vocab_size)
@@ -67,7 +67,7 @@ def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
 
 
 def end_tokens(metadata: Metadata, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a text: those that the file names as such, and control tokens known by their text."""
+    """The ids that end a text: those that the file names, and control tokens recognized by their text."""
     named = special_ids(metadata, vocab_size)
     ends = union(named[name] for name in ("eos", "eot", "eom") if name in named)
     tokens = metadata.array("tokenizer.ggml.tokens", (str,), default=None) or []
@@ -81,7 +81,7 @@ def end_tokens(metadata: Metadata, vocab_size: int) -> tuple[int, ...]:
 
 
 def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json, by file name; nothing where the file holds no tokenizer.
+    """tokenizer.json and tokenizer_config.json, file name -> content; empty where the file holds no tokenizer.
 
     Raises InputError for a kind of tokenizer that is not converted, and for a vocabulary that contradicts itself.
     """
@@ -100,7 +100,7 @@ def _make(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
         cut = _cut(metadata)
         tokenizer, add_bos = _byte_level(metadata, vocabulary, cut), cut.add_bos
     else:
-        # As they are in the file, with the mark of a space, they are found only where spaces are marked.
+        # They contain the mark of a space, so they are only found once spaces are marked.
         marked = (
             i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == USER_DEFINED and SPACE in token
         )
@@ -110,7 +110,7 @@ def _make(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
     around = {"bos": add_bos, "eos": False}
     wanted = {name: metadata.flag(f"tokenizer.ggml.add_{name}_token", on) for name, on in around.items()}
     for name in [name for name, on in wanted.items() if on and name not in vocabulary.ids]:
-        note(f"{metadata.path} puts a {name} token around texts and doesn't say which it is: none is put there.")
+        note(f"{metadata.path} puts a {name} token around texts but doesn't say which it is: none is put there.")
         wanted[name] = False
     add_template(tokenizer, vocabulary, **wanted)
     config = _tokenizer_config(metadata, vocabulary)
@@ -128,7 +128,7 @@ def _vocabulary(metadata: Metadata, vocab_size: int) -> Vocabulary:
 
 
 def _types(metadata: Metadata, tokens: list[str]) -> list[int]:
-    """What each token is; a token that surely ends a text is a control token, whatever the file calls it."""
+    """The type of each token; one that surely ends a text is a control token, whatever the file calls it."""
     types = metadata.array("tokenizer.ggml.token_type", (int,), len(tokens), default=None) or [NORMAL] * len(tokens)
     return [CONTROL if is_surely_control(token) else kind for token, kind in zip(tokens, types, strict=True)]
 

@@ -1,4 +1,4 @@
-"""GPT-2's vocab.json and merges.txt, which go with OPT: byte-level BPE, token by token and merge by merge."""
+"""GPT-2's vocab.json and merges.txt, which OPT uses: the tokens and merges of byte-level BPE."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def read_gpt2(
     vocab_json: bytes, merges_txt: bytes, where: str, prefix: bool | None = None
 ) -> tuple[Tokenizer, Vocabulary]:
-    """The tokenizer that the two files of the folder ``where`` describe, and its vocabulary, no token special yet.
+    """The tokenizer that the two files of the folder ``where`` describe, and its vocabulary, without special tokens.
 
-    With ``prefix`` a space is put before a text that has none. Raises InputError for damaged files.
+    With ``prefix``, a space is put before a text that doesn't begin with one. Raises BadTokenizer for damaged files.
     """
     from tokenizers import pre_tokenizers
 
@@ -28,12 +28,12 @@ def read_gpt2(
     try:
         lines = merges_txt.decode().split("\n")
     except UnicodeDecodeError:
-        raise BadTokenizer(f"{where}/merges.txt is no text in UTF-8.") from None
-    # A first line may name the format's version. "#" itself is a letter of merges, so only this is left out.
+        raise BadTokenizer(f"{where}/merges.txt is not text in UTF-8.") from None
+    # The first line may name the format's version. Only that one is skipped: "#" is also a character of merges.
     kept = lines[1:] if lines[0].startswith("#version") else lines
     merges = read_merges((line.rstrip("\r") for line in kept if line.strip()), vocab, f"{where}/merges.txt")
     tokenizer = byte_level(vocab, merges, GPT2)
-    if prefix:  # before the text is cut, which this kind of step does by GPT-2's own pattern
+    if prefix:  # this step also splits the text, by GPT-2's own pattern, after adding the space
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     return tokenizer, vocabulary
 

@@ -1,4 +1,4 @@
-"""How text is cut before byte-level BPE, under the names that GGUF has for it; patterns as in llama.cpp."""
+"""How text is split before byte-level BPE, by GGUF's names; patterns as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cut:
-    """Text cut by each pattern in turn, within the pieces that the last one left."""
+    """Text is split by each pattern in turn, within the pieces that the previous one made."""
 
     patterns: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token as it stands skips the merges
-    add_bos: bool = False  # where the file doesn't say
+    whole_words: bool = False  # a piece that is itself a token isn't merged
+    add_bos: bool = False  # unless the file says otherwise
     nfc: bool = False
 
 
@@ -29,8 +29,8 @@ GPT2 = Cut((_WORDS,))
 LLAMA3 = Cut((_CL100K % "{1,3}",), whole_words=True, add_bos=True)
 _SINGLE_DIGITS = Cut((r"\p{N}", _WORDS))
 
-# tokenizer.ggml.pre -> the cutting that it names. A name that is not here is refused: with another cutting the token
-# ids are wrong here and there, and nothing shows it.
+# tokenizer.ggml.pre -> the rule that it names. An unknown name is refused: with another rule some token ids would be
+# wrong, and nothing would show it.
 PRE_TOKENIZERS = {
     "default": Cut((r"[\p{P}$+<=>^~|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": GPT2,

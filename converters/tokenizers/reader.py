@@ -1,4 +1,4 @@
-"""A tokenizer.json as transformers' AutoTokenizer reads it: with what the small files beside it say."""
+"""Reading a tokenizer.json as transformers' AutoTokenizer does, with the settings in the small files beside it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LLAMA_KINDS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of the files of a folder ``where``, by name; it neither cuts nor pads a prompt.
+    """The tokenizer from the auxiliary files of a folder ``where`` (name -> content); it doesn't truncate or pad.
 
-    Also the tokens that these files add beyond the ``rows`` of the embedding, which the tokenizer leaves out; those of
-    its vocabulary proper can't be left out. Raises InputError for one that can't be read.
+    Also returns the added tokens without a row of the embedding, which has ``rows``: the tokenizer leaves them out.
+    Tokens of the vocabulary itself can't be left out. Raises BadTokenizer for a tokenizer that can't be read.
     """
     from tokenizers import Tokenizer
 
@@ -32,13 +32,13 @@ def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[T
         beyond = [token.content for i, token in tokenizer.get_added_tokens_decoder().items() if i >= rows]
         if beyond:
             tokenizer = Tokenizer.from_str(_without(files[TOKENIZER], beyond))
-        # Saved with a batch's settings at times. A prompt is never to be cut, nor to get tokens that mean nothing.
+        # Some are saved with settings for batches, but a prompt must be neither truncated nor padded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # plain Exception for what the library can't read; a panic is not even that
-        raise BadTokenizer(f"{where}/{TOKENIZER} is no tokenizer that can be read ({error}).") from None
+    except BaseException as error:  # the library raises Exception itself, and a panic is not even that
+        raise BadTokenizer(f"{where}/{TOKENIZER} is not a readable tokenizer ({error}).") from None
     settings = read_settings(files, where)
     tokenizer.encode_special_tokens = settings.split_special
     made_here = MODEL in files and _may_be_made_here(tokenizer, settings)
@@ -46,10 +46,11 @@ def read_tokenizer(files: Mapping[str, bytes], where: str, rows: int) -> tuple[T
 
 
 def _may_be_made_here(tokenizer: Tokenizer, settings: Settings) -> bool:
-    """Whether a tokenizer.json beside a tokenizer.model may be made of that by this tool, added tokens' settings in it.
+    """Whether this tool may have made a tokenizer.json from the tokenizer.model beside it.
 
-    Then tokens are found before spaces are marked, whatever added_tokens_decoder says (tokenizer_json.py). LLaMA's
-    class gets no space by a normalizer here, as older files of transformers' have it.
+    Then it holds the added tokens' settings already, and these tokens are found before spaces are marked, whatever
+    added_tokens_decoder says (tokenizer_json.py). For LLaMA's class this tool never adds the space by a normalizer, as
+    older files of transformers do.
     """
     if tokenizer.normalizer is None or SPACE not in tokenizer.normalizer.normalize_str(" "):
         return False
@@ -57,10 +58,10 @@ def _may_be_made_here(tokenizer: Tokenizer, settings: Settings) -> bool:
 
 
 def note_beyond(content: bytes, where: str, rows: int) -> None:
-    """Say which tokens of a tokenizer.json have no row of the embedding. A damaged one is left to its reader."""
+    """Note which tokens of a tokenizer.json have no row of the embedding. A damaged file is left to its reader."""
     try:
         fields = json.loads(content)
-        vocabulary = fields["model"]["vocab"]  # ids by text, or pairs in the order of the ids
+        vocabulary = fields["model"]["vocab"]  # a dictionary of ids, or pairs in the order of the ids
         ids = vocabulary if isinstance(vocabulary, dict) else {pair[0]: i for i, pair in enumerate(vocabulary)}
         added = [entry["content"] for entry in fields.get("added_tokens") or [] if entry["id"] >= rows]
         own = [token for token, i in ids.items() if i >= rows and token not in added]
@@ -68,10 +69,10 @@ def note_beyond(content: bytes, where: str, rows: int) -> None:
         return
     beyond = list(dict.fromkeys(own + added))
     if beyond:
-        then = "llama-run refuses a prompt that needs one" if own else "a prompt that holds one is cut as any text"
+        then = "llama-run refuses a prompt that needs one" if own else "in a prompt they are split like any text"
         more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
         note(
-            f"{where}/{TOKENIZER} has tokens for which the model's {rows} rows of embeddings hold none: "
+            f"{where}/{TOKENIZER} has tokens beyond the model's {rows} rows of embeddings: "
             f"{', '.join(shown(token) for token in beyond[:3])}{more}; {then}."
         )
 
@@ -84,12 +85,11 @@ def _without(content: bytes, texts: list[str]) -> str:
 
 
 def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: set[str], made_here: bool) -> list[str]:
-    """Add what the small files name and tokenizer.json lacks; added_tokens_decoder goes before its settings too.
+    """Add the tokens that the small files name and tokenizer.json lacks.
 
-    But for a token's kind of text (``normalized``) in a tokenizer.json that was ``made_here``.
-
-    Returns the texts without a row that weren't ``left_out_before``. BOS and EOS are put around texts by tokenizer.json
-    alone: what the small files say of them is for making one.
+    Settings in added_tokens_decoder override those of tokenizer.json, except ``normalized`` in one that was
+    ``made_here``. Only tokenizer.json puts BOS and EOS around texts; the small files' settings for that are used when
+    one is made. Returns the tokens without a row that weren't ``left_out_before``.
     """
     own = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     specials = {entry.content for entry in settings.special}
@@ -101,7 +101,7 @@ def _add(tokenizer: Tokenizer, settings: Settings, rows: int, left_out_before: s
             by_id.append(replace(entry, special=entry.special or entry.content in specials))
     known = left_out_before | own.keys() | {entry.content for entry in by_id}
     special = [entry for entry in settings.special if entry.content not in known]
-    # What a role names is special, whatever tokenizer.json says of it.
+    # A token that a role names is special, whatever tokenizer.json says.
     changed = {entry.content for entry in by_id}
     special += [_as_special(own[text]) for text in specials & own.keys() - changed if not own[text].special]
     kept, left_out = [], []
@@ -122,5 +122,5 @@ def _as_special(token: AddedToken) -> Added:
 
 
 def _strips(token: Added | AddedToken) -> tuple[bool, bool, bool]:
-    """A token's settings but for the text that it is found in."""
+    """A token's settings except ``normalized``."""
     return token.lstrip, token.rstrip, token.single_word

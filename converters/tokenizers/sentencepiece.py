@@ -1,6 +1,6 @@
-"""SentencePiece's tokenizer.model, which goes with LLaMA 1 and 2: the pieces, and what is done to a text before them.
+"""SentencePiece's tokenizer.model, which LLaMA 1 and 2 use: the pieces, and how text is normalized.
 
-A message of Protocol Buffers, described in sentencepiece_model.proto of https://github.com/google/sentencepiece.
+It is a Protocol Buffers message, described in sentencepiece_model.proto of https://github.com/google/sentencepiece.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KINDS = {_UNIGRAM: "unigram", _BPE: "BPE", 3: "word", 4: "char"}
 
 @dataclass
 class _Trainer:
-    """Fields of TrainerSpec, with its defaults. An id of -1 is none."""
+    """Fields of TrainerSpec, with its defaults. An id of -1 means that there is no such token."""
 
     model_type: int = _UNIGRAM
     treat_whitespace_as_suffix: int = 0
@@ -85,13 +85,13 @@ def read_sentencepiece(
 ) -> tuple[Tokenizer, Vocabulary]:
     """The tokenizer that a tokenizer.model describes, without special tokens yet, and its vocabulary.
 
-    ``prefix`` overrules what it says of a space before the text, ``scheme`` is that of Normalization. Raises InputError
-    for a damaged file and for a kind of model that is not converted.
+    ``prefix`` overrides its setting for a space before the text; ``scheme`` is Normalization's. Raises BadTokenizer for
+    a damaged file, and InputError for a kind of model that is not converted.
     """
     try:
         model = _read(content)
     except ValueError as error:
-        raise BadTokenizer(f"{where} is no SentencePiece model that can be read ({error}).") from None
+        raise BadTokenizer(f"{where} is not a readable SentencePiece model ({error}).") from None
     trainer, normalizer = model.trainer, model.normalizer
     if trainer.model_type not in (_UNIGRAM, _BPE):
         kind = _KINDS.get(trainer.model_type, trainer.model_type)
@@ -120,7 +120,7 @@ def read_sentencepiece(
 
 
 def _read(content: bytes) -> _Model:
-    """Raises ValueError for what is no ModelProto."""
+    """Raises ValueError where ``content`` is not a valid ModelProto."""
     model = _Model()
     for number, value in read_fields(content):
         if number == _PIECES:

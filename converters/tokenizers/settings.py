@@ -1,7 +1,7 @@
-"""What the small JSON files beside a vocabulary say: tokens added to it, special ones, BOS and EOS around texts.
+"""The settings in the small JSON files beside a vocabulary: added and special tokens, BOS and EOS around texts.
 
-Where two of them speak of one token, transformers' rule holds: added_tokens_decoder of tokenizer_config.json is the
-whole truth where it is there; else special_tokens_map.json goes before tokenizer_config.json.
+Where two files describe one token, transformers' rule applies: added_tokens_decoder of tokenizer_config.json alone
+counts where it is present; otherwise special_tokens_map.json overrides tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 @dataclass(frozen=True)
 class Settings:
-    """``special`` are the special tokens, in the order in which new ones get their ids; ``named`` are those of a role
-    (bos, eos, unknown, padding). ``added`` are tokens by id. All have the settings that hold for them in the end.
+    """The settings of a tokenizer; its tokens have their final settings.
+
+    ``special`` are the special tokens, in the order in which new ones get their ids; ``named`` are those with a role
+    (bos, eos, unknown, padding), by role. ``added`` are tokens by id.
     """
 
     where: str  # the folder, for errors
@@ -36,16 +38,16 @@ class Settings:
     add_eos: bool | None
     add_prefix_space: bool | None
     legacy: bool | None
-    split_special: bool  # special tokens are not found in texts
+    split_special: bool  # special tokens in a text are split like any other text
     named: dict[str, Added]
     special: tuple[Added, ...]
     added: dict[int, Added]
     decoded: bool  # ``added`` comes from added_tokens_decoder
 
     def complete(self, vocabulary: Vocabulary, rows: int) -> Vocabulary:
-        """The vocabulary with the added and special tokens, of which those without a row of the embedding are left out.
+        """The vocabulary with the added and special tokens; those without one of the embedding's ``rows`` are left out.
 
-        Raises InputError for an added token of an id that another token has, or that leaves ids out.
+        Raises BadTokenizer for an added token whose id is another token's, or would leave a gap.
         """
         tokens, types = list(vocabulary.tokens), list(vocabulary.types)
         added = dict(vocabulary.added)
@@ -56,7 +58,7 @@ class Settings:
             if i == len(tokens):
                 if i >= rows:
                     self._note_without_row(text, rows)
-                    break  # so are the ones after it
+                    break  # those after it have no row either
                 tokens.append(text)
                 types.append(CONTROL if entry.special else USER_DEFINED)
             elif tokens[i] != text:
@@ -80,22 +82,25 @@ class Settings:
 
     def _note_without_row(self, text: str, rows: int) -> None:
         note(
-            f"{self.where} adds the token {shown(text)}, for which the model's {rows} rows of embeddings hold none. "
-            "It is left out of tokenizer.json: a prompt that holds it is cut as any text."
+            f"{self.where} adds the token {shown(text)} beyond the model's {rows} rows of embeddings. "
+            "It is left out of tokenizer.json: in a prompt it is split like any text."
         )
 
 
 def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
-    """From the files of a folder ``where``, by name. Raises InputError for one that holds no JSON object."""
+    """The settings in the auxiliary files of a folder ``where`` (name -> content).
+
+    Raises InputError for a file that isn't a JSON object, or a setting of the wrong type.
+    """
     config, special, added = (_json(files, name, where) for name in (CONFIG, SPECIAL, ADDED))
     decoded = config.get("added_tokens_decoder") is not None
     by_id = _decoder(config["added_tokens_decoder"], where) if decoded else {}
     fields = config if decoded else config | special
     known = {entry.content: entry for entry in by_id.values()}
-    # Any other name on _token names a special token too: of images, say.
+    # Any other field that ends in _token names a special token too, for images for example.
     keys = (*_ORDER, *(key for key in fields if key.endswith("_token") and key not in _ORDER))
     by_key = {key: entry for key in keys if (entry := _special(fields.get(key), known, where))}
-    # A role's token needs no place of its own where it is named by the lesser file alone.
+    # A role that only the overridden file names still counts, but its token isn't added to the special ones.
     roles = special | fields
     named = {role: entry for key, role in _ROLES.items() if (entry := _special(roles.get(key), known, where))}
     listed = [value for key in _LISTS for value in _values(fields.get(key))]
@@ -119,17 +124,17 @@ def read_settings(files: Mapping[str, bytes], where: str) -> Settings:
 
 
 def _decoder(entries: Any, where: str) -> dict[int, Added]:
-    """added_tokens_decoder: by id, as text, a token's text and settings."""
+    """added_tokens_decoder: maps ids, written as text, to a token's text and settings."""
     found = {}
     for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
         if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(entry, dict) or not _text(entry):
-            raise BadTokenizer(f"{where}/{CONFIG} has an added_tokens_decoder that is none.")
+            raise BadTokenizer(f"{where}/{CONFIG} has an invalid added_tokens_decoder.")
         found[int(key)] = _entry(entry, where, special=entry.get("special") is True)
     return found
 
 
 def _added(ids: dict[str, Any], special: set[str], where: str) -> dict[int, Added]:
-    """added_tokens.json: ids by text."""
+    """added_tokens.json: maps texts to ids."""
     for i in ids.values():
         if type(i) is not int or i < 0:
             raise BadTokenizer(f"{where}/{ADDED} gives a token the id {shown(i)}.")
@@ -137,9 +142,9 @@ def _added(ids: dict[str, Any], special: set[str], where: str) -> dict[int, Adde
 
 
 def _special(value: Any, known: dict[str, Added], where: str, listed: bool = False) -> Added | None:
-    """A special token: its text alone or an object with settings; those of added_tokens_decoder go before.
+    """A special token, from its text alone or an object with settings; ``known`` ones (added_tokens_decoder) win.
 
-    An object that is ``listed``, not named, is special by its place alone, which doesn't change its defaults.
+    An object that is ``listed`` rather than named is special too, but its defaults are those of an ordinary token.
     """
     text = _text(value)
     if not text:
@@ -152,7 +157,7 @@ def _special(value: Any, known: dict[str, Added], where: str, listed: bool = Fal
 
 
 def _entry(entry: dict[str, Any], where: str, special: bool) -> Added:
-    """A token from an object; what it leaves unsaid is as AddedToken has it."""
+    """A token from an object; missing settings have AddedToken's defaults."""
     flags = {name: entry[name] for name in _FLAGS if entry.get(name) is not None}
     for name, value in flags.items():
         if type(value) is not bool:
@@ -175,13 +180,13 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A special token's text: by itself, or among its settings."""
+    """A special token's text, from the text itself or an object; empty for any other value."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
 
 
 def _values(value: Any) -> list[Any]:
-    """The tokens of a list, or of an object that gives each a name."""
+    """The tokens in a list, or in an object that names each of them."""
     return value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
 
 

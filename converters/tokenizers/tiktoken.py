@@ -1,6 +1,6 @@
-"""LLaMA 3's tokenizer.model, from Meta: tiktoken's format, a line per token with its bytes in base64 and its rank.
+"""Meta's tokenizer.model for LLaMA 3, in tiktoken's format: per token a line with its bytes in base64 and its rank.
 
-The special tokens are not in it. They follow the ranks, under names that are in Meta's reference code
+It doesn't contain the special tokens. Their ids follow the ranks, and their names are in Meta's reference code
 (https://github.com/meta-llama/llama-models, llama3/api/tokenizer.py; before 3.1 llama3/llama/tokenizer.py).
 """
 
@@ -23,7 +23,7 @@ _FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SPECIAL_TOKENS = 256
 _RESERVED = "reserved_special_token_{}"
 _BEGIN = ("begin_of_text", "end_of_text", _RESERVED.format(0), _RESERVED.format(1))
-# Of the 3.0 models, and as 3.1 names them; reserved ones take the places that are left.
+# Names in 3.0 and in 3.1; reserved ones fill the remaining places.
 _NAMES_3_0 = (*_BEGIN, _RESERVED.format(2), _RESERVED.format(3), "start_header_id", "end_header_id",
               _RESERVED.format(4), "eot_id")  # fmt: skip
 _NAMES_3_1 = (*_BEGIN, "finetune_right_pad_id", _RESERVED.format(2), "start_header_id", "end_header_id",
@@ -32,15 +32,14 @@ _MOST_TOKENS = 1 << 20
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether a tokenizer.model is one of these."""
+    """Whether a tokenizer.model is in this format."""
     return _FIRST_LINE.match(content) is not None
 
 
 def read_tiktoken(content: bytes, where: str, since_3_1: bool) -> tuple[Tokenizer, Vocabulary]:
     """The tokenizer that a tokenizer.model describes, without special tokens yet, and its vocabulary.
 
-    ``since_3_1`` tells which names the special tokens have. Raises InputError for a
-    damaged file.
+    ``since_3_1`` selects the special tokens' names. Raises BadTokenizer for a damaged file.
     """
     letters = _letters()
     base = ["".join(letters[byte] for byte in token) for token in _tokens(content, where)]
@@ -54,7 +53,7 @@ def read_tiktoken(content: bytes, where: str, since_3_1: bool) -> tuple[Tokenize
     }
     vocabulary = Vocabulary(where, tokens, [NORMAL] * len(base) + [CONTROL] * len(names), ids)
     ranks = {token: rank for rank, token in enumerate(base)}
-    # tiktoken joins whichever neighbours give the token of the lowest rank.
+    # tiktoken always joins the neighbours that give the token of the lowest rank.
     merges = all_merges(ranks, [-rank for rank in range(len(base))], where)
     return byte_level({token: i for i, token in enumerate(tokens)}, merges, LLAMA3), vocabulary
 
@@ -87,7 +86,7 @@ def _tokens(content: bytes, where: str) -> list[bytes]:
 
 
 def _letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE, as in GPT-2: itself where that is printable."""
+    """The character that stands for each byte in byte-level BPE, as in GPT-2: the byte's own where printable."""
     printable = set(chain(range(ord("!"), ord("~") + 1), range(ord("¡"), ord("¬") + 1), range(ord("®"), ord("ÿ") + 1)))
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

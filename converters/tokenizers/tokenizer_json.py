@@ -1,6 +1,6 @@
-"""A tokenizer.json, which llama-run and Hugging Face's libraries read, from a vocabulary, whatever file that is in.
+"""Making a tokenizer.json, which llama-run and Hugging Face's libraries read, from a vocabulary of any source.
 
-Two kinds go with LLaMA and OPT models: byte-level BPE, and SentencePiece with scores.
+LLaMA and OPT models have two kinds: byte-level BPE, and SentencePiece with scores.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from converters.tokenizers.pre_tokenizers import Cut
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-# What a token is, in the numbers of SentencePiece's format and of GGUF's.
+# Types of tokens, by their numbers in SentencePiece's format and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACE = "\u2581"  # SentencePiece writes a space as this
-_LONGEST_PIECE = 256  # SentencePiece's own limit is 16 by default; the search for merges is quadratic in it
+_LONGEST_PIECE = 256  # SentencePiece's default limit is 16; the search for merges takes quadratic time in it
 _CONFIG_NAMES = (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token"))
 
 
 @dataclass(frozen=True)
 class Added:
-    """A token that is found in a text before the rest is cut, with the settings that tokenizers' AddedToken has."""
+    """A token that is found in a text before the rest is split, with the settings of tokenizers' AddedToken."""
 
     content: str
     special: bool = False
-    lstrip: bool = False  # it takes the white space before it along
-    rstrip: bool = False  # and that after it
+    lstrip: bool = False  # includes the white space before it
+    rstrip: bool = False  # includes the white space after it
     single_word: bool = False  # not found within a word
     normalized: bool = False  # found in the text as normalized, not as given
 
@@ -44,8 +44,9 @@ class Added:
 class Vocabulary:
     """Every token's text and type by id, and the ids of special tokens: bos, eos, eot, eom, unknown, padding.
 
-    ``added`` are the settings of tokens, by id, that the files beside a vocabulary name; ``pieces`` those of its
-    user-defined tokens that are found where SentencePiece finds them: in the text whose spaces are marked.
+    ``added`` are the tokens, by id, that the files beside a vocabulary describe. ``pieces`` are the ids of user-defined
+    tokens that are found as SentencePiece finds them: in the text whose spaces are already marked. Raises BadTokenizer
+    for a text that isn't valid Unicode, and for two tokens of the same text.
     """
 
     where: str  # the file, for errors
@@ -59,18 +60,18 @@ class Vocabulary:
         first: dict[str, int] = {}
         for i, token in enumerate(self.tokens):
             if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
-                raise BadTokenizer(f"{self.where} gives token {i} a text that is none (half a pair).")
+                raise BadTokenizer(f"{self.where} gives token {i} an invalid text (half a pair of surrogates).")
             if first.setdefault(token, i) != i:
                 raise BadTokenizer(f"{self.where} gives tokens {first[token]} and {i} the same text.")
 
     def check_size(self, vocab_size: int) -> None:
-        """Raise InputError where there is no token, or one without a row of the embedding."""
+        """Raise BadTokenizer where there is no token, or one without a row of the embedding."""
         if not 1 <= len(self.tokens) <= vocab_size:
             raise BadTokenizer(f"{self.where} has {len(self.tokens)} tokens but {vocab_size} rows of embeddings.")
 
     def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json has to say of it."""
-        # The generic class: transformers then takes tokenizer.json as it is and rebuilds nothing by model type.
+        """The fields of tokenizer_config.json for this vocabulary."""
+        # With the generic class transformers uses tokenizer.json as it is and rebuilds nothing by model type.
         fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         return fields | {field: self.tokens[self.ids[name]] for name, field in _CONFIG_NAMES if name in self.ids}
 
@@ -79,19 +80,19 @@ class Vocabulary:
 class Normalization:
     """What SentencePiece does to a text before it looks for pieces.
 
-    ``scheme`` is for a text that added tokens cut into stretches. "": each gets its own space before it, as
-    SentencePiece gives one to any text that it is handed. "first": only the first stretch, and "always": each, but
-    none that begins with a space already; so transformers' fast tokenizers do.
+    ``scheme`` says which parts of a text get a space where added tokens split it. "": every part, as SentencePiece does
+    with any text that it is given. As transformers' fast tokenizers do, "first": only the first part, and "always":
+    every part, in both cases unless it begins with a space already.
     """
 
-    prefix: bool = True  # a space before it
+    prefix: bool = True  # put a space before the text
     scheme: str = ""
-    trims: bool = False  # spaces around it dropped, runs of them inside made one
-    charsmap: bytes = b""  # a compiled table of replacements (Unicode's compatibility forms, say)
+    trims: bool = False  # remove spaces around the text, and make runs of spaces one
+    charsmap: bytes = b""  # a compiled table of replacements, of Unicode's compatibility forms for example
 
 
 def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], cut: Cut) -> Tokenizer:
-    """Byte-level BPE: ``merges`` best first, tokens in the letters that stand for bytes (GPT-2's)."""
+    """Byte-level BPE: ``merges`` with the best first, tokens written in GPT-2's characters for bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut.whole_words))
@@ -106,7 +107,7 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], cut: Cut) -
 
 
 def read_merges(lines: Iterable[str], vocab: dict[str, int], where: str) -> list[tuple[str, str]]:
-    """Merges from lines of two tokens each. Raises InputError for one of tokens that the vocabulary lacks."""
+    """Merges from lines of two tokens each. Raises BadTokenizer where the vocabulary lacks a token of a merge."""
     merges = []
     for rank, line in enumerate(lines):
         left, _, right = line.partition(" ")
@@ -119,7 +120,10 @@ def read_merges(lines: Iterable[str], vocab: dict[str, int], where: str) -> list
 def sentencepiece(
     vocabulary: Vocabulary, scores: Sequence[float], normalization: Normalization, unigram: bool = False
 ) -> Tokenizer:
-    """SentencePiece: BPE that joins the neighbours of the best score, or with ``unigram`` the likeliest cutting."""
+    """SentencePiece: BPE that joins the neighbours of the best score, or with ``unigram`` the most likely pieces.
+
+    Raises BadTokenizer for a token that is too long, and for an invalid table of replacements.
+    """
     from tokenizers import Tokenizer, models
 
     tokens, types, ids = vocabulary.tokens, vocabulary.types, vocabulary.ids
@@ -134,21 +138,21 @@ def sentencepiece(
             unk_token=tokens[ids["unknown"]] if "unknown" in ids else None,
             fuse_unk=True,
             byte_fallback=BYTE in types,
-            ignore_merges=bool(vocabulary.pieces),  # these are cut out whole, and no merges lead to them
+            ignore_merges=bool(vocabulary.pieces),  # these are split off whole, and no merges lead to them
         )
         tokenizer = Tokenizer(model)
     try:
         _normalize(tokenizer, normalization)
         _cut(tokenizer, normalization, [tokens[i] for i in vocabulary.pieces])
-    except Exception as error:  # plain Exception is what the library raises for a charsmap that is none
-        raise BadTokenizer(f"{vocabulary.where} has a table of replacements that is none ({error}).") from None
+    except Exception as error:  # the library raises Exception itself for an invalid charsmap
+        raise BadTokenizer(f"{vocabulary.where} has an invalid table of replacements ({error}).") from None
     return tokenizer
 
 
 def _normalize(tokenizer: Tokenizer, wanted: Normalization) -> None:
     from tokenizers import Regex, decoders, normalizers
 
-    # As normalizer and not as pre-tokenizer: a text that starts with a space gets another one, as in SentencePiece.
+    # In the normalizer, so that a text that begins with a space gets another one, as in SentencePiece.
     steps: list[Any] = [normalizers.Precompiled(wanted.charsmap)] if wanted.charsmap else []
     if wanted.trims:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -162,13 +166,13 @@ def _normalize(tokenizer: Tokenizer, wanted: Normalization) -> None:
 
 
 def _cut(tokenizer: Tokenizer, wanted: Normalization, pieces: Sequence[str]) -> None:
-    """What is done to the normalized text: the space before it, if not done yet, and user-defined pieces cut out."""
+    """Set the steps on the normalized text: add the space, where not done yet, and split off user-defined pieces."""
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[Any] = []
     if wanted.prefix and wanted.scheme:
         steps.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme=wanted.scheme, split=False))
-    if pieces:  # the longest that stands at a place
+    if pieces:  # the longest that matches at a place
         pattern = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
         steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
     if steps:
@@ -176,11 +180,11 @@ def _cut(tokenizer: Tokenizer, wanted: Normalization, pieces: Sequence[str]) -> 
 
 
 def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> list[tuple[str, str]]:
-    """The merges, best first, that a vocabulary with scores (by id) stands for.
+    """The merges, with the best first, that are equivalent to ``scores`` by id; ``normal`` are the normal tokens' ids.
 
-    SentencePiece joins whichever neighbours give the piece of the highest score, so every way to cut a piece into two
-    pieces is a merge of that piece's rank; control, byte and user-defined tokens never come of joining. Raises
-    InputError for a piece that is longer than any tokenizer's.
+    SentencePiece joins the neighbours that give the piece of the highest score, so every way to split a piece into two
+    pieces is a merge of that piece's rank. Control, byte and user-defined tokens never result from joining. Raises
+    BadTokenizer for a piece of more than ``_LONGEST_PIECE`` characters.
     """
     if any(len(piece) > _LONGEST_PIECE for piece in normal):
         raise BadTokenizer(f"{where} has a token of more than {_LONGEST_PIECE} characters.")
@@ -195,19 +199,19 @@ def all_merges(normal: dict[str, int], scores: Sequence[float], where: str) -> l
 
 
 def add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Have control and user-defined tokens, and those that are added by name, found before a text is cut."""
+    """Have control, user-defined and added tokens found before a text is split."""
     tokens, types, ids = vocabulary.tokens, vocabulary.types, vocabulary.ids
     special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
     special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
     own = special | {i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in vocabulary.pieces}
     found = {i: Added(tokens[i], special=i in special) for i in sorted(own)} | dict(vocabulary.added)
-    if tokenizer.normalizer is not None:  # it marks spaces, and what is added speaks of spaces as they are
+    if tokenizer.normalizer is not None:  # it marks spaces, and added tokens contain plain spaces
         found = {i: replace(entry, normalized=False) for i, entry in found.items()}
     tokenizer.add_tokens([found[i].token() for i in sorted(found) if found[i].content])
 
 
 def add_template(tokenizer: Tokenizer, vocabulary: Vocabulary, bos: bool, eos: bool) -> None:
-    """Have BOS put before a text and EOS after it, where that is asked for."""
+    """Have BOS put before a text and EOS after it, where asked for. Raises InputError where that token is unknown."""
     from tokenizers import processors
 
     tokens, ids, wanted = vocabulary.tokens, vocabulary.ids, {"bos": bos, "eos": eos}

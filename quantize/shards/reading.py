@@ -11,9 +11,9 @@ from converters.console.progress import Advance
 from converters.formats.tensor_files import SafetensorsFile
 from converters.model.config import ModelConfig
 from converters.model.families.hf_config import read_config
-from converters.output.claim import check_finished
 from converters.output.record import WRITTEN, read_record, verify_files
-from converters.tokenizers.auxiliary_files import read_companions
+from converters.output.state import check_finished
+from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.shards.partition import Split
 from quantize.shards.stored import StoredParameter, StoredTensor, chip_specs, stored_parameters
@@ -85,9 +85,9 @@ class Shards:
             files = read_record(self.directory / WRITTEN).files | files
         verify_files(self.directory, files, "llama-quantize", advance)
 
-    def companions(self) -> dict[str, bytes]:
+    def auxiliary_files(self) -> dict[str, bytes]:
         """The tokenizer's files and the like: file name -> content."""
-        return read_companions(self.directory)
+        return read_auxiliary_files(self.directory)
 
     def _path(self, chip: int) -> Path:
         return self.directory / chip_file(chip, self.chips)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.files.whole import CODES, TensorSpec
+from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.sources.source import QuantizedSource, TensorSource
 from quantize.shards.manifest import FILE_NAME
@@ -35,15 +35,15 @@ class ShardsSource:
         directory = self._shards.directory
         digest = hashlib.sha256((directory / "config.json").read_bytes())
         digest.update((directory / FILE_NAME).read_bytes())
-        for name, content in self.companions().items():
+        for name, content in self.auxiliary_files().items():
             digest.update(name.encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
     def files(self) -> list[Path]:
         return self._shards.paths()
 
-    def companions(self) -> dict[str, bytes]:
-        return self._shards.companions()
+    def auxiliary_files(self) -> dict[str, bytes]:
+        return self._shards.auxiliary_files()
 
 
 class QuantizedShardsSource(ShardsSource):

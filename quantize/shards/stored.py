@@ -9,8 +9,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
-from converters.files.whole import CODES, ITEM_BYTES, TensorSpec
 from converters.formats.compressed_tensors import quantization_config
+from converters.formats.safetensors import CODES, ITEM_BYTES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD, Axis, Parameter, Row, parameters
 from quantize.formats.floating import Floating

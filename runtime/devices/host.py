@@ -14,8 +14,8 @@ from quantize.shards.reading import Shards
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
+from runtime.devices.cpu.attention import attend_fused
 from runtime.devices.cpu.process import prepare_cpu_process
-from runtime.model.attention import attend_fused
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache

@@ -25,8 +25,9 @@ from converters.model.config import ModelConfig
 from quantize.shards.reading import Shards
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
+from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
 from runtime.devices.cpu.process import prepare_cpu_process
-from runtime.model.attention import attend_by_products, attend_by_vectors, attend_exactly
+from runtime.model.attention import attend_exactly
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import SLOT_AXIS, FunctionalKVCache

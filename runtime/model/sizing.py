@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from converters.files.whole import CODES, ITEM_BYTES
+from converters.formats.safetensors import CODES, ITEM_BYTES
 from converters.model.config import ModelConfig
 from converters.model.parameters import EMBEDDING, parameters
 from quantize.shards.partition import plan_heads

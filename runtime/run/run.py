@@ -15,7 +15,7 @@ from converters.console.notes import note
 from converters.console.progress import progress, spinner
 from converters.model.config import ModelConfig
 from converters.model.end_tokens import all_ends
-from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from quantize.shards.reading import Shards
 from quantize.shards.stored import padding_bytes, stored_tensors
 from runtime.devices.backend import Backend
@@ -117,7 +117,7 @@ def run(request: Request, tell: Tell) -> Run | None:
 def _end_tokens(request: Request, config: ModelConfig, codec: TextCodec | None) -> tuple[int, ...]:
     """All ids that end a row: those of config.json, and what the files beside the shards name further."""
     control = codec.control_tokens() if codec else {}
-    return all_ends(config.eos_token_ids, read_companions(request.shards), control, str(request.shards))
+    return all_ends(config.eos_token_ids, read_auxiliary_files(request.shards), control, str(request.shards))
 
 
 def _shown_ends(config: ModelConfig, stated: tuple[int, ...], codec: TextCodec | None) -> str | None:

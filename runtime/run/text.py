@@ -7,7 +7,7 @@ from pathlib import Path
 
 from converters.console.errors import InputError, advising, shown
 from converters.console.notes import note
-from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from converters.tokenizers.reader import TOKENIZER, read_tokenizer
 
 
@@ -17,7 +17,9 @@ class TextCodec:
     def __init__(self, directory: Path, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         with advising("Put the model's own there, or take it away and give --prompt-ids."):
-            self._tokenizer, self._left_out = read_tokenizer(read_companions(directory), str(directory), vocab_size)
+            self._tokenizer, self._left_out = read_tokenizer(
+                read_auxiliary_files(directory), str(directory), vocab_size
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from runtime.model import attention as forms
-from runtime.model.attention import Attend, attend, attend_by_products, attend_by_vectors, attend_exactly, attend_fused
+from runtime.devices.cpu import attention as forms
+from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors, attend_fused
+from runtime.model.attention import Attend, attend, attend_exactly
 from runtime.model.kv_cache import quantize_tokens
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4

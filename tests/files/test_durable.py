@@ -16,7 +16,7 @@ from models import make_model, snapshot
 
 from converters.cli import command as convert
 from converters.files import row_blocks
-from converters.files.whole import SafetensorsWriter
+from converters.formats.safetensors import SafetensorsWriter
 from converters.output import journal
 from quantize.cli import command as quantize
 

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import pytest
 import torch
-from invoke import invoke, invoke_error, refuse
+from invoke import Fill, invoke, invoke_error, refuse
 from models import random_tensors, snapshot, write_hf
 
 from converters.cli import command as convert
-from converters.output import preflight
 from quantize.cli import command as quantize
-
-Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return write_hf(tmp_path / "hf")
-
-
-@pytest.fixture(params=["convert", "quantize"])
-def fill(request: pytest.FixtureRequest, hf: Path) -> tuple[click.Command, tuple[object, ...]]:
-    """A command that writes a directory, with the arguments for its input; --out is left to be given."""
-    return (convert, ("--source", hf)) if request.param == "convert" else (quantize, (hf, "--int8"))
-
-
-Fill = tuple[click.Command, tuple[object, ...]]
 
 # --- the output is the input
 
@@ -212,13 +193,6 @@ def test_output_in_a_directory_that_takes_no_files(fill: Fill, tmp_path: Path) -
     line = invoke_error(command, *arguments, "--out", "/proc/none")
     assert "/proc/none" in line
     assert not os.path.exists("/proc/none")
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda count: monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda path: Usage(2 * count, count, count)
-    )
 
 
 def test_no_room(fill: Fill, tmp_path: Path, free: Callable[[int], None]) -> None:

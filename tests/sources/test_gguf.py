@@ -225,7 +225,7 @@ def test_config_comes_from_the_metadata(small: Path) -> None:
     assert (config.norm_eps, config.rope_theta, config.max_position_embeddings) == (1e-5, 20000.0, 128)
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 5))
     assert (config.dtype, config.tie_word_embeddings) == ("float32", False)
-    assert open_gguf(small).companions() == {}
+    assert open_gguf(small).auxiliary_files() == {}
 
 
 def test_head_dim_other_than_hidden_by_heads(tmp_path: Path) -> None:

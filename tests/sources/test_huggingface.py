@@ -114,7 +114,7 @@ def test_fields_of_older_configurations(tmp_path: Path) -> None:
     assert config.norm_eps == 1e-6  # transformers' own default for LLaMA
 
 
-def test_companions_go_along(tmp_path: Path) -> None:
+def test_auxiliary_files_go_along(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json"):
         (tmp_path / "hf" / name).write_bytes(name.encode())

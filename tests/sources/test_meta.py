@@ -332,7 +332,7 @@ def test_no_parts_and_no_params(model: LlamaForCausalLM, tmp_path: Path) -> None
 def test_more_parts_than_their_sizes_allow(model: LlamaForCausalLM, tmp_path: Path) -> None:
     meta = write_meta(tmp_path / "meta", model, 2)
     shutil.copy(meta / "consolidated.01.pth", meta / "consolidated.02.pth")
-    opening_raises(InputError, tmp_path, "3 parts of the size that each of 2 has", "consolidated.02.pth")
+    opening_raises(InputError, tmp_path, "3 parts, and by their size the checkpoint has 2", "consolidated.02.pth")
 
 
 def test_part_of_another_split(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import click
+import pytest
 from models import snapshot
 
 from converters.cli import command as convert
 from converters.console.command import run
 from quantize.cli import command as quantize
 
+Fill = tuple[click.Command, tuple[object, ...]]  # a command, and the arguments for its input
 SUPPORT = Path(__file__).parent  # where the programs are that tests start
 
 
@@ -71,12 +73,25 @@ def notes(result: Result) -> list[str]:
 
 
 class Killed(BaseException):
-    """Raised in the place of a SIGKILL: nothing of the command runs after it but what Python unwinds."""
+    """Raised to simulate SIGKILL: after it only what Python unwinds still runs."""
 
 
 def kill(command: click.Command, *args: object) -> None:
     """Run a command that a patch ends with ``Killed``."""
     assert "Error: Killed" in invoke(command, *args, exit_code=1).stderr
+
+
+def _raise_killed(*_: object) -> None:
+    raise Killed
+
+
+def kill_at(
+    owner: type, method: str, command: click.Command, *args: object, instead: Callable[..., None] = _raise_killed
+) -> None:
+    """Run a command that is killed where it calls ``owner.method``, or by ``instead``, which takes its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, instead)
+        kill(command, *args)
 
 
 def refuse(root: Path, command: click.Command, *args: object, says: Iterable[str] = ()) -> str:

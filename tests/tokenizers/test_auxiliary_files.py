@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converters.cli import command as convert
 from converters.model.families.hf_config import to_hf
 from converters.sources.opening import open_source
-from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from quantize.cli import command as quantize
 from runtime.run.text import find_codec
 
@@ -78,7 +78,7 @@ def test_only_files_of_the_known_names_go_along(tmp_path: Path) -> None:
     for path in (folder / "inner.jinja" / "d.jinja", tmp_path / "other" / "e.jinja", tmp_path / "f.jinja"):
         path.write_text("x")
     os.symlink(tmp_path / "f.jinja", folder / "linked.jinja")  # as the hub's cache has every file
-    assert list(read_companions(tmp_path)) == [
+    assert list(read_auxiliary_files(tmp_path)) == [
         "additional_chat_templates/a.jinja",
         "additional_chat_templates/linked.jinja",
     ]
@@ -151,17 +151,17 @@ def test_however_the_directory_is_named(way: str, tmp_path: Path, monkeypatch: p
     os.symlink(source, tmp_path / "elsewhere" / "link")
     monkeypatch.chdir(source if way == "dot" else tmp_path)
     path = {"relative": "models/7B", "dot": ".", "slash": f"{source}/", "link": "elsewhere/link"}[way]
-    assert "tokenizer.json" in open_source(Path(path)).companions()
+    assert "tokenizer.json" in open_source(Path(path)).auxiliary_files()
 
 
 def test_its_own_tokenizer_goes_before(tmp_path: Path) -> None:
     source = meta_beside_its_tokenizer(tmp_path)
     own = train_sentencepiece(700)
     (source / "tokenizer.model").write_bytes(own)
-    assert open_source(source).companions()["tokenizer.model"] == own
+    assert open_source(source).auxiliary_files()["tokenizer.model"] == own
 
 
 def test_a_hugging_face_directory_has_its_own(tmp_path: Path) -> None:
     make_model(tmp_path / "hf", vocab=810)
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
-    assert "tokenizer.model" not in open_source(tmp_path / "hf").companions()
+    assert "tokenizer.model" not in open_source(tmp_path / "hf").auxiliary_files()

@@ -59,7 +59,7 @@ def save(values: dict[str, Any], folder: Path) -> Path:
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     source = open_gguf(smollm2_gguf)
-    for name, content in source.companions().items():
+    for name, content in source.auxiliary_files().items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(to_hf(source.config)))
     return folder
@@ -475,7 +475,7 @@ def test_a_token_around_texts_that_is_not_named(
     forget_notes()
     assert len(files(values | {f"tokenizer.ggml.{role}_token_id": 4294967295})[0].encode("a").ids) == 1
     print_notes()
-    assert f"puts a {role} token around texts and doesn't say which" in capsys.readouterr().err
+    assert f"puts a {role} token around texts but doesn't say which" in capsys.readouterr().err
     forget_notes()
 
 

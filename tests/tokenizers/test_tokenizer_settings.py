@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from converters.cli import command as convert
 from converters.console.notes import forget_notes, print_notes
 from converters.sources.opening import open_source
-from converters.tokenizers.auxiliary_files import read_companions
+from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from converters.tokenizers.reader import read_tokenizer
 from runtime.run.text import find_codec
 
@@ -65,7 +65,7 @@ def write(directory: Path, files: dict[str, Any]) -> None:
 
 def reader(directory: Path) -> Tokenizer:
     """The tokenizer of what llama-convert writes of a source, as llama-run reads it again."""
-    return read_tokenizer(open_source(directory).companions(), "here", ROWS)[0]
+    return read_tokenizer(open_source(directory).auxiliary_files(), "here", ROWS)[0]
 
 
 def check(directory: Path, texts: list[str] = TEXTS) -> None:
@@ -246,7 +246,7 @@ def test_a_made_tokenizer_leaves_out_what_has_no_row(files: dict[str, Any], tmp_
     (tmp_path / "hf" / "tokenizer.model").write_bytes(train_sentencepiece())
     write(tmp_path / "hf", files)
     said = invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "out").stderr
-    assert f"adds the token '{NEW}', for which the model's 800 rows of embeddings hold none" in said
+    assert f"adds the token '{NEW}' beyond the model's 800 rows of embeddings" in said
     assert max(find_codec(tmp_path / "out", 800).encode(f"one{NEW}two")) < 800
 
 
@@ -441,6 +441,6 @@ def test_user_defined_pieces_as_the_library_finds_them(kind: str, model_type: st
 def test_what_is_read_is_what_is_beside_the_weights(tmp_path: Path) -> None:
     """llama-run reads the same files from the shards as from the checkpoint."""
     write_saved(tmp_path / "hf", saved(), added(800, {"rstrip": True}))
-    assert read_companions(tmp_path / "hf").keys() >= {"tokenizer.json", "tokenizer_config.json"}
+    assert read_auxiliary_files(tmp_path / "hf").keys() >= {"tokenizer.json", "tokenizer_config.json"}
     codec = find_codec(tmp_path / "hf", ROWS)
     assert [codec.encode(text) for text in TEXTS] == [reader(tmp_path / "hf").encode(text).ids for text in TEXTS]

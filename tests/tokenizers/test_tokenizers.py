@@ -39,7 +39,7 @@ LLAMA3 = (
 
 def tokenizer_of(directory: Path) -> Tokenizer:
     """That of the source in a directory."""
-    return Tokenizer.from_str(open_source(directory).companions()["tokenizer.json"].decode())
+    return Tokenizer.from_str(open_source(directory).auxiliary_files()["tokenizer.json"].decode())
 
 
 def texts() -> list[str]:
@@ -142,7 +142,7 @@ def test_a_hugging_face_directory(llama: bytes, direct: bool, tmp_path: Path) ->
     assert tokenizer.decode(ids, skip_special_tokens=True) == "He said<|turn|> no"
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == small["tokenizer_config.json"]
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    assert open_source(tmp_path / "hf").companions()["tokenizer.json"] == b"{}"
+    assert open_source(tmp_path / "hf").auxiliary_files()["tokenizer.json"] == b"{}"
 
 
 def test_no_space_before_the_text_where_that_is_said(llama: bytes, tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
     """vocab.json and merges.txt of a LLaMA go along; only GPT-2's own kind is known to cut text as GPT-2 does."""
     make_model(tmp_path / "hf", vocab=810)
     write_gpt2(tmp_path / "hf", tokenizer_class="Qwen2Tokenizer")
-    assert {"vocab.json", "merges.txt"} < set(open_source(tmp_path / "hf").companions())
-    assert "tokenizer.json" not in open_source(tmp_path / "hf").companions()
+    assert {"vocab.json", "merges.txt"} < set(open_source(tmp_path / "hf").auxiliary_files())
+    assert "tokenizer.json" not in open_source(tmp_path / "hf").auxiliary_files()
     write_gpt2(tmp_path / "hf", tokenizer_class="GPT2TokenizerFast", add_bos_token=None)
     assert tokenizer_of(tmp_path / "hf").encode("a").ids[0] != 2
 
@@ -250,7 +250,7 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (b"", "no SentencePiece model"),
+        (b"", "not a readable SentencePiece model"),
         (b"\x0a\x0e a tokenizer", "ends within a field"),
         (b"\x0a\x02\x0a\x00" * 2, "gives tokens 0 and 1 the same text"),
         (b"\x0a\x06\x0a\x01a\x15\x00\x00", "ends within"),
@@ -259,7 +259,7 @@ def test_files_that_do_not_say_how_text_is_cut(tmp_path: Path) -> None:
         (b"\x0a\x03\x0a\x01a\x12\x04\x18\x02\xc0\x01\x01", "ends within"),
         (b"\x0a\x03\x0a\x01a\x12\x05\x18\x02\xc0\x01\x01", "treats spaces"),
         (b"\x0a\x03\x0a\x01a\x12\x02\x18\x02\x1a\x03\x12\x01\x01", "table of replacements"),
-        (b"\x0a\x03\x0a\x01\xff", "no SentencePiece model"),
+        (b"\x0a\x03\x0a\x01\xff", "not a readable SentencePiece model"),
         (b"\x0f\x00", "unknown kind 7"),
         (b"\xff" * 11, "more than ten bytes"),
         (b"YQ== 0\nYg== 0\n", "line 2"),

@@ -1,4 +1,4 @@
-"""What a command leaves alone, replaces, adds to and calls complete: by the record of the files that it wrote."""
+"""What an earlier run's output is found to be: complete, changed, of another source, or to be added to."""
 
 from __future__ import annotations
 
@@ -11,218 +11,14 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from invoke import Killed, error_line, invoke, kill, refuse, run_command
-from models import make_model, snapshot, write_hf
+from invoke import Fill, Killed, error_line, invoke, kill_at, refuse, run_command
+from models import make_model, snapshot
 
 from converters.cli import command as convert
-from converters.console.errors import InputError
 from converters.files import whole as files
-from converters.output import claim as output
-from converters.output import preflight
-from converters.output.lock import lock
+from converters.files.whole import FileRecord
+from converters.formats.safetensors import SafetensorsWriter
 from quantize.cli import command as quantize
-from quantize.report import Report
-
-Fill = tuple[click.Command, tuple[object, ...]]
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return write_hf(tmp_path / "hf")
-
-
-@pytest.fixture(params=["convert", "quantize"])
-def fill(request: pytest.FixtureRequest, hf: Path) -> Fill:
-    """A command that writes a directory, with the arguments for its input; --out is left to be given."""
-    return (convert, ("--source", hf)) if request.param == "convert" else (quantize, (hf, "--int8"))
-
-
-# --- the lock
-
-
-def test_a_lock_that_links_to_a_file_is_not_followed(fill: Fill, tmp_path: Path) -> None:
-    command, arguments = fill
-    (tmp_path / "precious.txt").write_text("mine")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "precious.txt")
-    for force in ((), ("--force",)):
-        refuse(
-            tmp_path, command, *arguments, "--out", tmp_path / "out", *force, says=[".lock", "is no file of this tool"]
-        )
-    assert (tmp_path / "precious.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("content", ["", "mine"])
-def test_a_lock_of_the_users_own_stays(fill: Fill, content: str, tmp_path: Path) -> None:
-    command, arguments = fill
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").write_text(content)
-    invoke(command, *arguments, "--out", tmp_path / "out")
-    assert (tmp_path / "out" / ".lock").read_text() == content
-    invoke(command, *arguments, "--out", tmp_path / "out", "--force")
-    assert (tmp_path / "out" / ".lock").read_text() == content
-
-
-def test_a_lock_that_a_killed_process_left_is_taken_and_removed(tmp_path: Path) -> None:
-    with lock(tmp_path):
-        left = (tmp_path / ".lock").read_bytes()
-    assert not (tmp_path / ".lock").exists()
-    (tmp_path / ".lock").write_bytes(left)
-    with lock(tmp_path):
-        pass
-    assert not (tmp_path / ".lock").exists()
-
-
-def test_a_refused_folder_is_not_even_locked(fill: Fill, tmp_path: Path) -> None:
-    """Nothing is opened for writing in a folder of somebody else's: its times stay as they are."""
-    command, arguments = fill
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "notes.txt").write_text("mine")
-    before = (tmp_path / "theirs").stat().st_mtime_ns
-    refuse(tmp_path, command, *arguments, "--out", tmp_path / "theirs")
-    assert (tmp_path / "theirs").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("name", ["config.json", "config.json.partial", ".in-progress.json.partial", "WEIGHTS.partial"])
-def test_links_under_names_of_ours_are_not_followed(fill: Fill, name: str, tmp_path: Path) -> None:
-    command, arguments = fill
-    weights = "model-00001-of-00001.safetensors" if command is convert else "chip-00-of-01.safetensors"
-    (tmp_path / "precious.txt").write_text("mine")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name.replace("WEIGHTS", weights)).symlink_to(tmp_path / "precious.txt")
-    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force")
-    assert (tmp_path / "precious.txt").read_text() == "mine"
-
-
-# --- --force
-
-
-def test_force_removes_only_what_was_written(fill: Fill, tmp_path: Path) -> None:
-    """Files with names that the tool might have given, but for this output hasn't."""
-    command, arguments = fill
-    out = tmp_path / "out"
-    invoke(command, *arguments, "--out", out)
-    own = ("chat_template.jinja", "tokenizer.model", "chip-01-of-02.safetensors", "model-00002-of-00009.safetensors")
-    for name in own:
-        (out / name).write_text("mine")
-    invoke(command, *arguments, "--layers", 1, "--out", out, "--force")
-    for name in own:
-        assert (out / name).read_text() == "mine"
-        (out / name).unlink()
-    invoke(command, *arguments, "--layers", 1, "--out", tmp_path / "straight")
-    assert snapshot(out) == snapshot(tmp_path / "straight")
-
-
-def test_force_never_takes_the_name_of_a_file_of_the_users(tmp_path: Path, hf: Path) -> None:
-    invoke(quantize, hf, "--int8", "--chips", 2, "--only-chip", 0, "--out", tmp_path / "out")
-    (tmp_path / "out" / "chip-01-of-02.safetensors").write_text("from another machine")
-    for force in ((), ("--force",)):
-        command = (quantize, hf, "--int8", "--chips", 2, "--only-chip", 1, "--out", tmp_path / "out", *force)
-        refuse(tmp_path, *command, says=["chip-01-of-02.safetensors was not written by this tool"])
-
-
-def test_a_single_file_that_readers_would_take_for_the_model(fill: Fill, tmp_path: Path) -> None:
-    command, arguments = fill
-    invoke(command, *arguments, "--out", tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors").write_text("mine")
-    changed = (*arguments, "--layers", 1, "--out", tmp_path / "out", "--force")
-    refuse(tmp_path, command, *changed, says=["model.safetensors was not written by this tool"])
-
-
-@pytest.mark.parametrize("command", [convert, quantize])
-def test_force_checks_the_disk_before_it_removes(
-    command: click.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_model(tmp_path / "hf", hidden=96, ffn=400, layers=4)
-    arguments = ("--source", tmp_path / "hf") if command is convert else (tmp_path / "hf", "--int8")
-    invoke(command, *arguments, "--layers", 1, "--out", tmp_path / "out")
-    usage = type("Usage", (), {"free": 1000, "total": 10**12})
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-    refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", "--force", says=["1.00 kB are free"])
-
-
-@pytest.mark.parametrize("at", range(12))
-def test_killed_while_force_clears(fill: Fill, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between any two removals: the same command again goes on, and ends as if nothing had happened."""
-    command, arguments = fill
-    out = tmp_path / "out"
-    (tmp_path / "hf" / "generation_config.json").write_text("{}")
-    invoke(command, *arguments, "--out", out)
-    (out / "notes.txt").write_text("mine")
-    unlink, calls = Path.unlink, []
-
-    def stop(path: Path, missing_ok: bool = False) -> None:
-        if path.is_relative_to(out) and path.name != ".lock":
-            calls.append(path)
-            if len(calls) > at:
-                raise Killed
-        unlink(path, missing_ok=missing_ok)
-
-    changed = (*arguments, "--layers", 1, "--out", out)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stop)
-        kill(command, *changed, "--force")
-    assert ".in-progress.json" in snapshot(out)
-    refuse(tmp_path, command, *arguments, "--out", out, says=["--force"])
-    invoke(command, *changed, *(("--force",) if at % 2 else ()))
-    assert (out / "notes.txt").read_text() == "mine"
-    (out / "notes.txt").unlink()
-    invoke(command, *changed[:-1], tmp_path / "straight")
-    assert snapshot(out) == snapshot(tmp_path / "straight")
-
-
-@pytest.mark.parametrize("name", ["WEIGHTS", "config.json", "MANIFEST"])
-def test_files_put_into_an_unfinished_output_are_not_taken_for_ours(
-    fill: Fill, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Names that were only wanted when the run was killed: neither a rerun nor --force overwrites or removes them."""
-    command, arguments = fill
-    small = ("--max-shard-size", "2KB") if command is convert else ("--chips", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "add", _stop_at_weights(output.Output.add))
-        kill(command, *arguments, *small, "--out", tmp_path / "out")
-    last = "model.safetensors.index.json" if command is convert else "shards.json"
-    weights = "model-00003-of-00007.safetensors" if command is convert else "chip-01-of-02.safetensors"
-    path = tmp_path / "out" / name.replace("WEIGHTS", weights).replace("MANIFEST", last)
-    path.write_text("mine")
-    for force in ((), ("--force",)):
-        refuse(tmp_path, command, *arguments, *small, "--out", tmp_path / "out", *force, says=[path.name])
-    path.unlink()
-    invoke(command, *arguments, *small, "--out", tmp_path / "out")
-    invoke(command, *arguments, *small, "--out", tmp_path / "straight")
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
-
-
-def test_a_file_put_there_while_a_run_fails_stays(fill: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends with bad input takes back what it wrote, and nothing else."""
-    command, arguments = fill
-    last = "model.safetensors.index.json" if command is convert else "shards.json"
-
-    def fail(self: output.Output) -> None:
-        (self.directory / last).write_text("mine")
-        raise InputError("The source is bad.")
-
-    monkeypatch.setattr(output.Output, "check_sources", fail)
-    invoke(command, *arguments, "--out", tmp_path / "out", exit_code=2)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {last}
-
-
-def test_a_journal_of_the_users_own_stays(fill: Fill, tmp_path: Path) -> None:
-    command, arguments = fill
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".journal.json").write_text("mine")
-    for force in ((), ("--force",)):
-        refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", *force, says=[".journal.json was not written"])
-
-
-def test_a_folder_in_the_place_of_a_file(fill: Fill, tmp_path: Path) -> None:
-    command, arguments = fill
-    invoke(command, *arguments, "--out", tmp_path / "out")
-    (tmp_path / "out" / "config.json").unlink()
-    (tmp_path / "out" / "config.json").mkdir()
-    for force in ((), ("--force",)):
-        refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", *force, says=["config.json was not written"])
-
 
 # --- complete, or not
 
@@ -289,7 +85,7 @@ def test_verify_reads_the_digests_of_a_checkpoint(hf: Path, tmp_path: Path) -> N
         for name in names
     }
     (out / ".written.json").unlink()
-    assert "of the other files there are none" in invoke(convert, "--verify", "--out", out).stdout
+    assert "the other files have no digests" in invoke(convert, "--verify", "--out", out).stdout
     _damage(out / names[1], "changed")
     refuse(tmp_path, convert, "--verify", "--out", out, says=[names[1]])
     del index["metadata"]["files"]
@@ -383,20 +179,18 @@ def test_a_source_changed_while_a_rerun_reads_it(
 ) -> None:
     """With its time set back: what the first run made stays, and no rerun goes on with it."""
     arguments = ("--source", large) if command is convert else (large, "--int8")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        kill(command, *arguments, "--out", tmp_path / "out")
+    kill_at(SafetensorsWriter, "finish", command, *arguments, "--out", tmp_path / "out")
     weights = large / "model.safetensors"
 
-    def change(writer: files.SafetensorsWriter) -> files.FileRecord:
+    def change(writer: SafetensorsWriter) -> FileRecord:
         before = weights.stat()
         _change_between_samples(weights)
         os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
         return finish(writer)
 
-    finish = files.SafetensorsWriter.finish
+    finish = SafetensorsWriter.finish
     with monkeypatch.context() as patch:
-        patch.setattr(files.SafetensorsWriter, "finish", change)
+        patch.setattr(SafetensorsWriter, "finish", change)
         line = error_line(invoke(command, *arguments, "--out", tmp_path / "out", exit_code=2))
     assert "changed while it was read" in line
     assert "--force" in line
@@ -407,56 +201,28 @@ def test_a_source_changed_while_a_rerun_reads_it(
 
 
 @pytest.mark.parametrize("command", [convert, quantize])
-def test_a_source_changed_between_a_kill_and_its_rerun(
-    large: Path, command: click.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_changed_between_a_kill_and_its_rerun(large: Path, command: click.Command, tmp_path: Path) -> None:
     arguments = ("--source", large) if command is convert else (large, "--int8")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        kill(command, *arguments, "--out", tmp_path / "out")
+    kill_at(SafetensorsWriter, "finish", command, *arguments, "--out", tmp_path / "out")
     _change_between_samples(large / "model.safetensors")
     refuse(tmp_path, command, *arguments, "--out", tmp_path / "out", says=["a source that has changed since"])
-
-
-def _raise_killed(*_: object) -> None:
-    raise Killed
-
-
-def _stop_at_weights(add: Callable[..., None]) -> Callable[..., None]:
-    def stop(self: output.Output, records: dict[str, files.FileRecord], state: object = None) -> None:
-        if any(name.endswith(".safetensors") for name in records):
-            raise Killed
-        add(self, records, state)
-
-    return stop
 
 
 # --- the disk between two runs
 
 
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda count: monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": count, "total": 10**12})
-    )
-
-
-def test_storage_that_was_chosen_stays_chosen(
-    hf: Path, tmp_path: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_that_was_chosen_stays_chosen(hf: Path, tmp_path: Path, free: Callable[[int], None]) -> None:
     """Files, killed and rerun on a disk that has filled since: no switch to the seed, and no orphans."""
     arguments = ("--config", hf / "config.json", "--max-shard-size", "2KB", "--out", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        publish, calls = files.SafetensorsWriter.publish, []
+    publish, calls = SafetensorsWriter.publish, []
 
-        def stop(writer: files.SafetensorsWriter) -> None:
-            calls.append(writer)
-            if len(calls) == 3:
-                raise Killed
-            publish(writer)
+    def stop(writer: SafetensorsWriter) -> None:
+        calls.append(writer)
+        if len(calls) == 3:
+            raise Killed
+        publish(writer)
 
-        patch.setattr(files.SafetensorsWriter, "publish", stop)
-        kill(convert, *arguments)
+    kill_at(SafetensorsWriter, "publish", convert, *arguments, instead=stop)
     free(2000)
     refuse(tmp_path, convert, *arguments, says=["2.00 kB are free there"])
     free(10**9)
@@ -468,26 +234,6 @@ def test_storage_that_was_chosen_stays_chosen(
     free(10**9)
     assert "already complete" in invoke(convert, *arguments[:-1], tmp_path / "seed").stdout
     invoke(convert, *arguments[:-1], tmp_path / "straight")
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
-
-
-@pytest.mark.parametrize("stopped_at", ["add", "publish"])
-def test_a_rerun_needs_no_room_for_what_is_whole(
-    fill: Fill, stopped_at: str, tmp_path: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command, arguments = fill
-    arguments = (*arguments, *(("--chips", 3) if command is quantize else ()))
-    with monkeypatch.context() as patch:
-        # All bytes are there, and none has its name; before or after it was put down what they hold.
-        if stopped_at == "add":
-            patch.setattr(output.Output, "add", _stop_at_weights(output.Output.add))
-        else:
-            patch.setattr(files.SafetensorsWriter, "publish", _raise_killed)
-        kill(command, *arguments, "--out", tmp_path / "out")
-    free(0)
-    invoke(command, *arguments, "--out", tmp_path / "out")
-    free(10**9)
-    invoke(command, *arguments, "--out", tmp_path / "straight")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
 
 
@@ -548,13 +294,11 @@ def test_force_for_one_chip_keeps_the_others(hf: Path, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "out") == whole
 
 
-def test_adding_a_chip_killed_and_rerun(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adding_a_chip_killed_and_rerun(hf: Path, tmp_path: Path) -> None:
     arguments = (quantize, hf, "--int8", "--chips", 2)
     invoke(*arguments, *_chips(0), "--out", tmp_path / "out")
     first = (tmp_path / "out" / "chip-00-of-02.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        kill(*arguments, *_chips(1), "--out", tmp_path / "out")
+    kill_at(SafetensorsWriter, "finish", *arguments, *_chips(1), "--out", tmp_path / "out")
     refuse(tmp_path, *arguments, "--out", tmp_path / "out", says=["was begun for other files", "--force"])
     assert (tmp_path / "out" / "chip-00-of-02.safetensors").read_bytes() == first
     invoke(*arguments, *_chips(1), "--out", tmp_path / "out")
@@ -562,14 +306,10 @@ def test_adding_a_chip_killed_and_rerun(hf: Path, tmp_path: Path, monkeypatch: p
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "straight")
 
 
-def test_a_chip_file_that_is_gone_is_not_listed_after_a_kill_either(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chip_file_that_is_gone_is_not_listed_after_a_kill_either(hf: Path, tmp_path: Path) -> None:
     arguments = (quantize, hf, "--int8", "--chips", 2)
     invoke(*arguments, *_chips(0), "--out", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.SafetensorsWriter, "finish", _raise_killed)
-        kill(*arguments, *_chips(1), "--out", tmp_path / "out")
+    kill_at(SafetensorsWriter, "finish", *arguments, *_chips(1), "--out", tmp_path / "out")
     (tmp_path / "out" / "chip-00-of-02.safetensors").unlink()
     invoke(*arguments, *_chips(1), "--out", tmp_path / "out")
     assert list(json.loads((tmp_path / "out" / "shards.json").read_text())["files"]) == ["chip-01-of-02.safetensors"]
@@ -584,19 +324,3 @@ def test_shards_whose_small_files_changed_are_another_source(hf: Path, name: str
     path = tmp_path / "two" / name
     path.write_text(path.read_text().replace("10000.0", "77777.0") + "\n" if path.exists() else "{}")
     refuse(tmp_path, *arguments, *_chips(1), "--out", tmp_path / "three", says=["a source that has changed since"])
-
-
-def test_report_adds_up_exactly_in_any_parts() -> None:
-    """Against one sum over all rows; 0.1 and its like don't add up in floating point."""
-    from quantize.formats.int8 import quantize_rows
-
-    _, errors = quantize_rows(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
-    part = lambda start, stop: type(errors)(*(values[start:stop] for values in errors))  # noqa: E731
-    whole, split = Report(), Report()
-    whole.add("a", 0, errors)
-    for start, stop in ((200, 300), (0, 50), (20, 120), (0, 50), (100, 210), (290, 300)):
-        split.add("a", start, part(start, stop))
-        split.restore(json.loads(json.dumps(split.state())))
-    assert split.content() == whole.content()
-    assert split.state() == whole.state()
-    assert whole.state()["a"]["rows"] == [[0, 300]]
