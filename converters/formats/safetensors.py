@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 
 _BUFFER_BYTES = 1 << 20
 # torch's dtype names -> the codes of the safetensors format, with bytes per element.
-CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
+CODES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "int8": "I8",
+    "uint8": "U8",
+}
 DTYPE_NAMES = {code: name for name, code in CODES.items()}
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,30 @@ CHILD = Path(__file__).with_name("child_decode.py")
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32
 
 
-def decode(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run child_decode.py on ``jobs``, which are all for the same number of chips."""
+# What a child does to have something registered that the product doesn't know, before it decodes.
+_REGISTERED = """
+import sys
+from importlib import import_module
+sys.path.insert(0, sys.argv[4])
+import_module(sys.argv[3]).register()
+import_module("child_decode").main(*sys.argv[1:3])
+"""
+
+
+def decode(jobs: list[dict[str, Any]], folder: Path, registering: str | None = None) -> list[dict[str, Any]]:
+    """Run child_decode.py on ``jobs``, which are all for the same number of chips.
+
+    ``registering`` is a module of this folder whose ``register`` the child calls first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    files = [str(folder / "jobs.json"), str(folder / "results.json")]
+    program = (
+        [str(CHILD), *files] if registering is None else ["-c", _REGISTERED, *files, registering, str(CHILD.parent)]
+    )
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(folder / "jobs.json"), str(folder / "results.json")],
+        [sys.executable, *program],
         env=environment,
         capture_output=True,
         text=True,
