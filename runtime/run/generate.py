@@ -180,9 +180,8 @@ class Generator:
         """
         self._decoding = None
         tokens, offsets = _aligned(rows)  # [B, T]
-        placed = self._backend.replicate(offsets)
         plan = self.plan(tokens.shape[1])
-        found = [self._run_section(self._score, section, placed, tokens[:, :-1], tokens[:, 1:]) for section in plan]
+        found = [self._run_section(self._score, section, offsets, tokens[:, :-1], tokens[:, 1:]) for section in plan]
         parts = [scores.cpu()[:, : section.length] for section, [scores] in zip(plan, found, strict=True)]
         before_begin = torch.arange(tokens.shape[1] - 1) < offsets[:, None]
         return torch.cat(parts, dim=1).masked_fill(before_begin, float("nan"))
@@ -192,12 +191,11 @@ class Generator:
         place = self._backend.replicate
         rows, offsets = _aligned(prompts)
         length = rows.shape[1]
-        placed = place(offsets)
         for section in self.plan(length):
-            self._run_section(self._fill, section, placed, rows)
+            self._run_section(self._fill, section, offsets, rows)
         last = torch.tensor([[prompt[-1]] for prompt in prompts])  # a slice of rows would have other strides
         room = self.max_seq_len - length + 1  # the last new token is never fed back
-        self._decoding = _Decoding(place(last), place(torch.tensor([length - 1])), placed, controls, room)
+        self._decoding = _Decoding(place(last), place(torch.tensor([length - 1])), place(offsets), controls, room)
         return self._decoding
 
     def _decode(self, max_new_tokens: int) -> tuple[list[list[int]], float]:
@@ -237,7 +235,7 @@ class Generator:
     def _warm_up_sections(self, graphs: _Sections, longest: int, copies: int = 1) -> None:
         """Run each bucket once on padding, and a later section where rows of ``longest`` tokens take one."""
         self._decoding = None
-        offsets = self._backend.replicate(torch.zeros(self.batch_size, dtype=torch.long))
+        offsets = torch.zeros(self.batch_size, dtype=torch.long)
         nothing = [torch.empty((self.batch_size, 0), dtype=torch.long)] * copies
         for bucket in self._buckets:
             self._run_section(graphs, Section(0, 0, bucket), offsets, *nothing)
@@ -245,10 +243,14 @@ class Generator:
             self._run_section(graphs, Section(1, 0, self._buckets[-1]), offsets, *nothing)
 
     def _run_section(self, graphs: _Sections, section: Section, offsets: Tensor, *rows: Tensor) -> list[Tensor]:
-        """A section of each of ``rows`` [B, T], padded to its bucket: tokens, and what else these graphs take."""
-        tokens, *more = (self._backend.replicate(self._padded(each, section)) for each in rows)
-        slots = self._backend.replicate(torch.arange(section.start, section.start + section.bucket))
-        return self._run(graphs.later if section.start else graphs.first, tokens, slots, offsets, *more)
+        """A section of each of ``rows`` [B, T], padded to its bucket: tokens, and what else these graphs take.
+
+        All are the host's and placed anew: torch_xla can't trace a second graph over a tensor that went into a first.
+        """
+        slots = torch.arange(section.start, section.start + section.bucket)
+        tokens, *more = (self._padded(each, section) for each in rows)
+        placed = map(self._backend.replicate, (tokens, slots, offsets, *more))
+        return self._run(graphs.later if section.start else graphs.first, *placed)
 
     def _padded(self, rows: Tensor, section: Section) -> Tensor:
         padded = torch.full((self.batch_size, section.bucket), _PAD)
