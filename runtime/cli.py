@@ -10,6 +10,7 @@ import click
 from converters.console.command import DISTRIBUTION, run
 from converters.console.errors import shown
 from converters.console.units import parse_integers
+from runtime.run.buckets import DEFAULT_BUCKETS
 
 
 def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -43,7 +44,12 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
 @click.option(
     "--max-seq-len", type=click.IntRange(min=1), default=256, show_default=True, help="Length of the KV cache."
 )
-@click.option("--buckets", default="128,256,384,512", show_default=True, help="Prompt lengths to compile for.")
+@click.option(
+    "--buckets",
+    default=",".join(map(str, DEFAULT_BUCKETS)),
+    show_default=True,
+    help="Prompt lengths to compile for.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
