@@ -10,6 +10,7 @@ import click
 from converters.console.command import DISTRIBUTION, run
 from converters.console.errors import shown
 from converters.console.units import parse_integers
+from runtime.run.buckets import DEFAULT_BUCKETS
 
 
 def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -43,7 +44,12 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
 @click.option(
     "--max-seq-len", type=click.IntRange(min=1), default=256, show_default=True, help="Length of the KV cache."
 )
-@click.option("--buckets", default="128,256,384,512", show_default=True, help="Prompt lengths to compile for.")
+@click.option(
+    "--buckets",
+    default=",".join(map(str, DEFAULT_BUCKETS)),
+    show_default=True,
+    help="Prompt lengths to compile for.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -148,27 +154,25 @@ def command(
     import torch
 
     from runtime.model.sampling import Sampling
-    from runtime.run.run import Request
-    from runtime.run.run import run as run_request
+    from runtime.run.prompts import PromptChoice
+    from runtime.run.run import run as run_shards
+    from runtime.run.session import SessionOptions
 
     output = _Stdout(json_out)
-    done = run_request(
-        Request(
-            shards=shards,
-            prompts=prompts,
-            prompt_ids=prompt_ids,
-            prompt_len=prompt_len,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+    done = run_shards(
+        shards,
+        PromptChoice(prompts, prompt_ids, prompt_len, batch_size, seed),
+        SessionOptions(
+            backend=backend,
+            dtype=getattr(torch, dtype),
+            kv_cache_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
             max_seq_len=max_seq_len,
             buckets=sizes,
-            sampling=Sampling(temperature, top_k, top_p, seed),
-            dtype=getattr(torch, dtype),
-            kv_cache_dtype=getattr(torch, dtype if kv_cache_dtype == "auto" else kv_cache_dtype),
-            backend=backend,
             layers=layers,
             compile_cache=compile_cache,
         ),
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, seed),
         lambda token_ids, text: output.show(_answer(prompts, token_ids, text)),
     )
     if done is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import click
 import pytest
+from invoke import invoke
+from models import write_hf
+
+from quantize.cli import command as quantize
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -73,3 +78,18 @@ def test_every_option_is_documented(name: str) -> None:
         if isinstance(parameter, click.Option) and parameter.opts[0] not in page and parameter.opts[0] != "--version"
     ]
     assert [option for option in missing if option != "--traceback"] == []
+
+
+def test_the_example_in_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a small random model, in a folder with its shards: ids, four steps, logits of 50 tokens, scores."""
+    page = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    invoke(quantize, write_hf(tmp_path / "hf"), "--int8", "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/run.md", "exec"), {})
+    _, *steps, shape, scores = capsys.readouterr().out.split("\n", 6)
+    assert [len(json.loads(step)) for step in steps] == [2] * 4
+    assert shape == "torch.Size([2, 50])"
+    assert len(re.findall(r"-\d+\.\d+", scores)) == 6

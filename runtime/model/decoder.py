@@ -116,10 +116,14 @@ class Decoder(nn.Module):
         ``offsets`` [B] is the slot at which each row begins.
         """
         x = self._layers(tokens, slots, offsets, cache, cache.slots)[:, -1]  # [C * B, E]
+        return self.head(x)[: cache.batch_size, : self.vocab_size]
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of the last layer's output [..., E]; behind them is the padding to all chips."""
         x = x.to(self.dtype) if self.norm is None else self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return self.lm_head(x)[: cache.batch_size, : self.vocab_size]  # the head is padded to all chips
+        return self.lm_head(x)
 
     def fill(
         self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, first: bool = False

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from converters.console.errors import InputError
 from converters.console.units import parse_integers
 
+DEFAULT_BUCKETS = (128, 256, 384, 512)
+
 
 class Section(NamedTuple):
     """A stretch of the prompt processed in one execution: ``length`` tokens from ``start``, padded to ``bucket``."""
@@ -24,9 +26,14 @@ def parse_buckets(text: str) -> tuple[int, ...]:
         buckets = parse_integers(text)
     except ValueError:
         buckets = ()
-    if not buckets or buckets[0] < 1 or any(a >= b for a, b in pairwise(buckets)):
+    if not are_buckets(buckets):
         raise InputError(f"--buckets {text!r}: give ascending prompt lengths like 128,256,384,512.")
     return buckets
+
+
+def are_buckets(numbers: Sequence[int]) -> bool:
+    """Whether these are ascending positive numbers, at least one."""
+    return bool(numbers) and numbers[0] >= 1 and all(a < b for a, b in pairwise(numbers))
 
 
 def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:

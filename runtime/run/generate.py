@@ -12,21 +12,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from converters.console.errors import InputError
 from converters.model.config import ModelConfig
 from runtime.devices.backend import Backend
 from runtime.model.decoder import Decoder
 from runtime.model.graphs import (
     CACHE_ARGUMENT,
+    Graph,
+    MakeGraph,
     fill_graph,
     greedy_graph,
     later_fill_graph,
+    later_score_graph,
     logits_graph,
     sampled_graph,
+    score_graph,
 )
 from runtime.model.kv_cache import KVCache
 from runtime.model.sampling import Controls, Sampling
@@ -47,27 +51,30 @@ class Generation:
     prefill_executions: int
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq_len: int) -> None:
-    """Raise InputError for prompts that a cache of ``max_seq_len`` can't hold or that aren't of this vocabulary."""
-    for prompt in prompts:
-        if not prompt:
-            raise InputError("A prompt without a token can't be continued; give at least one.")
-        rows = config.vocab_size
-        beyond = [token for token in prompt if not 0 <= token < rows]
-        if beyond:
-            raise InputError(f"Token id {beyond[0]} is outside the vocabulary of {rows}; give 0 to {rows - 1}.")
-        if len(prompt) > max_seq_len:
-            raise InputError(
-                f"The prompt is {len(prompt)} tokens long and --max-seq-len is {max_seq_len}. "
-                "Raise --max-seq-len, or shorten the prompt."
-            )
+class _Sections(NamedTuple):
+    """The graph of a prompt's first section, and that of its later ones."""
+
+    first: Graph
+    later: Graph
+
+
+@dataclass
+class _Decoding:
+    """Where a batch stands: what its next decode step takes, on the device, and how many the cache has room for."""
+
+    tokens: Tensor  # [B, 1]
+    slots: Tensor  # [1]
+    offsets: Tensor  # [B]
+    controls: Controls | None
+    room: int
 
 
 class Generator:
     """A decoder with its cache and its compiled graphs, for batches of the cache's number of rows.
 
     The cache's content is never cleared: what a batch did not write itself, its mask hides. With ``sampled`` the decode
-    step draws as each call of ``generate`` says, greedily too; without, it is greedy and spares the sorting.
+    step draws as each batch says, greedily too; without, it is greedy and spares the sorting. Rows that are given to a
+    method must have passed the checks of ``prompts.py`` for this cache.
     """
 
     def __init__(
@@ -84,50 +91,53 @@ class Generator:
         self._buckets = usable_buckets(buckets, self.max_seq_len)
         self._layers = cache.layers
         self._sampled = sampled
-        exact = decoder.dtype == torch.float32
-        self._fill, self._fill_later, self._step, self._logits = (
-            backend.compile(make(decoder, backend.cache_type), donates=CACHE_ARGUMENT, exact=exact)
-            for make in (fill_graph, later_fill_graph, sampled_graph if sampled else greedy_graph, logits_graph)
-        )
+        self._decoding: _Decoding | None = None
+
+        def compiled(make: MakeGraph) -> Graph:
+            graph, exact = make(decoder, backend.cache_type), decoder.dtype == torch.float32
+            return backend.compile(graph, donates=CACHE_ARGUMENT, exact=exact)
+
+        self._fill = _Sections(compiled(fill_graph), compiled(later_fill_graph))
+        self._score = _Sections(compiled(score_graph), compiled(later_score_graph))
+        self._step, self._logits = compiled(sampled_graph if sampled else greedy_graph), compiled(logits_graph)
 
     def plan(self, length: int) -> list[Section]:
         """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
         return sections(length - 1, self._buckets)
 
     def warm_up(self, longest_prompt: int | None = None) -> None:
-        """Compile every bucket and the decode step, by running each once; nothing is compiled after that.
+        """Compile every bucket and the decode step, by running each once; generating compiles nothing after that.
 
         With ``longest_prompt`` given, that holds for prompts of no more tokens: they may need no later sections.
         """
-        offsets = torch.zeros(self.batch_size, dtype=torch.long)
-        for bucket in self._buckets:
-            self._run_fill(torch.full((self.batch_size, bucket), _PAD), 0, offsets)
-        if has_later_sections(self._buckets, longest_prompt or self.max_seq_len):
-            self._run_fill(torch.full((self.batch_size, self._buckets[-1]), _PAD), 1, offsets)
-        tokens = self._backend.replicate(torch.full((self.batch_size, 1), _PAD))
-        slots = self._backend.replicate(torch.tensor([0]))
-        offsets, controls = self._backend.replicate(offsets), self._controls(Sampling())
+        self._warm_up_sections(self._fill, longest_prompt or self.max_seq_len)
+        place = self._backend.replicate
+        padding, first = torch.full((self.batch_size, 1), _PAD), torch.tensor([0])
+        offsets, controls = torch.zeros(self.batch_size, dtype=torch.long), self._controls(Sampling())
+        self._decoding = _Decoding(place(padding), place(first), place(offsets), controls, self.max_seq_len)
         for _ in range(min(2, self.max_seq_len)):  # the second's inputs are the first one's outputs, as in decoding
-            tokens, slots = self._run_step(tokens, slots, offsets, controls)
+            self.step()
+        self._decoding = None
+        self._backend.wait()
+
+    def warm_up_scores(self, longest_row: int | None = None) -> None:
+        """Compile what ``score`` runs, for every bucket; scoring rows of no more tokens compiles nothing after that."""
+        self._warm_up_sections(self._score, longest_row or self.max_seq_len + 1, copies=2)
         self._backend.wait()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
     ) -> Generation:
-        """Continue a batch of prompts, each until its end token or ``max_new_tokens``; greedily by default.
-
-        The prompts must have passed ``check_prompts`` for this cache, and ``max_new_tokens`` must fit behind them.
+        """Continue a batch of prompts, each until its end token, ``max_new_tokens`` or the end of the cache; greedily
+        by default.
         """
-        sampling = sampling or Sampling()
-        if not sampling.greedy and not self._sampled:
-            raise ValueError("a greedy generator can't sample; make it with sampled=True")
-        controls = self._controls(sampling)
+        controls = self._controls(sampling or Sampling())
         self._backend.wait()
         begin = time.perf_counter()
-        last, slots, offsets = self._prefill(prompts)
+        decoding = self._begin(prompts, controls)
         self._backend.wait()
         filled = time.perf_counter()
-        rows, first = self._decode(last, slots, offsets, controls, max_new_tokens)
+        rows, first = self._decode(min(max_new_tokens, decoding.room))
         done = time.perf_counter()
         return Generation(
             token_ids=[self._until_end([step[row] for step in rows]) for row in range(self.batch_size)],
@@ -138,29 +148,58 @@ class Generator:
             prefill_executions=len(self.plan(max(map(len, prompts)))),
         )
 
+    def prefill(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> None:
+        """Fill the prompts into the cache, all but their last tokens, which are left to the first ``step``."""
+        self._begin(prompts, self._controls(sampling or Sampling()))
+
+    def step(self) -> Tensor:
+        """One decode step launched: the next tokens [B, 1], on the device. Raises ValueError where there is none."""
+        decoding = self._decoding
+        if decoding is None:
+            raise ValueError("a decode step continues prompts: give them to prefill first")
+        if not decoding.room:
+            raise ValueError(f"the cache's {self.max_seq_len} slots are full")
+        controls = () if decoding.controls is None else (decoding.controls,)
+        decoding.tokens, decoding.slots = self._run(
+            self._step, decoding.tokens, decoding.slots, decoding.offsets, *controls
+        )
+        decoding.room -= 1
+        return decoding.tokens
+
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits [B, V] that the first new tokens of these prompts are chosen by, on the host."""
-        last, slots, offsets = self._prefill(prompts)
-        logits, self._layers = self._logits(last, slots, offsets, self._layers)
+        decoding = self._begin(prompts, None)
+        self._decoding = None
+        [logits] = self._run(self._logits, decoding.tokens, decoding.slots, decoding.offsets)
         return logits.cpu()
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill the prompts into the cache, all but their last tokens; returns these [B, 1], their slot and offsets."""
-        length = max(map(len, prompts))
-        rows = torch.tensor([[_PAD] * (length - len(prompt)) + list(prompt) for prompt in prompts])  # [B, length]
-        offsets = torch.tensor([length - len(prompt) for prompt in prompts])  # rows end at the same slot
-        for start, count, bucket in self.plan(length):
-            padded = torch.full((self.batch_size, bucket), _PAD)
-            padded[:, :count] = rows[:, start : start + count]
-            self._run_fill(padded, start, offsets)
-        last = torch.tensor([[prompt[-1]] for prompt in prompts])  # a slice of rows would have other strides
-        place = self._backend.replicate
-        return place(last), place(torch.tensor([length - 1])), place(offsets)
+    def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities [B, T - 1], float32 on the host, of every token but each row's first, given those before.
 
-    def _decode(
-        self, tokens: Tensor, slots: Tensor, offsets: Tensor, controls: Controls | None, max_new_tokens: int
-    ) -> tuple[list[list[int]], float]:
-        """Up to ``max_new_tokens`` steps from the prompts' last tokens [B, 1]: tokens [L, B], and when the first came.
+        Rows are aligned at their ends, T being the longest one's tokens: NaN stands where a shorter one has none.
+        """
+        self._decoding = None
+        tokens, offsets = _aligned(rows)  # [B, T]
+        plan = self.plan(tokens.shape[1])
+        found = [self._run_section(self._score, section, offsets, tokens[:, :-1], tokens[:, 1:]) for section in plan]
+        parts = [scores.cpu()[:, : section.length] for section, [scores] in zip(plan, found, strict=True)]
+        before_begin = torch.arange(tokens.shape[1] - 1) < offsets[:, None]
+        return torch.cat(parts, dim=1).masked_fill(before_begin, float("nan"))
+
+    def _begin(self, prompts: Sequence[Sequence[int]], controls: Controls | None) -> _Decoding:
+        """Fill the prompts into the cache, all but their last tokens; returns what the first decode step takes."""
+        place = self._backend.replicate
+        rows, offsets = _aligned(prompts)
+        length = rows.shape[1]
+        for section in self.plan(length):
+            self._run_section(self._fill, section, offsets, rows)
+        last = torch.tensor([[prompt[-1]] for prompt in prompts])  # a slice of rows would have other strides
+        room = self.max_seq_len - length + 1  # the last new token is never fed back
+        self._decoding = _Decoding(place(last), place(torch.tensor([length - 1])), place(offsets), controls, room)
+        return self._decoding
+
+    def _decode(self, max_new_tokens: int) -> tuple[list[list[int]], float]:
+        """Up to ``max_new_tokens`` steps: tokens [L, B], and when the first came.
 
         Tokens are read some steps behind the last launch, so that the device never waits for the host.
         """
@@ -171,8 +210,7 @@ class Generator:
         first = 0.0
         while len(rows) < max_new_tokens:
             if open_rows and len(launched) < max_new_tokens:
-                tokens, slots = self._run_step(tokens, slots, offsets, controls)
-                launched.append(tokens)
+                launched.append(self.step())
                 if len(launched) - len(rows) <= ahead and len(launched) < max_new_tokens:
                     continue
             elif len(rows) == len(launched):
@@ -188,18 +226,45 @@ class Generator:
 
     def _controls(self, sampling: Sampling) -> Controls | None:
         """The device's tensors of a sampled step; a greedy one takes none."""
-        if not self._sampled:
-            return None
-        return Controls(*map(self._backend.replicate, sampling.controls(self.batch_size, self.max_seq_len)))
+        if self._sampled:
+            return Controls(*map(self._backend.replicate, sampling.controls(self.batch_size, self.max_seq_len)))
+        if not sampling.greedy:
+            raise ValueError("a greedy generator can't sample; make it with sampled=True")
+        return None
 
-    def _run_fill(self, tokens: Tensor, start: int, offsets: Tensor) -> None:
-        slots = torch.arange(start, start + tokens.shape[1])
-        inputs = [self._backend.replicate(tensor) for tensor in (tokens, slots, offsets)]
-        self._layers = (self._fill_later if start else self._fill)(*inputs, self._layers)
+    def _warm_up_sections(self, graphs: _Sections, longest: int, copies: int = 1) -> None:
+        """Run each bucket once on padding, and a later section where rows of ``longest`` tokens take one."""
+        self._decoding = None
+        offsets = torch.zeros(self.batch_size, dtype=torch.long)
+        nothing = [torch.empty((self.batch_size, 0), dtype=torch.long)] * copies
+        for bucket in self._buckets:
+            self._run_section(graphs, Section(0, 0, bucket), offsets, *nothing)
+        if has_later_sections(self._buckets, longest):
+            self._run_section(graphs, Section(1, 0, self._buckets[-1]), offsets, *nothing)
 
-    def _run_step(
-        self, tokens: Tensor, slots: Tensor, offsets: Tensor, controls: Controls | None
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (tokens, slots, offsets, self._layers)
-        tokens, slots, self._layers = self._step(*inputs) if controls is None else self._step(*inputs, controls)
-        return tokens, slots
+    def _run_section(self, graphs: _Sections, section: Section, offsets: Tensor, *rows: Tensor) -> list[Tensor]:
+        """A section of each of ``rows`` [B, T], padded to its bucket: tokens, and what else these graphs take.
+
+        All are the host's and placed anew: torch_xla can't trace a second graph over a tensor that went into a first.
+        """
+        slots = torch.arange(section.start, section.start + section.bucket)
+        tokens, *more = (self._padded(each, section) for each in rows)
+        placed = map(self._backend.replicate, (tokens, slots, offsets, *more))
+        return self._run(graphs.later if section.start else graphs.first, *placed)
+
+    def _padded(self, rows: Tensor, section: Section) -> Tensor:
+        padded = torch.full((self.batch_size, section.bucket), _PAD)
+        padded[:, : section.length] = rows[:, section.start : section.start + section.length]
+        return padded
+
+    def _run(self, graph: Graph, *inputs: Any) -> list[Tensor]:
+        """A graph's results but for the cache's tensors, which take the place of those that it was given."""
+        *results, self._layers = graph(*inputs[:CACHE_ARGUMENT], self._layers, *inputs[CACHE_ARGUMENT:])
+        return results
+
+
+def _aligned(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of tokens aligned at their ends, padded in front [B, T], and the slot [B] at which each begins."""
+    length = max(map(len, rows))
+    padded = torch.tensor([[_PAD] * (length - len(row)) + list(row) for row in rows])
+    return padded, torch.tensor([length - len(row) for row in rows])

@@ -23,7 +23,7 @@ from runtime.bench.report import summarize, to_markdown
 from runtime.cli import command as llama_run
 from runtime.devices import bandwidth
 from runtime.devices.host import HostBackend
-from runtime.run import run
+from runtime.run import measure, run, stored_model
 from runtime.run.generate import Generator
 
 IDS = "3,4,5,6"
@@ -71,7 +71,7 @@ FAILURES = {
     "no word": (HostBackend, "read_bandwidth", raises(ValueError()), PROBE, "ValueError"),
     "lines": (HostBackend, "read_bandwidth", raises(RuntimeError("one\n two")), PROBE, "one two"),
     "account": (HostBackend, "peak_bytes", raises(RuntimeError("no account")), PEAK, "no account"),
-    "getrusage": (run, "host_peak_rss_bytes", raises(OSError(38, "No such call")), RSS, "[Errno 38] No such call"),
+    "getrusage": (measure, "host_peak_rss_bytes", raises(OSError(38, "No such call")), RSS, "[Errno 38] No such call"),
     "logits": (Generator, "logits", raises(RuntimeError("CUDA out of memory. Tried")), LOGITS, "out of memory"),
     "nan": (Generator, "logits", no_numbers, LOGITS, "the logits are not all finite"),
 }  # fmt: skip
@@ -163,7 +163,7 @@ def test_text_that_the_tokenizer_cannot_make(shards: Path, monkeypatch: pytest.M
         def control_tokens(self) -> dict[int, str]:
             return {}
 
-    monkeypatch.setattr(run, "find_codec", lambda directory, rows: Codec())
+    monkeypatch.setattr(stored_model, "find_codec", lambda directory, rows: Codec())
     result = invoke(llama_run, *arguments(shards))
     assert result.stdout.splitlines()[0].count(",") == 2
     assert "Note: The tokenizer can't turn these tokens into text (index out of range)" in result.stderr
@@ -228,7 +228,7 @@ def test_stdout_that_fails_does_not_cost_the_json(stdout: str, status: int, shar
 
 
 def test_a_run_with_a_failed_measurement_counts_for_its_figures(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "host_peak_rss_bytes", raises(OSError(38, "Function not implemented")))
+    monkeypatch.setattr(measure, "host_peak_rss_bytes", raises(OSError(38, "Function not implemented")))
     monkeypatch.setattr(HostBackend, "read_bandwidth", raises(MemoryError()))
     figures = json.loads(invoke(llama_run, *arguments(shards, "--json", "-")).stdout)
     assert are_figures(figures)

@@ -11,57 +11,46 @@ from pathlib import Path
 
 import torch
 
-from quantize.shards.reading import Shards
-from runtime.devices.backend import Backend
-from runtime.devices.host import HostBackend
 from runtime.model.kv_cache import Layers
 from runtime.model.sampling import Sampling
-from runtime.run.generate import Generator
-from runtime.run.load import load_decoder, make_cache
+from runtime.run.session import open_session
 
 
 def main(jobs_path: str, results_path: str) -> None:
     jobs = json.loads(Path(jobs_path).read_text())
-    chips = {Shards(Path(job["shards"])).chips for job in jobs}
-    backend = _backend(jobs[0].get("backend", "xla"), *chips)
-    with torch.no_grad():
-        results = [_decode(job, backend) for job in jobs]
-    Path(results_path).write_text(json.dumps(results))
+    Path(results_path).write_text(json.dumps([_decode(job) for job in jobs]))
 
 
-def _backend(name: str, chips: int) -> Backend:
-    if name != "xla":
-        return HostBackend(name)
-    from runtime.devices.xla import XLABackend
-
-    return XLABackend(chips)
-
-
-def _decode(job: dict, backend: Backend) -> dict:
-    shards = Shards(Path(job["shards"]))
-    dtype = getattr(torch, job["dtype"])
-    decoder, parameter_bytes = load_decoder(shards, shards.config, dtype, backend, lambda *done: None)
+def _decode(job: dict) -> dict:
     batches = job["batches"]
-    cache_dtype = getattr(torch, job.get("kv_cache_dtype", job["dtype"]))
-    cache = make_cache(shards.config, backend, len(batches[0]), job["max_seq_len"], cache_dtype)
-    samplings = [Sampling(**fields) for fields in job.get("samplings", [{}])]
-    places = _places(cache.layers)
-    generator = Generator(shards.config, decoder, cache, backend, job["buckets"], sampled="samplings" in job)
-    if job.get("warm_up", True):
-        generator.warm_up()
-    before = backend.compilations()
-    generations = [
-        generator.generate(prompts, job["new_tokens"], sampling) for sampling in samplings for prompts in batches
-    ]
-    recompilations = backend.compilations() - before
-    return {
-        "parameter_bytes": parameter_bytes,
-        "recompilations": recompilations,
-        "caches_moved": sum(before != after for before, after in zip(places, _places(generator._layers), strict=True)),
-        "token_ids": [generation.token_ids for generation in generations],
-        "executions": [generation.prefill_executions for generation in generations],
-        "logits": [generator.logits(prompts).float().tolist() for prompts in batches],
+    options = {
+        "backend": job.get("backend", "xla"),
+        "dtype": getattr(torch, job["dtype"]),
+        "kv_cache_dtype": getattr(torch, job.get("kv_cache_dtype", job["dtype"])),
+        "batch_size": len(batches[0]),
+        "max_seq_len": job["max_seq_len"],
+        "buckets": job["buckets"],
+        "sampled": "samplings" in job,
     }
+    with open_session(job["shards"], **options) as session:
+        samplings = [Sampling(**fields) for fields in job.get("samplings", [{}])]
+        places = _places(session.generator._layers)
+        if job.get("warm_up", True):
+            session.warm_up()
+        before = session.backend.compilations()
+        generations = [
+            session.generate(prompts, job["new_tokens"], sampling) for sampling in samplings for prompts in batches
+        ]
+        recompilations = session.backend.compilations() - before
+        moved = zip(places, _places(session.generator._layers), strict=True)
+        return {
+            "parameter_bytes": session.parameter_bytes_per_chip,
+            "recompilations": recompilations,
+            "caches_moved": sum(before != after for before, after in moved),
+            "token_ids": [generation.token_ids for generation in generations],
+            "executions": [generation.prefill_executions for generation in generations],
+            "logits": [session.logits(prompts).float().tolist() for prompts in batches],
+        }
 
 
 def _places(layers: Layers) -> list[int]:

@@ -1,0 +1,233 @@
+"""A model opened once on its device, for whatever is asked of it: text, logits, scores, or single decode steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from converters.console.errors import InputError
+from converters.console.progress import progress, spinner
+from converters.model.config import ModelConfig
+from quantize.shards.reading import Shards
+from quantize.shards.stored import stored_tensors
+from runtime.devices.backend import Backend
+from runtime.model.sampling import Sampling
+from runtime.run.buckets import DEFAULT_BUCKETS, are_buckets
+from runtime.run.generate import Generation, Generator
+from runtime.run.load import load_tensors, make_cache, make_decoder
+from runtime.run.prompts import check_prompts, check_scored
+from runtime.run.stored_model import StoredModel, open_model
+
+BACKENDS = ("xla", "inductor", "eager")
+_DTYPES = (torch.bfloat16, torch.float32)
+_CACHE_DTYPES = (*_DTYPES, torch.int8)
+
+Rows = Sequence[Sequence[int]] | Tensor  # token ids of each row, or [B, T]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a model is to run. Raises InputError for what no session can be opened with."""
+
+    backend: str = "xla"  # one of BACKENDS
+    dtype: torch.dtype = torch.bfloat16  # of activations
+    kv_cache_dtype: torch.dtype | None = None  # None: that of the activations
+    batch_size: int = 1  # rows of every batch
+    max_seq_len: int = 256  # slots of the cache
+    buckets: tuple[int, ...] = DEFAULT_BUCKETS  # prompt lengths to compile for
+    layers: int | None = None  # the first so many; None: all
+    compile_cache: Path | None = None  # a folder that keeps compiled graphs
+    sampled: bool = False  # whether tokens may be drawn
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend {self.backend!r} is none; give one of {', '.join(BACKENDS)}.")
+        for name, dtype, known in (("dtype", self.dtype, _DTYPES), ("kv_cache_dtype", self.cache_dtype, _CACHE_DTYPES)):
+            if dtype not in known:
+                raise InputError(f"{name} can't be {dtype}; give one of {', '.join(map(str, known))}.")
+        if self.batch_size < 1 or self.max_seq_len < 1:
+            raise InputError("batch_size and max_seq_len are counts; give 1 or more.")
+        if not are_buckets(self.buckets):
+            raise InputError(f"buckets {self.buckets}: give ascending prompt lengths like {DEFAULT_BUCKETS}.")
+        if self.compile_cache is not None and self.backend == "eager":
+            raise InputError("The backend eager compiles nothing; leave out compile_cache.")
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.kv_cache_dtype or self.dtype
+
+
+def open_session(
+    path: Path | str,
+    *,
+    backend: str = "xla",
+    dtype: torch.dtype = torch.bfloat16,
+    kv_cache_dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    max_seq_len: int = 256,
+    buckets: Sequence[int] = DEFAULT_BUCKETS,
+    layers: int | None = None,
+    compile_cache: Path | None = None,
+    sampled: bool = False,
+) -> Session:
+    """Open the shards in ``path``, a directory that llama-quantize wrote; to be used by ``with``, or closed.
+
+    The rest is as ``SessionOptions`` says, and as llama-run's options of these names do. Raises InputError for what is
+    wrong with the shards, the options, or the device, before any tensor is read but for missing chips' files.
+    """
+    options = SessionOptions(
+        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, compile_cache, sampled
+    )
+    return Session(open_model(Path(path), max_seq_len, layers), options)
+
+
+class Session:
+    """A model on its device: the weights, a decoder over them, and a cache for ``batch_size`` rows.
+
+    Every method that takes rows of tokens wants ``batch_size`` of them, of any lengths that the cache holds, and raises
+    InputError for others. A graph is compiled when it is first run; ``warm_up`` and ``warm_up_scores`` do that ahead.
+    """
+
+    def __init__(self, model: StoredModel, options: SessionOptions) -> None:
+        """Bring up the device and load ``model``, which was opened for the ``max_seq_len`` and ``layers`` of
+        ``options``. Raises InputError where the device doesn't suit the shards, or chips' files are missing.
+        """
+        self.model, self.options = model, options
+        self.backend = _backend(model.shards, options)
+        begin = time.perf_counter()
+        self.tensors, self.parameter_bytes_per_chip = _load(model, self.backend)
+        with torch.no_grad():
+            decoder = make_decoder(model.config, options.dtype, self.backend, self.tensors)
+            cache = make_cache(model.config, self.backend, options.batch_size, options.max_seq_len, options.cache_dtype)
+            self.backend.wait()
+            loaded = time.perf_counter()
+            self.load_s = loaded - begin
+            # It alone keeps the cache, whose first tensors are to go as soon as a graph has written over them.
+            self._generator: Generator | None = Generator(
+                model.config, decoder, cache, self.backend, options.buckets, options.sampled
+            )
+        self.compile_s = time.perf_counter() - loaded  # and what the warm-ups took
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def generator(self) -> Generator:
+        """The decoder with its cache and its graphs. Raises ValueError when they have been released."""
+        if self._generator is None:
+            raise ValueError("this session has released its decoder; open another")
+        return self._generator
+
+    @torch.no_grad()
+    def warm_up(self, longest_prompt: int | None = None) -> None:
+        """Compile what ``generate``, ``prefill`` and ``step`` run: for prompts of up to so many tokens, or of any."""
+        begin = time.perf_counter()
+        with spinner("Compiling"):
+            self.generator.warm_up(longest_prompt)
+        self.compile_s += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def warm_up_scores(self, longest_row: int | None = None) -> None:
+        """Compile what ``score`` runs: for rows of up to so many tokens, or of any that it takes."""
+        begin = time.perf_counter()
+        with spinner("Compiling"):
+            self.generator.warm_up_scores(longest_row)
+        self.compile_s += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def generate(self, prompts: Rows, max_new_tokens: int, sampling: Sampling | None = None) -> Generation:
+        """Continue every prompt until its end token, ``max_new_tokens`` or the end of the cache; greedily by default.
+
+        Raises ValueError for ``sampling`` that draws, in a session that was opened without ``sampled``.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {max_new_tokens} asks for nothing; give 1 or more.")
+        return self.generator.generate(self._prompts(prompts), max_new_tokens, sampling)
+
+    @torch.no_grad()
+    def logits(self, prompts: Rows) -> Tensor:
+        """Logits [B, V] after the last token of every prompt, in the activations' dtype, on the host."""
+        return self.generator.logits(self._prompts(prompts))
+
+    @torch.no_grad()
+    def prefill(self, prompts: Rows, sampling: Sampling | None = None) -> None:
+        """Begin a batch that ``step`` continues, by filling the prompts into the cache; ``sampling`` as in
+        ``generate``.
+        """
+        self.generator.prefill(self._prompts(prompts), sampling)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """The next token [B] of every row of the batch that ``prefill`` began, on the host.
+
+        Knows no end tokens. Raises ValueError where no batch was begun, or its last one isn't the session's last use,
+        and at the end of the cache.
+        """
+        return self.generator.step().cpu().flatten()
+
+    @torch.no_grad()
+    def score(self, tokens: Rows) -> Tensor:
+        """The log-probability of every token given those before it, [B, T - 1] float32 on the host.
+
+        The softmax is computed on the device in float32, of logits in the activations' dtype. Rows may be one token
+        longer than the cache. Rows of different lengths are aligned at their ends, and NaN stands before the second
+        token of a shorter one.
+        """
+        rows = self._rows(tokens)
+        check_scored(self.config, rows, self.options.max_seq_len)
+        return self.generator.score(rows)
+
+    def release(self) -> None:
+        """Let the decoder, its graphs and its cache go. The weights stay on the device."""
+        self._generator = None
+
+    def close(self) -> None:
+        """Let the weights go as well."""
+        self.release()
+        self.tensors = {}
+
+    def _prompts(self, prompts: Rows) -> Sequence[Sequence[int]]:
+        rows = self._rows(prompts)
+        check_prompts(self.config, rows, self.options.max_seq_len)
+        return rows
+
+    def _rows(self, rows: Rows) -> Sequence[Sequence[int]]:
+        if len(rows) != self.options.batch_size:
+            raise InputError(
+                f"The session is for {self.options.batch_size} rows and was given {len(rows)}. Give as many, or open "
+                f"one with batch_size={len(rows)}."
+            )
+        return rows.tolist() if isinstance(rows, Tensor) else rows
+
+
+def _backend(shards: Shards, options: SessionOptions) -> Backend:
+    if options.backend == "xla":
+        from runtime.devices.xla import XLABackend
+
+        return XLABackend(shards.chips, options.compile_cache)
+    from runtime.devices.host import HostBackend
+
+    return HostBackend(options.backend, options.compile_cache)
+
+
+def _load(model: StoredModel, backend: Backend) -> tuple[dict[str, Tensor], int]:
+    """The decoder's tensors, and the bytes of parameters that each chip holds."""
+    config, scheme = model.config, model.shards.manifest.scheme
+    total = sum(stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, scheme))
+    with torch.no_grad(), progress("Loading", total * backend.chips) as advance:
+        return load_tensors(model.shards, config, backend, advance)

@@ -1,0 +1,252 @@
+"""A session: opened once, asked for text, logits, scores and single steps; what it refuses, and when."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from invoke import SUPPORT, invoke, invoke_error
+from models import make_model, make_opt
+from parity import logits_after, reference
+from transformers import PreTrainedModel
+
+from converters.console.errors import InputError
+from quantize.cli import command as quantize
+from runtime.cli import command as run
+from runtime.model import graphs
+from runtime.model.sampling import Sampling
+from runtime.run import session as session_module
+from runtime.run.session import Session, open_session
+
+VOCAB, SLOTS, BUCKETS = 131, 40, [8, 16]
+LENGTHS = (2, 9, 16, 18, SLOTS + 1)  # of scored rows: one section, several, and one token more than the cache holds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("session")
+    make_model(root / "hf", heads=6, kv_heads=2, hidden=48, head_dim=16, vocab=VOCAB)
+    for chips in (1, 2):
+        invoke(quantize, root / "hf", "--int8", "--chips", chips, "--out", root / f"out{chips}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return reference(folder / "hf", folder / "out1")
+
+
+def opened(folder: Path, **options: Any) -> Session:
+    fixed = {"backend": "eager", "dtype": torch.float32, "max_seq_len": SLOTS, "buckets": BUCKETS}
+    return open_session(folder / "out1", **fixed | options)
+
+
+def drawn(*lengths: int, vocab: int = VOCAB) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def expected_scores(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """What transformers' logits say of every token but the first, by torch's log-softmax in float64."""
+    log_probabilities = logits_after(model, row[:-1]).double().log_softmax(-1)
+    return log_probabilities.gather(-1, torch.tensor(row[1:])[:, None])[:, 0]
+
+
+def difference(ours: Any, theirs: torch.Tensor) -> float:
+    return (torch.as_tensor(ours).double() - theirs).abs().max().item()
+
+
+# --- scores
+
+
+@pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 2)])
+def test_scores_are_transformers_log_softmax(
+    backend: str, chips: int, folder: Path, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """At every length by the graphs of the warm-up; and the session's own logits say the same, in float64."""
+    rows, lengths = drawn(*LENGTHS), (1, 8, 20, SLOTS)
+    job = {"shards": str(folder / f"out{chips}"), "backend": backend, "max_seq_len": SLOTS, "buckets": BUCKETS}
+    job |= {"rows": rows, "lengths": lengths, "scored_logits": 3 * VOCAB}  # logits of three tokens at a time
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    words = [sys.executable, SUPPORT / "child_score.py", tmp_path / "job.json", tmp_path / "result.json"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["recompilations"] == 0
+    for row, scores in zip(rows, result["scores"], strict=True):
+        assert len(scores) == len(row) - 1
+        assert difference(scores, expected_scores(model, row)) < 1e-4
+    for length, logits in zip(lengths, result["logits"], strict=True):
+        own = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[rows[-1][length]]
+        assert abs(result["scores"][-1][length - 1] - own.item()) < 1e-4
+
+
+@pytest.mark.parametrize("once", [1, 3 * VOCAB, 1 << 24])
+def test_rows_of_different_lengths_score_as_alone(once: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned at their ends, with NaN before a shorter row's second token; however many logits are made at once."""
+    rows = drawn(30, 7, 2)
+    with opened(folder) as alone:
+        singles = [alone.score([row])[0] for row in rows]
+    monkeypatch.setattr(graphs, "_SCORED_LOGITS", once)
+    with opened(folder, batch_size=3) as batch:
+        found = batch.score(rows)
+        again = batch.score(rows)
+    assert found.shape == (3, 29)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.nan_to_num(), again.nan_to_num())
+    for scores, single in zip(found, singles, strict=True):
+        assert scores[: len(scores) - len(single)].isnan().all()
+        assert difference(scores[-len(single) :], single.double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "variety", [{"width": 40, "do_layer_norm_before": False}, {"tied": False, "do_layer_norm_before": True}], ids=str
+)
+def test_an_opt_scores_as_transformers(variety: dict[str, Any], tmp_path: Path) -> None:
+    """With the projection behind its layers, without a last norm, with an output head of its own."""
+    make_opt(tmp_path / "hf", vocab=VOCAB, **variety)
+    invoke(quantize, tmp_path / "hf", "--int8", "--out", tmp_path / "out1")
+    [row] = drawn(30)
+    with opened(tmp_path) as session:
+        scores = session.score(torch.tensor([row]))[0]
+    assert difference(scores, expected_scores(reference(tmp_path / "hf", tmp_path / "out1"), row)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_keep_float32_s_precision(dtype: torch.dtype) -> None:
+    """Also of a token that is all but certain, and of logits far from zero."""
+    logits = torch.randn(2, 3, 50_000, generator=torch.Generator().manual_seed(0)) * 3 + 70
+    logits[0, 0, 7] = 120
+    logits = logits.to(dtype)
+    tokens = torch.tensor([[7, 1, 2], [49_999, 0, 5]])
+    exact = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    found = graphs._log_probabilities(logits, tokens)
+    assert found.dtype == torch.float32
+    assert difference(found, exact) < 2e-5
+    assert abs(found[0, 0].item() - exact[0, 0].item()) < 1e-12
+
+
+# --- generating, whole and in parts
+
+
+def test_steps_give_what_generate_does(folder: Path) -> None:
+    prompts = drawn(21, 3)
+    with opened(folder, batch_size=2, sampled=True) as session:
+        session.warm_up(longest_prompt=21)
+        for sampling in (Sampling(), Sampling(temperature=0.9, top_k=40, seed=5)):
+            whole = session.generate(prompts, 12, sampling)
+            session.prefill(prompts, sampling)
+            steps = torch.stack([session.step() for _ in range(12)])  # [L, B]
+            assert steps.T.tolist() == whole.token_ids
+        firsts = [row[0] for row in session.generate(prompts, 1).token_ids]
+        assert session.logits(prompts).argmax(-1).tolist() == firsts
+
+
+def test_the_cache_ends_generating(folder: Path) -> None:
+    """The last new token takes no slot."""
+    [prompt] = drawn(SLOTS - 2)
+    with opened(folder) as session:
+        assert session.generate([prompt], 100).steps == 3
+        session.prefill([prompt])
+        for _ in range(3):
+            session.step()
+        with pytest.raises(ValueError, match="40 slots are full"):
+            session.step()
+
+
+def test_a_step_needs_a_batch_of_its_own(folder: Path) -> None:
+    prompts = drawn(5)
+    with opened(folder) as session:
+        for other in (lambda: None, lambda: session.logits(prompts), lambda: session.score(prompts), session.warm_up):
+            other()
+            with pytest.raises(ValueError, match="prefill"):
+                session.step()
+            session.prefill(prompts)
+            session.step()
+
+
+def test_a_closed_session_holds_nothing(folder: Path) -> None:
+    with opened(folder) as session:
+        session.release()
+        assert session.tensors
+        with pytest.raises(ValueError, match="open another"):
+            session.generate(drawn(3), 2)
+    assert not session.tensors
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"backend": "cuda"}, "xla, inductor, eager"),
+        ({"dtype": torch.int8}, "dtype can't be torch.int8"),
+        ({"kv_cache_dtype": torch.float16}, "kv_cache_dtype can't be torch.float16"),
+        ({"batch_size": 0}, "give 1 or more"),
+        ({"buckets": [16, 8]}, "ascending"),
+        ({"buckets": []}, "ascending"),
+        ({"compile_cache": Path("cache")}, "leave out compile_cache"),
+        ({"layers": 3}, "give 1 to 2"),
+    ],
+    ids=str,
+)
+def test_options_are_refused_before_the_device(
+    options: dict[str, Any], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_backend", _no_device)
+    with pytest.raises(InputError, match=re.escape(says)):
+        opened(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompt-ids", VOCAB), "outside the vocabulary"),
+        (("--prompt", "text"), "no tokenizer.json"),
+        (("--prompt-ids", "3,4", "--max-seq-len", 1), "shorten the prompt"),
+        (("--prompt-len", 9, "--max-seq-len", 8), "lower --prompt-len"),
+        (("--layers", 3), "give 1 to 2"),
+    ],
+    ids=str,
+)
+def test_llama_run_refuses_prompts_before_the_device(
+    arguments: tuple[object, ...], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_backend", _no_device)
+    assert says in invoke_error(run, "--shards", folder / "out1", *arguments)
+
+
+def _no_device(*_: Any) -> None:
+    raise AssertionError("the device was brought up")
+
+
+def test_rows_are_refused(folder: Path) -> None:
+    with opened(folder, batch_size=2) as session:
+        for rows, says in (
+            (drawn(3), "for 2 rows and was given 1"),
+            ([[3], []], "give at least one"),
+            ([[3], [VOCAB]], "outside the vocabulary"),
+            (drawn(3, SLOTS + 1), "shorten the prompt"),
+        ):
+            for use in (session.logits, session.prefill, lambda rows: session.generate(rows, 2)):
+                with pytest.raises(InputError, match=says):
+                    use(rows)
+        for rows, says in (
+            (drawn(3), "for 2 rows and was given 1"),
+            (drawn(3, 1), "give two tokens or more"),
+            ([[3, 4], [5, VOCAB]], "outside the vocabulary"),
+            (drawn(3, SLOTS + 2), "score it in pieces"),
+        ):
+            with pytest.raises(InputError, match=says):
+                session.score(rows)
+        with pytest.raises(InputError, match="give 1 or more"):
+            session.generate(drawn(3, 4), 0)
