@@ -15,14 +15,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantize.shards.reading import Shards
 
 CHILD = Path(__file__).with_name("child_decode.py")
+# LLVM's optimizations take most of the time of compiling for the CPU, and the program that LLVM is given is the same
+# without them: they come after all of XLA's own passes.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32
 
 
-def decode(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run child_decode.py on ``jobs``, which are all for the same number of chips."""
+def decode(jobs: list[dict[str, Any]], folder: Path, as_users: bool = False) -> list[dict[str, Any]]:
+    """Run child_decode.py on ``jobs``, which are all for the same number of chips.
+
+    XLA compiles quickly, to programs that run slowly; ``as_users`` tells it to compile as it does for users.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    if not as_users:
+        environment["XLA_FLAGS"] = quick_flags()
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder / "jobs.json"), str(folder / "results.json")],
         env=environment,
@@ -31,6 +39,11 @@ def decode(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads((folder / "results.json").read_text())
+
+
+def quick_flags() -> str:
+    """XLA_FLAGS for a process that compiles quickly."""
+    return f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
