@@ -30,12 +30,15 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/llama-quantize $(DEMO)/checkpoint --int8 --chips 4 --out $(DEMO)/out --verify
 	$(BIN)/llama-run --shards $(DEMO)/out --prompt "$(DEMO_PROMPT)" --max-new-tokens 60
 
+# Files of tests side by side, in the order of their folders: the long ones are not the last. `pytest` alone passes too.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Without what is marked slow.
 test-fast: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -99,7 +99,8 @@ def test_inductor_equals_transformers(cases: dict[str, Case], tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "chips"), [("xla", 1), ("xla", 4), ("inductor", 1)])
 def test_bfloat16_is_near(cases: dict[str, Case], backend: str, chips: int, tmp_path: Path) -> None:
-    results = decode(_jobs(cases, chips, tmp_path, backend=backend, dtype="bfloat16", new_tokens=2), tmp_path)
+    jobs = _jobs(cases, chips, tmp_path, backend=backend, dtype="bfloat16", new_tokens=2)
+    results = decode(jobs, tmp_path, as_users=True)
     for case, result in zip(cases.values(), results, strict=True):
         for prompt, logits in zip(case.prompts, result["logits"], strict=True):
             assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 2e-2
@@ -168,7 +169,7 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, chips: int, tmp_path: P
         "max_seq_len": 192,
         "buckets": [128],
     }
-    [result] = decode([job], tmp_path)
+    [result] = decode([job], tmp_path, as_users=True)
     assert result["recompilations"] == 0
     compared = 0
     for prompt, logits, ids in zip(prompts, result["logits"], result["token_ids"], strict=True):
@@ -193,11 +194,13 @@ def test_prompts_of_all_lengths_in_one_process(smollm2_gguf: Path, tmp_path: Pat
         "max_seq_len": 2048,
         "buckets": [128, 256, 384, 512],
     }
-    [result] = decode([job], tmp_path)
+    [result] = decode([job], tmp_path, as_users=True)
     assert result["recompilations"] == 0
     assert result["executions"] == [1, 1, 1, 1, 1, 1, 1, 2, 3]
     two_ways = {"batches": [[text[:600]]], "max_seq_len": 640, "new_tokens": 1}
-    stepped, sectioned = decode([job | two_ways | {"buckets": [1]}, job | two_ways], tmp_path / "two-ways")
+    stepped, sectioned = decode(
+        [job | two_ways | {"buckets": [1]}, job | two_ways], tmp_path / "two-ways", as_users=True
+    )
     assert (stepped["executions"], sectioned["executions"]) == ([599], [2])
     model = reference(tmp_path / "checkpoint", tmp_path / "out")
     expected = logits_after(model, text)

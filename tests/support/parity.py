@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantize.shards.reading import Shards
 
 CHILD = Path(__file__).with_name("child_decode.py")
+# LLVM's optimizations take most of the time of compiling for the CPU, and the program that LLVM is given is the same
+# without them: they come after all of XLA's own passes.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32
 
 
@@ -28,18 +31,23 @@ import_module("child_decode").main(*sys.argv[1:3])
 """
 
 
-def decode(jobs: list[dict[str, Any]], folder: Path, registering: str | None = None) -> list[dict[str, Any]]:
+def decode(
+    jobs: list[dict[str, Any]], folder: Path, as_users: bool = False, registering: str | None = None
+) -> list[dict[str, Any]]:
     """Run child_decode.py on ``jobs``, which are all for the same number of chips.
 
+    XLA compiles quickly, to programs that run slowly; ``as_users`` tells it to compile as it does for users.
     ``registering`` is a module of this folder whose ``register`` the child calls first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+    if not as_users:
+        environment["XLA_FLAGS"] = quick_flags()
     files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    program = (
-        [str(CHILD), *files] if registering is None else ["-c", _REGISTERED, *files, registering, str(CHILD.parent)]
-    )
+    program = [str(CHILD), *files]
+    if registering is not None:
+        program = ["-c", _REGISTERED, *files, registering, str(CHILD.parent)]
     done = subprocess.run(
         [sys.executable, *program],
         env=environment,
@@ -48,6 +56,11 @@ def decode(jobs: list[dict[str, Any]], folder: Path, registering: str | None = N
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads((folder / "results.json").read_text())
+
+
+def quick_flags() -> str:
+    """XLA_FLAGS for a process that compiles quickly."""
+    return f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
