@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from converters.console.errors import InputError
 from converters.console.notes import forget_notes, print_notes
 from converters.model.families.hf_config import to_hf
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 from converters.tokenizers.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

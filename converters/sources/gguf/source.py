@@ -19,8 +19,8 @@ from converters.model.families.registry import find_gguf_family, known_gguf_arch
 from converters.model.model_name import is_name, name_of_file
 from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
 from converters.sources.fingerprint import sample_files
-from converters.sources.gguf_rope import TABLE as ROPE_TABLE
-from converters.sources.gguf_rope import rope_scaling
+from converters.sources.gguf.rope import TABLE as ROPE_TABLE
+from converters.sources.gguf.rope import rope_scaling
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
 from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 
