@@ -23,7 +23,7 @@ BF16_FOLDER = "bf16-shards"
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """What the command line asked for."""
 
     shards: Path
@@ -42,7 +42,7 @@ class Request:
         return "5" in self.figures and self.bf16_shards is None
 
 
-def arguments(request: Request, shards: Shards) -> dict[str, Any]:
+def arguments(request: BenchRequest, shards: Shards) -> dict[str, Any]:
     """What the figures are a function of: sizes, shards, and the machine. Raises InputError for unfit shards."""
     if "5" in request.figures and shards.manifest.scheme.name != "int8":
         raise InputError(
@@ -69,7 +69,7 @@ def arguments(request: Request, shards: Shards) -> dict[str, Any]:
     }
 
 
-def _bf16_digest(request: Request, shards: Shards) -> str | None:
+def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
     """The digest of the shards given to compare with. Raises InputError where they are of another model or split."""
     if request.bf16_shards is None:
         return None
@@ -105,7 +105,7 @@ def environment() -> dict[str, str | None]:
         return {"transformers": None}
 
 
-def check_out(request: Request) -> None:
+def check_out(request: BenchRequest) -> None:
     """Raise InputError where ``out`` is an input, or holds files of a bench's names that no bench wrote."""
     out = request.out
     inputs = [path.resolve() for path in (request.shards, request.bf16_shards) if path is not None]
