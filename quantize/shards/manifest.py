@@ -1,4 +1,4 @@
-"""shards.json: what a directory of shards holds. Written last; checked on reading against config.json and the scheme."""
+"""shards.json: what a directory of shards holds. Written last; read back against config.json and the scheme."""
 
 from __future__ import annotations
 
