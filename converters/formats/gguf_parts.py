@@ -100,8 +100,8 @@ def _names(metadata: Metadata, count: int) -> list[Path]:
         raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise InputError(
-            f"{path} is part {number + 1} of {count} of a split model; rename it, and the others alike, to "
-            f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
+            f"{path} is part {number + 1} of {count} of a split model; rename it to "
+            f"NAME-{number + 1:05d}-of-{count:05d}.gguf, and the others likewise."
         )
     return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]
 
