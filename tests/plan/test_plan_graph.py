@@ -18,7 +18,7 @@ from quantize.cli import command as quantize
 CHIPS = 4
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
