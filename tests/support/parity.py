@@ -30,7 +30,7 @@ def decode(jobs: list[dict[str, Any]], folder: Path, as_users: bool = False) -> 
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
     if not as_users:
-        environment["XLA_FLAGS"] = quick_flags()
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder / "jobs.json"), str(folder / "results.json")],
         env=environment,
@@ -39,11 +39,6 @@ def decode(jobs: list[dict[str, Any]], folder: Path, as_users: bool = False) -> 
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads((folder / "results.json").read_text())
-
-
-def quick_flags() -> str:
-    """XLA_FLAGS for a process that compiles quickly."""
-    return f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
