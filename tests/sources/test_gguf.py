@@ -70,6 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a real model
 
 
+@pytest.mark.slow
 def test_smollm2_is_bit_equal_to_transformers(smollm2_gguf: Path) -> None:
     source = open_gguf(smollm2_gguf)
     theirs, expected = transformers_reading(smollm2_gguf, source.config)
