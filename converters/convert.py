@@ -178,5 +178,5 @@ def _summary(conversion: Conversion, storage: str) -> str:
         "a seed" if storage == "seed" else f"{plural(len(conversion.files), 'file')}, {format_bytes(conversion.nbytes)}"
     )
     layers = plural(config.num_layers, "layer")
-    dtype = f"int8 and {config.dtype}" if conversion.keep_int8 else config.dtype
+    dtype = f"{conversion.source.format} and {config.dtype}" if conversion.keep_int8 else config.dtype
     return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {dtype}, {form}"

@@ -131,13 +131,13 @@ def _filled(conversion: Conversion) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(_configuration(conversion)).float().eval()
-    int8 = {spec.name for spec in conversion.contents.specs if spec.code == "I8"}
+    quantized = conversion.source.quantized_names(conversion.config) if conversion.keep_int8 else set()
     weights = dict(model.named_parameters())
     for parameter in parameters(conversion.config):
         name = parameter.name
         for start, stop in row_blocks(0, parameter.shape[0], parameter.width):
             block = conversion.source.rows(name, start, stop)
-            weights[name][start:stop] = block.float() if name in int8 else _rounded(block, conversion.config.dtype)
+            weights[name][start:stop] = block.float() if name in quantized else _rounded(block, conversion.config.dtype)
     return model
 
 

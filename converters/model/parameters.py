@@ -102,6 +102,11 @@ def _block(architecture: Architecture) -> Iterator[Row]:
     yield from _row_parallel(architecture, architecture.feed_forward_out, Axis.FFN)
 
 
+def same_input(architecture: Architecture) -> tuple[tuple[str, ...], ...]:
+    """The linears of a block that take the same input, by their names within the block."""
+    return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), architecture.feed_forward_in
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of an architecture in the order in which files hold them; ``block`` comes once per layer."""

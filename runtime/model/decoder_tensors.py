@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from converters.model.config import ModelConfig
+from converters.model.parameters import same_input
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.stored import Scheme, StoredParameter, StoredTensor, stored_parameters
 from runtime.model.linears.linear import LinearWeight
 
-# Linears of one input, by the name of what they become together.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-DecoderParameters = Mapping[str, torch.Tensor | LinearWeight]  # by name; linears' weights are LinearWeights
+# By name. Linears' weights are LinearWeights. Those that take the same input, and their biases, are a list under the
+# name of the first: of the fused one, or of each.
+DecoderParameters = Mapping[str, torch.Tensor | LinearWeight | list[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ class DecoderTensor:
 
 @dataclass(frozen=True)
 class DecoderParameter:
-    """A parameter of the decoder: one of the shards, or several that are fused."""
+    """A parameter of the decoder: one of the shards, or several that are fused.
+
+    ``group`` is the name of the first of those that take the same input, where there are several, fused or not.
+    """
 
     name: str
     members: tuple[StoredParameter, ...]
+    group: str | None = None
 
     @property
     def format(self) -> WeightFormat:
@@ -108,20 +113,24 @@ def decoder_parameters(
     Weights are fused where that makes no more than ``fuse_bytes`` of values on each chip; None sets no limit.
     """
     stored = {each.name: each for each in stored_parameters(config, scheme)}
-    gone: set[str] = set()  # into another
+    done: set[str] = set()
     found = []
-    for name in stored:
-        if name in gone:
+    for name, parameter in stored.items():
+        if name in done:
             continue
         linear, _, kind = name.rpartition(".")
-        whole, linears = _fusion(linear)
-        if len(linears) > 1 and fuse_bytes is not None:
-            values = [stored[f"{part}.weight"].tensors[0] for part in linears]
-            if sum(each.spec(config, chips).nbytes for each in values) > fuse_bytes:
-                whole, linears = linear, [linear]  # with its bias
-        names = [f"{part}.{kind}" for part in linears]
-        found.append(DecoderParameter(f"{whole}.{kind}", tuple(stored[part] for part in names)))
-        gone.update(names)
+        linears = _of_same_input(linear, config)
+        if len(linears) == 1:
+            found.append(DecoderParameter(name, (parameter,)))
+            continue
+        names = [f"{each}.{kind}" for each in linears]
+        done.update(names)
+        values = [stored[f"{each}.weight"].tensors[0] for each in linears]  # biases go with their weights
+        if fuse_bytes is None or sum(each.spec(config, chips).nbytes for each in values) <= fuse_bytes:
+            members = tuple(stored[each] for each in names)
+            found.append(DecoderParameter(f"{_fused_name(linears)}.{kind}", members, name))
+        else:
+            found += [DecoderParameter(each, (stored[each],), name) for each in names]
     return found
 
 
@@ -132,17 +141,29 @@ def decoder_tensors(parameters: Iterable[DecoderParameter]) -> list[DecoderTenso
 
 def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTensor], Any]) -> DecoderParameters:
     """What the decoder is made of, each tensor brought to the device by ``load``, one after the other."""
-    held: dict[str, torch.Tensor | LinearWeight] = {}
+    held: dict[str, Any] = {}
     for parameter in parameters:
         tensors = {suffix: load(tensor) for suffix, tensor in parameter.tensors.items()}
-        held[parameter.name] = LinearWeight(parameter.format, tensors) if parameter.is_linear else tensors[""]
+        value = LinearWeight(parameter.format, tensors) if parameter.is_linear else tensors[""]
+        if parameter.group is None:
+            held[parameter.name] = value
+        else:
+            held.setdefault(parameter.group, []).append(value)
     return held
 
 
-def _fusion(linear: str) -> tuple[str, list[str]]:
-    """The name of what begins with this linear, and of all that go into it; itself where it stays alone."""
-    for whole, parts in FUSED.items():
-        if linear.endswith("." + parts[0]):
-            prefix = linear.removesuffix(parts[0])
-            return prefix + whole, [prefix + part for part in parts]
-    return linear, [linear]
+def _of_same_input(linear: str, config: ModelConfig) -> list[str]:
+    """This linear and those after it that take the same input; itself alone where it isn't the first of several."""
+    for first, *others in same_input(config.architecture):
+        if linear.endswith("." + first):
+            prefix = linear.removesuffix(first)
+            return [linear, *(prefix + other for other in others)]
+    return [linear]
+
+
+def _fused_name(linears: Sequence[str]) -> str:
+    """``layers.0.self_attn.qkv_proj`` for q_proj, k_proj and v_proj, ``gate_up_proj`` for gate_proj and up_proj."""
+    within = linears[0].rpartition(".")[0]
+    stems = [linear.rpartition(".")[2].removesuffix("_proj") for linear in linears]
+    between = "" if all(len(stem) == 1 for stem in stems) else "_"
+    return f"{within}.{between.join(stems)}_proj"

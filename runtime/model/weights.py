@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from converters.console.errors import MissingTensor, UnexpectedTensor
-from runtime.model.decoder_tensors import FUSED, DecoderParameters
-from runtime.model.linears.linear import MakeLinear
+from runtime.model.decoder_tensors import DecoderParameters
+from runtime.model.linears.linear import LinearWeight, MakeLinear
 
 
 class Weights:
@@ -27,14 +27,17 @@ class Weights:
 
     def linear(self, name: str, bias: bool = False) -> nn.Module:
         """The linear of the parameter ``name``.weight; with ``bias`` it has one."""
-        linear = self._make_linear(self.take(f"{name}.weight"))
-        return Biased(linear, self.take(f"{name}.bias")) if bias else linear
+        return self._made(self.take(f"{name}.weight"), self.take(f"{name}.bias") if bias else None)
 
-    def projections(self, prefix: str, fused: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
-        """The linears that ``fused`` of FUSED stands for, as one where they have been fused."""
-        whole = prefix + fused
-        names = [whole] if f"{whole}.weight" in self._left else [prefix + part for part in FUSED[fused]]
-        return Projections([self.linear(name, bias) for name in names], shares, chips)
+    def projections(self, first: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
+        """The linears that take the same input as the one called ``first``, fused or not."""
+        weights = self.take(f"{first}.weight")
+        biases = self.take(f"{first}.bias") if bias else [None] * len(weights)
+        return Projections([self._made(*each) for each in zip(weights, biases, strict=True)], shares, chips)
+
+    def _made(self, weight: LinearWeight, bias: torch.Tensor | None) -> nn.Module:
+        linear = self._make_linear(weight)
+        return linear if bias is None else Biased(linear, bias)
 
     def check_all_taken(self) -> None:
         for name in self._left:

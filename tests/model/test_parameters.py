@@ -133,8 +133,8 @@ def test_decoder_names_a_tensor_too_many_or_too_few() -> None:
     heads = plan_heads(ODD.num_heads, ODD.num_kv_heads, 1)
     with pytest.raises(UnexpectedTensor, match="extra"):
         Decoder(ODD, heads, torch.float32, tensors | {"extra": torch.empty(1)})
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(MissingTensor, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(MissingTensor, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
         Decoder(ODD, heads, torch.float32, tensors)
 
 

@@ -20,7 +20,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.form = heads, config.head_dim, form
         architecture = config.architecture
-        self.qkv_proj = weights.projections(prefix, "qkv_proj", (heads.group, 1, 1), heads.chips, architecture.biases)
+        self.qkv_proj = weights.projections(prefix + "q_proj", (heads.group, 1, 1), heads.chips, architecture.biases)
         self.o_proj = weights.linear(prefix + architecture.attention_out, architecture.biases)
 
     def forward(

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from converters.model.architecture import Architecture, FeedForward
-from runtime.model.decoder_tensors import FUSED
 from runtime.model.weights import Weights
 
 
@@ -17,8 +16,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, weights: Weights, prefix: str, architecture: Architecture, chips: int) -> None:
         super().__init__()
-        within = (prefix + architecture.feed_forward_in[0]).removesuffix(FUSED["gate_up_proj"][0])
-        self.gate_up = weights.projections(within, "gate_up_proj", (1, 1), chips, architecture.biases)
+        self.gate_up = weights.projections(prefix + architecture.feed_forward_in[0], (1, 1), chips, architecture.biases)
         self.down = weights.linear(prefix + architecture.feed_forward_out, architecture.biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
