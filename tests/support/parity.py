@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantize.shards.reading import Shards
 
 CHILD = Path(__file__).with_name("child_decode.py")
-# LLVM's optimizations take most of the time of compiling for the CPU, and the program that LLVM is given is the same
-# without them: they come after all of XLA's own passes.
+# LLVM's optimizations take most of the time of compiling for the CPU. The HLO that XLA optimizes comes out the same
+# without them; tests of what users run as it is compiled for them say so (as_users).
 QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32
 
