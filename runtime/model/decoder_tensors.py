@@ -1,7 +1,7 @@
-"""Which parameters the decoder holds: those of the shards, linears that take the same input fused into one.
+"""Which parameters the decoder holds: those of the shards, with linears that take the same input fused into one.
 
-Fewer, larger matrix products use the chip better than several small ones. Every chip fuses its own parts, one upon the
-other, so that it still needs nothing but its own file.
+A few large matrix products use the chip better than several small ones. Every chip concatenates its own parts along
+their rows, so it still needs only its own file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from quantize.formats.weight_format import WeightFormat
 from quantize.shards.stored import Scheme, StoredParameter, StoredTensor, stored_parameters
 from runtime.model.linears.linear import LinearWeight
 
-# Linears of one input, by the name of what they become together.
+# Linears that share an input, by the name of the linear they are fused into.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-DecoderParameters = Mapping[str, torch.Tensor | LinearWeight]  # by name; linears' weights are LinearWeights
+DecoderParameters = Mapping[str, torch.Tensor | LinearWeight]  # by name; a linear's weight is a LinearWeight
 
 
 @dataclass(frozen=True)
 class DecoderTensor:
-    """A tensor of the decoder: one of the shards, or several of them one upon the other, chip by chip."""
+    """A tensor of the decoder: one of the shards' tensors, or several concatenated along their rows on each chip."""
 
     name: str
     format: WeightFormat
@@ -33,13 +33,13 @@ class DecoderTensor:
 
     @property
     def are_values(self) -> bool:
-        """Whether it holds the values of a linear's weight, and not what goes with them."""
+        """Whether it holds the values of a linear's weight, rather than their scales or the like."""
         first = self.parts[0]
         return first.parameter.row.is_linear and first.part == self.format.parts[0]
 
     @property
     def shard(self) -> int | None:
-        """The axis along which it is split over the chips; None where every chip holds it whole."""
+        """The axis along which it is split over the chips; None where every chip holds all of it."""
         return self.parts[0].shard
 
     @property
@@ -47,20 +47,20 @@ class DecoderTensor:
         return torch.float32 if self._is_norm else self.parts[0].torch_dtype
 
     def nbytes(self, config: ModelConfig, chips: int) -> int:
-        """On each chip."""
+        """Bytes on each chip."""
         return sum(part.spec(config, chips).nbytes for part in self.parts)
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
-        """Of each chip's part of it, as ``join`` gives it."""
+        """The shape of one chip's part, as ``join`` returns it."""
         shapes = [part.local_shape(config, chips) for part in self.parts]
         rows = sum(shape[0] for shape in shapes)
         return (rows,) if self._is_column else (rows, *shapes[0][1:])
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One chip's part of it, from those of its parts.
+        """One chip's part of this tensor, from the same chip's tensors of ``parts`` in that order.
 
-        A column [out, 1], as a scale for each output channel is in the shards, becomes [out], and what a norm has
-        float32, as they are used: on TPU a step would begin by making them so, one operation for each.
+        A column [out, 1], as the shards store one scale per output channel, becomes [out], and a norm's tensors become
+        float32, as they are used: otherwise every step on a TPU would start with one operation for each of them.
         """
         joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
         if self._is_norm:
@@ -78,7 +78,7 @@ class DecoderTensor:
 
 @dataclass(frozen=True)
 class DecoderParameter:
-    """A parameter of the decoder: one of the shards, or several that are fused."""
+    """A parameter of the decoder: one of the shards' parameters, or several fused into one."""
 
     name: str
     members: tuple[StoredParameter, ...]
@@ -94,7 +94,7 @@ class DecoderParameter:
 
     @cached_property
     def tensors(self) -> dict[str, DecoderTensor]:
-        """Those of its format, by suffix."""
+        """The tensors that its format consists of, by suffix."""
         by_part = zip(*(member.tensors for member in self.members), strict=True)
         tensors = [DecoderTensor(self.name + parts[0].part.suffix, self.format, tuple(parts)) for parts in by_part]
         return {tensor.parts[0].part.suffix: tensor for tensor in tensors}
@@ -105,10 +105,10 @@ def decoder_parameters(
 ) -> list[DecoderParameter]:
     """Every parameter that the decoder holds, in the order of the files.
 
-    Weights are fused where that makes no more than ``fuse_bytes`` of values on each chip; None sets no limit.
+    Weights are fused where the result has at most ``fuse_bytes`` of values on each chip; None sets no limit.
     """
     stored = {each.name: each for each in stored_parameters(config, scheme)}
-    gone: set[str] = set()  # into another
+    gone: set[str] = set()  # already part of a fused parameter
     found = []
     for name in stored:
         if name in gone:
@@ -118,7 +118,7 @@ def decoder_parameters(
         if len(linears) > 1 and fuse_bytes is not None:
             values = [stored[f"{part}.weight"].tensors[0] for part in linears]
             if sum(each.spec(config, chips).nbytes for each in values) > fuse_bytes:
-                whole, linears = linear, [linear]  # with its bias
+                whole, linears = linear, [linear]  # biases come to the same decision
         names = [f"{part}.{kind}" for part in linears]
         found.append(DecoderParameter(f"{whole}.{kind}", tuple(stored[part] for part in names)))
         gone.update(names)
@@ -131,7 +131,7 @@ def decoder_tensors(parameters: Iterable[DecoderParameter]) -> list[DecoderTenso
 
 
 def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTensor], Any]) -> DecoderParameters:
-    """What the decoder is made of, each tensor brought to the device by ``load``, one after the other."""
+    """The decoder's parameters by name, each tensor loaded onto the device by ``load``, one after the other."""
     held: dict[str, torch.Tensor | LinearWeight] = {}
     for parameter in parameters:
         tensors = {suffix: load(tensor) for suffix, tensor in parameter.tensors.items()}
@@ -140,7 +140,7 @@ def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTenso
 
 
 def _fusion(linear: str) -> tuple[str, list[str]]:
-    """The name of what begins with this linear, and of all that go into it; itself where it stays alone."""
+    """The name of the fused linear whose first part this is, and all its parts; else the linear itself, alone."""
     for whole, parts in FUSED.items():
         if linear.endswith("." + parts[0]):
             prefix = linear.removesuffix(parts[0])
