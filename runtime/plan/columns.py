@@ -1,4 +1,4 @@
-"""Text in columns."""
+"""Aligning text in columns."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class CompiledPlan:
 
     @property
     def prediction(self) -> Prediction | None:
-        """None where the step doesn't compile."""
+        """The prediction of the step's time; None where the step doesn't compile."""
         if self.step.program is None:
             return None
         collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.chips)

@@ -38,7 +38,7 @@ class CompiledProgram:
 
 
 class OutOfMemory(Exception):
-    """The compiler could not fit a program into a chip's HBM; the message is the first line of its own."""
+    """The compiler could not fit a program into a chip's HBM; the message is the first line of the compiler's."""
 
 
 def require_libtpu() -> None:

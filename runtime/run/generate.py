@@ -108,7 +108,7 @@ class Generator:
     def warm_up(self, longest_prompt: int | None = None) -> None:
         """Compile every bucket and the decode step by running them; after that, generating compiles nothing.
 
-        With ``longest_prompt``, that holds only for prompts of up to so many tokens, which may need no later sections.
+        With ``longest_prompt``, that holds only for prompts of up to that many tokens, which may need no later section.
         """
         self._warm_up_sections(self._fill, longest_prompt or self.max_seq_len)
         place = self._backend.replicate

@@ -24,7 +24,7 @@ class PromptChoice:
 
 
 def read_prompts(choice: PromptChoice, model: StoredModel, max_seq_len: int) -> list[list[int]]:
-    """The token ids of every row. Raises InputError where there are none to be had or ``check_prompts`` fails."""
+    """The token ids of every row. Raises InputError where the choice can't be fulfilled or ``check_prompts`` fails."""
     prompts = _chosen(choice, model, max_seq_len)
     check_prompts(model.config, prompts, max_seq_len)
     return prompts

@@ -41,7 +41,7 @@ class SessionOptions:
     batch_size: int = 1  # rows of every batch
     max_seq_len: int = 256  # slots of the cache
     buckets: tuple[int, ...] = DEFAULT_BUCKETS  # prompt lengths to compile for
-    layers: int | None = None  # run only the first so many; None: all
+    layers: int | None = None  # run only this many, the first ones; None: all
     compile_cache: Path | None = None  # a folder that keeps compiled graphs
     sampled: bool = False  # whether tokens may be drawn
 
