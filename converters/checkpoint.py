@@ -22,7 +22,7 @@ from converters.output.record import WRITTEN, read_file_record, read_record, ver
 from converters.output.state import Finished, check_finished
 from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.sources import random_init
-from converters.sources.huggingface_files import INDEX, weight_map
+from converters.sources.huggingface.files import INDEX, weight_map
 from converters.sources.source import TensorSource
 
 # Keys in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.

@@ -19,7 +19,7 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.record import WRITTEN, existing_bytes
 from converters.output.state import State, recorded_names
 from converters.sources import random_init
-from converters.sources.huggingface_files import INDEX
+from converters.sources.huggingface.files import INDEX
 from converters.sources.random_init import RandomSource
 from converters.sources.source import QuantizedSource, TensorSource
 

@@ -18,8 +18,8 @@ from converters.files.text_path import text_path
 from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.output.preflight import available_memory
-from converters.sources.gguf import GGUFSource
-from converters.sources.huggingface import CompressedSource, HFSource
+from converters.sources.gguf.source import GGUFSource
+from converters.sources.huggingface.source import CompressedSource, HFSource
 
 if TYPE_CHECKING:
     import torch

@@ -57,12 +57,14 @@ def command(
     llama-quantize --verify --out out/           check an output
     """
     from converters.console.errors import InputError
-    from quantize.job import Request, quantize, verify_output
+    from quantize.job import QuantizeRequest, quantize, verify_output
 
     if scheme is None and not verify:
         raise InputError("Give --int8 or --bf16 (or --verify alone, to check --out).")
     if scheme is not None:
-        request = Request(checkpoint, out, scheme, _chip_count(chips, target), only_chips, layers, quantize_lm_head)
+        request = QuantizeRequest(
+            checkpoint, out, scheme, _chip_count(chips, target), only_chips, layers, quantize_lm_head
+        )
         click.echo(quantize(request, force, dry_run))
     if verify and not dry_run:
         click.echo(verify_output(out))

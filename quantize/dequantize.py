@@ -1,7 +1,7 @@
-"""Shards back in bfloat16: what the int8 values stand for, streamed into shards for the same chips.
+"""Shards back in bfloat16: the quantized values, dequantized and streamed into shards for the same chips.
 
-The weights that were quantized are gone; these differ from them by the quantization error. For timing that is enough:
-speed does not depend on values.
+They differ from the original weights by the quantization error, which doesn't matter for timing: speed does not
+depend on values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantize.values import Block, Resharder
 def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool) -> bool:
     """Write bfloat16 shards of the first ``layers`` (None: all) into ``out``, for as many chips as ``shards`` are for.
 
-    An interrupted run goes on where it stopped. Returns False where they were there already. Raises InputError, with
+    Resumes an interrupted run. Returns False if the shards were complete already. Raises InputError, with
     nothing removed, where a chip's file is missing, where they don't fit on the disk, or where ``out`` holds something
     else; with ``force`` shards of other arguments are replaced.
     """
@@ -48,7 +48,7 @@ def write_dequantized(shards: Shards, layers: int | None, out: Path, force: bool
 
 
 def _check_fits(sharding: Sharding, out: Path, existing: int) -> None:
-    """Raise InputError where the disk has no room for the files, ``existing`` bytes of which have theirs."""
+    """Raise InputError where the disk has no room for the files; ``existing`` bytes of them are on it already."""
     check_machine(out, sharding.chips, at_once=sharding.chips)
     room = free_bytes(out) + existing
     if room_for(sharding.nbytes) > room:

@@ -1,4 +1,4 @@
-"""One run of llama-quantize: what is to be made of which source, whether it fits, and the making."""
+"""One run of llama-quantize: what to make from which source, whether it fits, and making it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from quantize.values import BlockSource, Quantizer, Resharder
 
 
 @dataclass(frozen=True)
-class Request:
+class QuantizeRequest:
     """What the command line asked for."""
 
     checkpoint: Path
@@ -35,8 +35,8 @@ class Request:
     quantize_lm_head: bool
 
 
-def quantize(request: Request, force: bool, dry_run: bool) -> str:
-    """Make the shards, or what an interrupted run left of them. Returns the lines to show the user."""
+def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
+    """Make the shards, or finish those of an interrupted run. Returns the lines to show the user."""
     sharding, source = _plan(request)
     lines = _describe(sharding, request.out)
     if dry_run:
@@ -79,7 +79,7 @@ def verify_output(out: Path) -> str:
     return f"{out}: {plural(len(shards.manifest.files), 'file')}, {format_bytes(total)}, every digest as in {FILE_NAME}"
 
 
-def _plan(request: Request) -> tuple[Sharding, BlockSource]:
+def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     """What is to be made, and where its values come from."""
     _check_distinct(request.checkpoint, request.out)
     scheme = Scheme(request.scheme, request.quantize_lm_head)
@@ -109,7 +109,7 @@ def _check_scheme(wanted: Scheme, shards: Shards) -> None:
         )
 
 
-def _only_chips(request: Request) -> tuple[int, ...]:
+def _only_chips(request: QuantizeRequest) -> tuple[int, ...]:
     if not request.only_chips:
         return tuple(range(request.chips))
     beyond = [chip for chip in request.only_chips if chip >= request.chips]
@@ -124,7 +124,7 @@ def _check_distinct(checkpoint: Path, out: Path) -> None:
 
 
 def _check_fits(sharding: Sharding, wanted: Wanted, existing: int) -> None:
-    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes of them have their room."""
+    """Raise InputError, saying what would fit, where the files don't; ``existing`` bytes are on the disk already."""
     check_machine(wanted.out, len(wanted.names), at_once=len(sharding.only_chips))
     needed, free = sharding.nbytes - existing, free_bytes(wanted.out)
     if needed <= 0 or room_for(needed) <= free:

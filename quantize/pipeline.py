@@ -31,7 +31,7 @@ from quantize.values import Block, BlockSource
 
 @dataclass(frozen=True)
 class Sharding:
-    """The shards to be made: of which model, in which scheme, for how many chips, and which chips' files."""
+    """The shards to make: the model, the scheme, the number of chips, and which chips' files."""
 
     config: ModelConfig
     scheme: Scheme
@@ -58,7 +58,7 @@ class Sharding:
         return {chip: chip_file(chip, self.chips) for chip in self.only_chips}
 
     def arguments(self) -> dict[str, Any]:
-        """What the result is a function of, but for which chips' files are there."""
+        """What the content of the files depends on."""
         return {
             "source_fingerprint": self.source_fingerprint,
             "layers": self.config.num_layers,
@@ -74,10 +74,10 @@ class Sharding:
 
 
 def write_shards(sharding: Sharding, source: BlockSource, output: Output, advance: Advance) -> None:
-    """Write the chips' files, then the small files, then the manifest, going on where an interrupted run stopped.
+    """Write the chips' files, then the small files, then the manifest; resumes an interrupted run.
 
-    Files of other chips that an earlier run has made stay, and are listed too. ``advance`` is told bytes as they are
-    done.
+    Files of other chips from earlier runs stay, and are listed in the manifest. ``advance`` is told bytes as they are
+    written.
     """
     config, scheme, chips = sharding.config, sharding.scheme, sharding.chips
     source.restore(output.caller_state)
@@ -109,7 +109,7 @@ def _write_values(
     journal: Journal,
     advance: Advance,
 ) -> list[SafetensorsWriter]:
-    """Write the files of these chips to the end, and put down what they hold; they have no names yet."""
+    """Write all values of these chips' files and record them; the files get their names later."""
     specs = sharding.specs
     position, state = journal.read(list(names.values()))
     done = tensors_before(specs, position)
@@ -135,7 +135,7 @@ def _write_pieces(
     journal: Journal,
     advance: Advance,
 ) -> None:
-    """Append what the tasks give to the chips' files, noting how far they have come at the end of each parameter."""
+    """Append the tasks' results to the chips' files, and note the progress at the end of each parameter."""
     by_name = {names[chip]: writer for chip, writer in writers.items()}
     advance(sum(writer.nbytes for writer in writers.values()))
     later: Later = {chip: {} for chip in writers}
@@ -190,7 +190,7 @@ Later = dict[int, dict[str, list[torch.Tensor]]]
 def piece_tasks(
     sharding: Sharding, source: BlockSource, chips: tuple[int, ...], skip: int = 0
 ) -> Iterator[Callable[[], _Piece]]:
-    """The work on every parameter but those of the first ``skip`` tensors, in the order of the files of ``chips``."""
+    """The work on all parameters after the first ``skip`` tensors, in the order of the files of ``chips``."""
     tensors = 0
     for stored in stored_parameters(sharding.config, sharding.scheme):
         tensors += len(stored.tensors)

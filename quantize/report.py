@@ -1,4 +1,4 @@
-"""What quantization cost: error per tensor and the worst, gathered while the blocks pass by."""
+"""The quantization error of every tensor and the worst of them, gathered block by block."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Report:
         self._rows: list[RowErrors] = []
 
     def expect(self, name: str) -> None:
-        """Give a tensor its place in the report, though the rows at hand may all be padding."""
+        """List a tensor in the report, even if all of its rows here are padding."""
         self._tensors.setdefault(name, _Sums())
 
     def add(self, name: str, start: int, errors: RowErrors) -> None:
-        """Take in rows from ``start`` on of a tensor; its rows come one after another. Those known already are not."""
+        """Add rows of a tensor from ``start`` on; they come in order, and rows added before are skipped."""
         if name != self._name:
             self._close()
             self._name = name
@@ -46,7 +46,7 @@ class Report:
         return {name: sums.as_json() for name, sums in self._tensors.items()}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Begin with what an earlier run knew."""
+        """Start from the state of an earlier run."""
         self._tensors = {name: _Sums(**sums) for name, sums in (state or {}).items()}
 
     def content(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Report:
         return f"Relative error of the {format_name} weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
 
     def _close(self) -> None:
-        """Sum up the rows that have been coming."""
+        """Sum up the rows added since the last call."""
         if self._rows:
             self._tensors[self._name].add(self._rows)
             self._rows = []
@@ -77,7 +77,7 @@ class Report:
 
 @dataclass
 class _Sums:
-    """Of the rows of a tensor that were seen, as ranges [start, stop): the sums in parts, whose sum is exact."""
+    """The rows of a tensor seen so far, as ranges [start, stop), and their errors summed exactly, in parts."""
 
     rows: list[list[int]] = field(default_factory=list)
     squared_error: list[float] = field(default_factory=list)
@@ -117,7 +117,7 @@ class _Sums:
 
 
 def _exact_parts(parts: list[float], values: list[torch.Tensor]) -> list[float]:
-    """The sum of all these as a few floats, each the rounding of what the ones before leave: nothing is lost."""
+    """The exact sum as a few floats, each of which rounds what the ones before it leave."""
     terms = [*parts, *(value for tensor in values for value in tensor.tolist())]
     found: list[float] = []
     while part := math.fsum([*terms, *(-done for done in found)]):

@@ -39,11 +39,11 @@ class BlockSource(Protocol):
         ...
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
-        """Take note of a block that has been written, of padding where ``start`` is None; in the order of the files."""
+        """Called for every block after it was written, in the order of the files; ``start`` is None for padding."""
         ...
 
     def state(self) -> Any:
-        """What ``restore`` needs, in a rerun, to know of the blocks that passed in this one; as JSON holds it."""
+        """What ``restore`` needs in a rerun to know the blocks that were written; as JSON holds it."""
         ...
 
     def restore(self, state: Any) -> None: ...
@@ -70,7 +70,7 @@ class Quantizer:
         self.report = Report()
 
     def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
-        """Say what becomes of a quantized source's weights: kept, dequantized, or quantized here beside kept ones."""
+        """Say which weights of a quantized source are kept, dequantized, or quantized here beside kept ones."""
         source = self._quantized
         if source is None:
             return
@@ -95,7 +95,7 @@ class Quantizer:
         return Block(*encoded)
 
     def _as_it_is(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        """Rows of the source in the format they are wanted in; nothing is lost by it."""
+        """Rows that the source holds in the wanted format, unchanged."""
         assert self._quantized is not None
         tensors = {}
         for each in stored.tensors:
@@ -155,7 +155,7 @@ class Resharder:
         """Nothing was kept."""
 
     def files(self) -> list[Path]:
-        """The chips' files, and what goes along: the manifest's fingerprint says nothing of that."""
+        """The chips' files and the small files, which the manifest's fingerprint does not cover."""
         directory = self._shards.directory
         names = ("config.json", MANIFEST, REPORT, *self._shards.auxiliary_files())
         return [*self._shards.paths(), *(path for name in names if (path := directory / name).is_file())]

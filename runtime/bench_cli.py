@@ -118,13 +118,13 @@ def command(
     """
     from converters.console.units import plural
     from quantize.shards.reading import Shards
-    from runtime.bench.bench import Request, bench
+    from runtime.bench.bench import BenchRequest, bench
     from runtime.bench.report import to_markdown
     from runtime.json_out import STDOUT, write_json_out
 
     positions = Shards(shards).config.max_position_embeddings
     sizes = fitting_sizes(batch_sizes, prompt_lens, max_seq_lens, new_tokens, positions)
-    done = bench(Request(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
+    done = bench(BenchRequest(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
     if as_json:
         write_json_out(STDOUT, done.report)
     else:

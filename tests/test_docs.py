@@ -44,6 +44,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in _anchors(found), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:converters|quantize|runtime|tests|benchmarks)/[\w/]+\.py\b", text))
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []

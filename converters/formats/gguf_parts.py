@@ -21,7 +21,7 @@ _PART = re.compile(
 _MAX_PARTS = 1000
 
 
-class StoredTensor:
+class GGUFTensor:
     """A tensor in a file. ``type`` is the gguf library's; ``shape`` is in torch's order, the reverse of GGUF's."""
 
     def __init__(self, file: StreamReader, path: Path, tensor: Any) -> None:
@@ -52,7 +52,7 @@ class Parts:
 
     paths: list[Path]
     metadata: Metadata
-    tensors: list[StoredTensor]
+    tensors: list[GGUFTensor]
     header: bytes
 
 
@@ -100,13 +100,13 @@ def _names(metadata: Metadata, count: int) -> list[Path]:
         raise damaged(path, f"it says that it is part {number} of {count}, counted from 0")
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise InputError(
-            f"{path} is part {number + 1} of {count} of a split model; rename it, and the others alike, to "
-            f"NAME-{number + 1:05d}-of-{count:05d}.gguf."
+            f"{path} is part {number + 1} of {count} of a split model; rename it to "
+            f"NAME-{number + 1:05d}-of-{count:05d}.gguf, and the others likewise."
         )
     return [path.with_name(f"{name['model']}-{i:05d}-of-{count:05d}{name['suffix']}") for i in range(1, count + 1)]
 
 
-def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -> None:
+def _check_tensors(paths: list[Path], tensors: list[GGUFTensor], total: int) -> None:
     holder: dict[str, Path] = {}
     for tensor in tensors:
         if tensor.name in holder:
@@ -121,7 +121,7 @@ def _check_tensors(paths: list[Path], tensors: list[StoredTensor], total: int) -
         )
 
 
-def _read(path: Path) -> tuple[Metadata, list[StoredTensor], bytes]:
+def _read(path: Path) -> tuple[Metadata, list[GGUFTensor], bytes]:
     """A file's metadata, tensors and header bytes, checked against the format only."""
     from gguf import GGUFReader
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[Metadata, list[StoredTensor], bytes]:
         reader = GGUFReader(path)
         values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         file = StreamReader(path)
-        tensors = [StoredTensor(file, path, tensor) for tensor in reader.tensors]
+        tensors = [GGUFTensor(file, path, tensor) for tensor in reader.tensors]
     except Exception as error:  # the library's parser can raise anything on a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise damaged(path, reason[:100]) from None

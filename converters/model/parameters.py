@@ -28,7 +28,6 @@ class Axis(Enum):
     KV = "kv"  # num_kv_heads * head_dim
     FFN = "ffn"
     POSITIONS = "positions"  # learned ones, and the rows before the first
-    ONE = "one"
 
     def length(self, config: ModelConfig) -> int:
         return {
@@ -39,7 +38,6 @@ class Axis(Enum):
             Axis.KV: config.num_kv_heads * config.head_dim,
             Axis.FFN: config.intermediate_size,
             Axis.POSITIONS: config.architecture.position_offset + config.max_position_embeddings,
-            Axis.ONE: 1,
         }[self]
 
 
@@ -61,12 +59,8 @@ class Row:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is the weight of a matrix product, and not of a norm, a table to look up in, or a scale."""
-        return len(self.axes) == 2 and Axis.ONE not in self.axes and not self.looked_up
-
-    def scale(self) -> Row:
-        """The row of the per-output-channel scale [out, 1] that goes with this linear's int8 weight [out, in]."""
-        return Row(self.name + "_scale", (self.axes[0], Axis.ONE), shard=0 if self.shard == 0 else None)
+        """Whether it is the weight of a matrix product, and not of a norm or a table to look up in."""
+        return len(self.axes) == 2 and not self.looked_up
 
 
 # Around the blocks. All names but the output head's stand behind the architecture's prefix.

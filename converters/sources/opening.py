@@ -7,9 +7,9 @@ from pathlib import Path
 from converters.console.errors import InputError
 from converters.output.state import check_finished
 from converters.sources import random_init
-from converters.sources.huggingface import open_hf
-from converters.sources.huggingface_files import INDEX
-from converters.sources.meta import is_meta, open_meta
+from converters.sources.huggingface.files import INDEX
+from converters.sources.huggingface.source import open_hf
+from converters.sources.meta.source import is_meta, open_meta
 from converters.sources.registry import find_opener
 from converters.sources.single_file import find_gguf, open_file
 from converters.sources.source import TensorSource

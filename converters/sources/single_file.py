@@ -49,7 +49,7 @@ def open_file(path: Path) -> TensorSource:
         raise InputError(f"{path} can't be read: {error.strerror}.") from None
     if not head.startswith(_MAGIC):
         raise InputError(f"{path} is {stand_in(head) or _kind(path, head)}")
-    from converters.sources.gguf import open_gguf
+    from converters.sources.gguf.source import open_gguf
 
     return open_gguf(path)
 

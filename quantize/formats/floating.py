@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Floating:
-    """Every value rounded to ``dtype``, one of torch's floating ones."""
+    """Every value in ``dtype``, a floating dtype of torch."""
 
     dtype: str
     quantizes = False
@@ -29,7 +29,7 @@ class Floating:
         return (Part("", self.dtype),)
 
     def encode(self, weight: torch.Tensor) -> Encoded:
-        """[n, ...] of any number of dimensions."""
+        """Rows [n, ...] of a parameter with any number of dimensions."""
         import torch
 
         return Encoded({"": weight.to(getattr(torch, self.dtype))}, None)

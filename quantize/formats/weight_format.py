@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Part:
     """One of the tensors that stand for a weight [out, in]: ``suffix`` follows the weight's name.
 
-    Its shape is [out, in / inputs], or [out, 1] where ``inputs`` is None. So values have 1, a scale for each group the
-    group's size, one for each output channel None, and values packed two to a byte 2.
+    Its shape is [out, in / inputs], or [out, 1] where ``inputs`` is None. So ``inputs`` is 1 for plain values, 2 for
+    values packed two to a byte, the group size for scales of groups, and None for one scale per output channel.
     """
 
     suffix: str
@@ -59,7 +59,7 @@ class WeightFormat(Protocol):
 
     @property
     def quantizes(self) -> bool:
-        """Whether it is for linears alone; a format that isn't takes every parameter, of any number of dimensions."""
+        """Whether it is for linears only; other formats take every parameter, with any number of dimensions."""
         ...
 
     @property
@@ -68,12 +68,15 @@ class WeightFormat(Protocol):
         ...
 
     def encode(self, weight: torch.Tensor) -> Encoded:
-        """Whole rows [n, in] of a floating weight. NaN or an infinity in a row shows in one of its floating tensors."""
+        """Encode whole rows [n, in] of a floating weight.
+
+        NaN or infinity in a row must show in a floating one of the tensors.
+        """
         ...
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What tensors [n, ...] stand for, [n, in]: in float32, or as they are where nothing is quantized.
+        """The weight [n, in] that tensors [n, ...] stand for: in float32, or unchanged where nothing is quantized.
 
-        Plain torch operations on tensors of any device, also on a chip's part of a weight: sizes follow from shapes.
+        Plain torch operations that work on any device, and on a chip's part of a weight: sizes come from shapes.
         """
         ...

@@ -1,4 +1,4 @@
-"""shards.json: what a directory of shards holds. Written last, checked on reading against what the layout derives."""
+"""shards.json: what a directory of shards holds. Written last; read back against config.json and the scheme."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Manifest:
 
 
 def chip_file(chip: int, chips: int) -> str:
-    """``chip-03-of-08.safetensors``: chips are counted from 0, the number is their count."""
+    """``chip-03-of-08.safetensors``: chips are numbered from 0; the second number is how many there are."""
     return f"chip-{chip:02d}-of-{chips:02d}.safetensors"
 
 

@@ -1,7 +1,7 @@
 """How each axis of the parameter table is split over chips: whole heads, even blocks, zeros where they don't divide.
 
-Every axis becomes, per chip, a list of segments of the unsplit axis. All chips hold equally many elements, as the
-XLA SPMD partitioner wants it. Splitting, putting back together, sizing and loading all read these segments.
+Every chip's part of an axis is a list of segments of the unsplit axis. All chips hold the same number of elements, as
+XLA's SPMD partitioner requires. Splitting, putting back together, sizing and loading all read these segments.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Split:
 
 @lru_cache(maxsize=64)
 def axis_split(config: ModelConfig, axis: Axis, chips: int, alignment: int = 1, inputs: int = 1) -> Split:
-    """How a tensor is split whose elements stand for so many ``inputs`` each of the axis; as ``axis_segments``."""
+    """The split of a tensor whose elements stand for ``inputs`` elements of the axis each; see ``axis_segments``."""
     segments = axis_segments(config, axis, chips, alignment)
     if inputs == 1:
         return Split(segments)

@@ -113,7 +113,7 @@ class Shards:
             )
 
     def _check_tensors(self, file: SafetensorsFile) -> None:
-        """Hold a chip's file against what the layout says that every chip holds."""
+        """Check a chip's tensors against those that every chip has to hold."""
         specs = {spec.name: spec for spec in chip_specs(self.config, self.manifest.scheme, self.chips)}
         names = set(file.names())
         for name in names - specs.keys():

@@ -31,7 +31,7 @@ class ShardsSource:
         return self.config.dtype
 
     def fingerprint(self) -> str:
-        """Over config.json, the manifest, which has the digest of every file, and the files that go along."""
+        """Of config.json, the manifest (which has the digest of every file) and the auxiliary files."""
         directory = self._shards.directory
         digest = hashlib.sha256((directory / "config.json").read_bytes())
         digest.update((directory / FILE_NAME).read_bytes())

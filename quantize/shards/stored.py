@@ -38,7 +38,7 @@ class Scheme:
 
     @property
     def alignment(self) -> int:
-        """What every chip's part of a feed-forward layer is a multiple of: inputs that can't be on two chips."""
+        """The inputs that must stay on one chip: each chip's part of a feed-forward layer is a multiple of this."""
         return max(1 if part.is_shared or part.inputs is None else part.inputs for part in self.format.parts)
 
     def floating_dtype(self, config: ModelConfig) -> str:
@@ -103,7 +103,7 @@ class StoredTensor:
         return tuple(shape)
 
     def padding(self, config: ModelConfig, chips: int) -> int:
-        """How much longer the shard axis is over all chips than in the model: zeros and what several chips hold."""
+        """By how much the shard axis is longer over all chips than in the model: zeros, and what several chips hold."""
         return 0 if self.shard is None else self.split(config, chips).length * chips - self.shape[self.shard]
 
     def spec(self, config: ModelConfig, chips: int) -> TensorSpec:

@@ -20,7 +20,7 @@ from converters.console.units import format_seconds
 from quantize.shards.reading import Shards
 from runtime.bench.baseline import INSTALL
 from runtime.bench.child import Runner
-from runtime.bench.inputs import BF16_FOLDER, CACHE_FOLDER, Request, arguments, check_out, environment
+from runtime.bench.inputs import BF16_FOLDER, CACHE_FOLDER, BenchRequest, arguments, check_out, environment
 from runtime.bench.journal import FILE_NAME as JOURNAL
 from runtime.bench.journal import RunJournal, open_journal
 from runtime.bench.points import LATENCY, Figure, Point, plan_figures
@@ -36,7 +36,7 @@ class Done:
     failed: int
 
 
-def bench(request: Request) -> Done:
+def bench(request: BenchRequest) -> Done:
     """Measure what is not yet measured, write the report into ``out``, and return it.
 
     Raises InputError before anything is removed or measured if the shards, the sizes, the disk or the contents of

@@ -23,7 +23,7 @@ BF16_FOLDER = "bf16-shards"
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """What the command line asked for."""
 
     shards: Path
@@ -42,7 +42,7 @@ class Request:
         return "5" in self.figures and self.bf16_shards is None
 
 
-def arguments(request: Request, shards: Shards) -> dict[str, Any]:
+def arguments(request: BenchRequest, shards: Shards) -> dict[str, Any]:
     """What determines the figures: sizes, shards and the machine. Raises InputError for unsuitable shards."""
     if "5" in request.figures and shards.manifest.scheme.name != "int8":
         raise InputError(
@@ -69,7 +69,7 @@ def arguments(request: Request, shards: Shards) -> dict[str, Any]:
     }
 
 
-def _bf16_digest(request: Request, shards: Shards) -> str | None:
+def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
     """The digest of --bf16-shards. Raises InputError if they are not bfloat16, or of another model or chip count."""
     if request.bf16_shards is None:
         return None
@@ -105,7 +105,7 @@ def environment() -> dict[str, str | None]:
         return {"transformers": None}
 
 
-def check_out(request: Request) -> None:
+def check_out(request: BenchRequest) -> None:
     """Raise InputError if ``out`` is an input, or holds files with a bench's names that no bench wrote."""
     out = request.out
     inputs = [path.resolve() for path in (request.shards, request.bf16_shards) if path is not None]

@@ -27,13 +27,13 @@ from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
 from runtime.devices.cpu.process import prepare_cpu_process
-from runtime.model.attention import attend_exactly
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import SLOT_AXIS, FunctionalKVCache
 from runtime.model.linears.linear import LinearWeight
 from runtime.model.linears.table import Device, linear_kind
 from runtime.model.linears.tiled import Tiles, cut
+from runtime.model.parts.attention import attend_exactly
 
 TPU_LEAST_ROWS = 2  # the fewest rows for the matrix unit; a single row goes to the vector unit
 TPU_FUSE_BYTES = 24_000_000  # a larger weight is not prefetched into on-chip memory

@@ -18,15 +18,15 @@ from converters.model.config import ModelConfig
 from converters.model.parameters import EMBEDDING, LM_HEAD, PROJECT_IN, PROJECT_OUT
 from quantize.formats.floating import Floating
 from quantize.shards.partition import HeadPlan
-from runtime.model.attention_layer import AttentionLayer
 from runtime.model.decoder_tensors import DecoderParameters
 from runtime.model.device_form import Form
-from runtime.model.feed_forward import FEED_FORWARD_KINDS
 from runtime.model.kv_cache import KVCache
 from runtime.model.linears.linear import LinearWeight
-from runtime.model.norms import make_norm
-from runtime.model.positions import POSITION_KINDS
-from runtime.model.rotary import Rotary
+from runtime.model.parts.attention_layer import AttentionLayer
+from runtime.model.parts.feed_forward import FEED_FORWARD_KINDS
+from runtime.model.parts.norms import make_norm
+from runtime.model.parts.positions import POSITION_KINDS
+from runtime.model.parts.rotary import Rotary
 from runtime.model.weights import Weights
 
 

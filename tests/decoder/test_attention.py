@@ -9,8 +9,8 @@ import torch
 
 from runtime.devices.cpu import attention as forms
 from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors, attend_fused
-from runtime.model.attention import Attend, attend, attend_exactly
 from runtime.model.kv_cache import quantize_tokens
+from runtime.model.parts.attention import Attend, attend, attend_exactly
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4
 FORMS = [attend, attend_exactly, attend_by_products, attend_fused]

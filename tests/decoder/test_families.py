@@ -75,8 +75,12 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     return made
 
 
-@pytest.mark.parametrize("chips", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_logits_are_those_of_transformers(families: dict[str, Family], chips: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "chips"), [("eager", 1), *(pytest.param("xla", chips, marks=pytest.mark.slow) for chips in (1, 2, 3))]
+)
+def test_logits_are_those_of_transformers(
+    families: dict[str, Family], backend: str, chips: int, tmp_path: Path
+) -> None:
     """Within 1e-4 of transformers with the dequantized weights, and so greedily the same tokens."""
     jobs = []
     for name, family in families.items():
@@ -86,7 +90,7 @@ def test_logits_are_those_of_transformers(families: dict[str, Family], chips: in
         assert not any(heads % 2 == 0 or heads % 3 == 0 for heads in (config.num_heads, config.num_kv_heads))
         sizes = {"new_tokens": NEW_TOKENS, "max_seq_len": 8 * ORIGINAL, "buckets": [16, 32]}
         batches = [[prompt] for prompt in family.prompts]
-        jobs.append({"shards": tmp_path / name, "dtype": "float32", "batches": batches, **sizes})
+        jobs.append({"shards": tmp_path / name, "dtype": "float32", "backend": backend, "batches": batches, **sizes})
     compared = 0
     for (name, family), result in zip(families.items(), decode(jobs, tmp_path), strict=True):
         assert result["recompilations"] == 0

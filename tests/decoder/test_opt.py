@@ -173,8 +173,15 @@ def test_positions_end(tmp_path: Path) -> None:
     assert "36" in invoke(run, *last, "--max-new-tokens", 100).stdout  # the last new token takes no place
 
 
-@pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 3)])
-@pytest.mark.parametrize("variety", ["divisible-by-nothing", "post-norm"])
+@pytest.mark.parametrize(
+    ("backend", "chips", "variety"),
+    [
+        ("eager", 1, "divisible-by-nothing"),
+        ("eager", 1, "post-norm"),
+        ("xla", 3, "divisible-by-nothing"),
+        pytest.param("xla", 3, "post-norm", marks=pytest.mark.slow),
+    ],
+)
 def test_rows_of_different_lengths(variety: str, backend: str, chips: int, tmp_path: Path) -> None:
     """Shorter rows begin at later slots, and still at position 0; to the last position that there is."""
     make_opt(tmp_path / "hf", **VARIETIES[variety])

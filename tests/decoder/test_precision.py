@@ -12,7 +12,6 @@ import pytest
 import torch
 from invoke import SUPPORT, invoke
 from models import make_model, make_opt
-from parity import quick_flags
 
 from quantize.cli import command as quantize
 
@@ -33,7 +32,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         make_opt(root / "hf", heads=8, hidden=64, layers=LAYERS, ffn=96, vocab=224)
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
     child = SUPPORT / "child_precision.py"
-    flags = f"{quick_flags()} --xla_dump_to={root / 'dump'} --xla_dump_hlo_as_text"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={root / 'dump'} --xla_dump_hlo_as_text"
     words = [sys.executable, child, root / "out", root / "result.json"]
     subprocess.run(words, check=True, timeout=600, env=os.environ | {"XLA_FLAGS": flags})
     given = sorted((root / "dump").glob("*SyncTensorsGraph*before_optimizations.txt"))

@@ -22,7 +22,7 @@ from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 from runtime.devices.host import HostBackend
-from runtime.model.norms import NORM_KINDS
+from runtime.model.parts.norms import NORM_KINDS
 from runtime.run.load import load_decoder, make_cache
 
 SIZES = {"heads": 7, "kv_heads": 7, "hidden": 70, "ffn": 173, "vocab": 517}  # none of which 3 chips divide

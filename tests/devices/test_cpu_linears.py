@@ -131,7 +131,7 @@ def test_packed_under_inductor(rows: int, activations: torch.dtype) -> None:
     assert all(linear.weight.data_ptr() == case.weight.data_ptr() for linear, case in zip(linears, cases, strict=True))
 
 
-@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activations", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_rows_are_made_before_inductors_loop(activations: torch.dtype) -> None:
     """Fused into the loop over a weight, what makes the rows would be done anew for every output."""
     case = _case(48, 4096, torch.int8)

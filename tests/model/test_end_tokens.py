@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from converters.cli import command as convert
 from converters.model.end_tokens import ends_by_text
 from converters.model.families.hf_config import from_hf, to_hf
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 from quantize.cli import command as quantize
 from runtime.cli import command as run
 

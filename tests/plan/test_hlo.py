@@ -80,7 +80,9 @@ def test_every_cache_is_written_over_its_own_input(step: str) -> None:
     assert {shapes[int(place)] for place in aliases.values()} == {f"s32[1,1,{SLOTS},16]"}
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("step", "s32"), ("bfloat16_step", "s16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("step", "s32"), pytest.param("bfloat16_step", "s16", marks=pytest.mark.slow)]
+)
 def test_a_cache_is_written_where_it_lies(model: str, dtype: str, request: pytest.FixtureRequest) -> None:
     """One update each, no copy of the old one, and no second tensor of its dtype and size."""
     step = request.getfixturevalue(model)
@@ -110,7 +112,7 @@ def test_no_weight_is_transposed_copied_or_converted_in_memory(step: str) -> Non
     assert not [(kind, sizes) for kind, sizes in made if sizes in matrices]
 
 
-@pytest.mark.parametrize("model", ["step", "opt_step"])
+@pytest.mark.parametrize("model", ["step", pytest.param("opt_step", marks=pytest.mark.slow)])
 def test_two_all_reduces_per_layer(model: str, request: pytest.FixtureRequest) -> None:
     """After attention and after the MLP, and one for the embedding; the head gathers its chips' best tokens.
 

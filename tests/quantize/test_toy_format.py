@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from converters.cli import command as convert
 from converters.console.errors import InputError
 from quantize.formats.table import FORMATS
-from quantize.job import Request, quantize
+from quantize.job import QuantizeRequest, quantize
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, padding_bytes
 
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def shard(source: Path, out: Path, chips: int) -> Path:
-    quantize(Request(source, out, Toy.name, chips, (), None, False), force=False, dry_run=False)
+    quantize(QuantizeRequest(source, out, Toy.name, chips, (), None, False), force=False, dry_run=False)
     return out
 
 

@@ -101,13 +101,19 @@ def test_json_on_several_chips(folder: Path) -> None:
     assert figures["memory"]["host_peak_rss_bytes"] > 100e6
 
 
+FLOAT32 = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--dtype", "float32", "--json", "-", "--shards", "out")
+
+
+@pytest.fixture(scope="module")
+def tokens_by_xla(folder: Path) -> list[list[int]]:
+    return json.loads(_run(folder, "llama-run", *FLOAT32).stdout)["token_ids"]
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_other_backends_give_the_same_tokens(folder: Path, backend: str) -> None:
-    args = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--dtype", "float32", "--json", "-", "--shards", "out")
-    xla = json.loads(_run(folder, "llama-run", *args).stdout)
-    other = json.loads(_run(folder, "llama-run", *args, "--backend", backend).stdout)
+def test_other_backends_give_the_same_tokens(folder: Path, tokens_by_xla: list[list[int]], backend: str) -> None:
+    other = json.loads(_run(folder, "llama-run", *FLOAT32, "--backend", backend).stdout)
     assert other["platform"].endswith(f"/{backend}")
-    assert other["token_ids"] == xla["token_ids"]
+    assert other["token_ids"] == tokens_by_xla
     assert other["recompilations"] == 0
 
 

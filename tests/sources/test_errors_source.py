@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from converters.cli import command as convert
 from converters.console.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
-from converters.sources.huggingface import open_hf
+from converters.sources.huggingface.source import open_hf
 from converters.sources.opening import open_source
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -32,7 +32,7 @@ from converters.model.config import ModelConfig
 from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.sources.fingerprint import sample_files
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 from converters.sources.interleaved_rows import interleaved_rows
 
 
@@ -70,6 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a real model
 
 
+@pytest.mark.slow
 def test_smollm2_is_bit_equal_to_transformers(smollm2_gguf: Path) -> None:
     source = open_gguf(smollm2_gguf)
     theirs, expected = transformers_reading(smollm2_gguf, source.config)
@@ -245,7 +246,9 @@ def test_defaults_for_what_a_file_may_leave_out(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_is_cheap() -> None:
-    code = "import sys, converters.sources.gguf; print({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules))"
+    code = (
+        "import sys, converters.sources.gguf.source; print({'torch', 'numpy', 'gguf', 'tokenizers'} & set(sys.modules))"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"

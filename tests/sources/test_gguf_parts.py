@@ -18,7 +18,7 @@ from models import snapshot
 from converters.cli import command as convert
 from converters.console.errors import DuplicateTensor, InputError
 from converters.model.parameters import parameters
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 
 
 def write_split(

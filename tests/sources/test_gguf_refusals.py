@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from converters.console.errors import DuplicateTensor, InputError, MissingTensor, UnexpectedTensor, UnmappedTensor
 from converters.model.parameters import parameters
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 
 
 @pytest.fixture(scope="module")

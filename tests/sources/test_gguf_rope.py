@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from converters.console.errors import InputError
 from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 
 THETA = 500000.0
 TABLE = "rope_freqs.weight"

@@ -89,7 +89,7 @@ def test_variants_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
     with pytest.raises(OSError, match="no file named"):
         load(tmp_path / "hf")
-    refuse_source(tmp_path, "no whole checkpoint", name)
+    refuse_source(tmp_path, "not a whole checkpoint", name)
 
 
 def test_file_that_the_configuration_names(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_odd_names_of_files(name: str, tmp_path: Path) -> None:
 def test_names_that_are_no_plain_files(name: str, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", files=2)
     edit_json(tmp_path / "hf" / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": name}))
-    refuse_source(tmp_path, INDEX, "lm_head.weight", "beside it")
+    refuse_source(tmp_path, INDEX, "lm_head.weight", "in the same folder")
 
 
 @pytest.mark.parametrize("indexed", [False, True])

@@ -24,8 +24,8 @@ from converters.console.errors import InputError, MissingTensor, UnexpectedTenso
 from converters.model.families.presets import PRESETS
 from converters.model.parameters import parameters
 from converters.model.rope import Llama3Scaling
-from converters.sources.meta import open_meta
-from converters.sources.meta_params import Params
+from converters.sources.meta.params import Params
+from converters.sources.meta.source import open_meta
 from converters.sources.opening import open_source
 from quantize.cli import command as quantize
 

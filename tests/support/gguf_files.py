@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from converters.console.errors import InputError
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 256, 512, 8, 2, 32, 24, 2
 METADATA: dict[str, Any] = {

@@ -43,7 +43,7 @@ def decode(
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
     if not as_users:
-        environment["XLA_FLAGS"] = quick_flags()
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
     files = [str(folder / "jobs.json"), str(folder / "results.json")]
     program = [str(CHILD), *files]
     if registering is not None:
@@ -56,11 +56,6 @@ def decode(
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
     return json.loads((folder / "results.json").read_text())
-
-
-def quick_flags() -> str:
-    """XLA_FLAGS for a process that compiles quickly."""
-    return f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

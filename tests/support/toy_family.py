@@ -10,7 +10,7 @@ import torch
 from converters.model.config import ModelConfig
 from converters.model.families.family import Family, Fields, GGUFForm
 from converters.model.families.llama import GGUF, LLAMA
-from runtime.model.norms import RMSNorm
+from runtime.model.parts.norms import RMSNorm
 
 
 class ToyNorm(Enum):

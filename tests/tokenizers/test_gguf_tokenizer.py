@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from converters.console.errors import InputError
 from converters.console.notes import forget_notes, print_notes
 from converters.model.families.hf_config import to_hf
-from converters.sources.gguf import open_gguf
+from converters.sources.gguf.source import open_gguf
 from converters.tokenizers.gguf_tokenizer import PRE_TOKENIZERS, Metadata, end_tokens, special_ids, tokenizer_files
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -36,17 +36,19 @@ TEXTS = [
     "\u2581 already marked\u00a0nbsp\u3000wide",
 ]
 
+MODEL = {"general.architecture": "llama", "llama.context_length": 64}  # what else the metadata have of a model
+
 
 def files(values: dict[str, Any], vocab_size: int | None = None) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer and the configuration that metadata give."""
-    metadata = Metadata(Path("model.gguf"), {"llama.context_length": 64, **values})
+    metadata = Metadata(Path("model.gguf"), {**MODEL, **values})
     made = tokenizer_files(metadata, vocab_size or len(values["tokenizer.ggml.tokens"]))
     assert sorted(made) == ["tokenizer.json", "tokenizer_config.json"]
     return Tokenizer.from_str(made["tokenizer.json"].decode()), json.loads(made["tokenizer_config.json"])
 
 
 def save(values: dict[str, Any], folder: Path) -> Path:
-    metadata = Metadata(Path("model.gguf"), {"llama.context_length": 64, **values})
+    metadata = Metadata(Path("model.gguf"), {**MODEL, **values})
     for name, content in tokenizer_files(metadata, len(values["tokenizer.ggml.tokens"])).items():
         (folder / name).write_bytes(content)
     return folder
@@ -439,7 +441,7 @@ def test_ids_out_of_range_stand_for_none(
     value = tokens if value == "tokens" else value
     for role in ROLES:
         key = f"tokenizer.ggml.{role}_token_id"
-        without = {"llama.context_length": 64} | {name: given for name, given in base.items() if name != key}
+        without = MODEL | {name: given for name, given in base.items() if name != key}
         results = []
         for values in (without, {**without, key: value}):
             forget_notes()
@@ -503,7 +505,7 @@ BYTES = plain_bytes(sorted(pre_tokenizers.ByteLevel.alphabet())) | {"tokenizer.g
     ],
 )
 def test_refused(values: dict[str, Any], message: str) -> None:
-    present = {"llama.context_length": 64, **{key: value for key, value in values.items() if value is not None}}
+    present = {**MODEL, **{key: value for key, value in values.items() if value is not None}}
     with pytest.raises(InputError, match=message) as caught:
         tokenizer_files(Metadata(Path("model.gguf"), present), 400)
     assert "\n" not in str(caught.value)

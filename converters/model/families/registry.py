@@ -13,6 +13,7 @@ UNNAMED = LLAMA.model_type  # of a config.json that names no model type, as some
 
 def find_family(model_type: object) -> Family | None:
     """The family that reads this model type of config.json; None where none does."""
+    # A list, because a file may hold something that can't be hashed.
     return next((family for family in FAMILIES if model_type in list(family.model_types)), None)
 
 

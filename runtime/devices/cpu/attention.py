@@ -1,4 +1,4 @@
-"""Variants of attention that XLA:CPU and PyTorch run fast on a CPU; shapes as in runtime/model/attention.py."""
+"""Variants of attention that XLA:CPU and PyTorch run fast on a CPU; shapes as in model/parts/attention.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from runtime.model.attention import attend, attention_scores, dequantized_cache, query_key_products, weighted_values
 from runtime.model.linears.tiled import times_vector
+from runtime.model.parts.attention import (
+    attend,
+    attention_scores,
+    dequantized_cache,
+    query_key_products,
+    weighted_values,
+)
 
 _BLOCK = 128  # tokens of a first section whose scores are computed at once
 _MOST_VECTORS = 32  # the most per layer and chip; each is a kernel to compile

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError, MissingTensor, UnmappedTensor
 from converters.formats.gguf_header import Metadata
-from converters.formats.gguf_parts import Parts, StoredTensor, open_parts
+from converters.formats.gguf_parts import GGUFTensor, Parts, open_parts
 from converters.model.architecture import Positions
 from converters.model.config import ModelConfig
 from converters.model.dtypes import dtype_to_write
@@ -19,8 +19,8 @@ from converters.model.families.registry import find_gguf_family, known_gguf_arch
 from converters.model.model_name import is_name, name_of_file
 from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
 from converters.sources.fingerprint import sample_files
-from converters.sources.gguf_rope import TABLE as ROPE_TABLE
-from converters.sources.gguf_rope import rope_scaling
+from converters.sources.gguf.rope import TABLE as ROPE_TABLE
+from converters.sources.gguf.rope import rope_scaling
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
 from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 
@@ -52,7 +52,7 @@ class GGUFSource:
         self,
         config: ModelConfig,
         parts: Parts,
-        stored: dict[str, StoredTensor],
+        stored: dict[str, GGUFTensor],
         files: dict[str, bytes],
         interleaved: bool,
     ) -> None:
@@ -116,7 +116,7 @@ def open_gguf(path: Path) -> GGUFSource:
     return GGUFSource(config, parts, stored, files, family.gguf.interleaved)
 
 
-def _by_hf_name(family: Family, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
+def _by_hf_name(family: Family, tensors: list[GGUFTensor]) -> dict[str, GGUFTensor]:
     """The tensors by Hugging Face name. Raises UnmappedTensor for a tensor without one."""
     named = {}
     for tensor in tensors:
@@ -137,7 +137,7 @@ def _hf_name(family: Family, name: str) -> str:
     return family.gguf.model_names.get(name, "")
 
 
-def _check_tensor(parameter: Parameter, tensor: StoredTensor) -> None:
+def _check_tensor(parameter: Parameter, tensor: GGUFTensor) -> None:
     """Raise InputError for a tensor of another shape than the table's, or of a type that can't be dequantized."""
     import gguf
     import numpy as np
@@ -181,7 +181,7 @@ def _check_features(metadata: Metadata) -> None:
         )
 
 
-def _config(family: Family, metadata: Metadata, tensors: dict[str, StoredTensor]) -> ModelConfig:
+def _config(family: Family, metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
     path, key, form = metadata.path, metadata.key, family.gguf
     if _EMBEDDING not in tensors:
         raise MissingTensor(f"{path} lacks the tensor {_EMBEDDING} ({form.model_names[_EMBEDDING]}).")

@@ -14,9 +14,9 @@ from converters.model.model_name import name_of_directory
 from converters.model.parameters import EMBEDDING, Parameter, check_names, parameters
 from converters.sources.fingerprint import fingerprint
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
-from converters.sources.meta_params import FILE_NAME as PARAMS
-from converters.sources.meta_params import Params, read_params
-from converters.sources.meta_parts import (
+from converters.sources.meta.params import FILE_NAME as PARAMS
+from converters.sources.meta.params import Params, read_params
+from converters.sources.meta.parts import (
     check_count,
     check_replicas,
     check_same_names,

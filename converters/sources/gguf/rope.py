@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from converters.console.errors import InputError, shown
 from converters.formats.gguf_header import Metadata
-from converters.formats.gguf_parts import StoredTensor
+from converters.formats.gguf_parts import GGUFTensor
 from converters.model.config import ModelConfig
 from converters.model.rope import LinearScaling, Llama3Scaling, RopeScaling, inverse_frequencies
 
@@ -21,7 +21,7 @@ Rule = TypeVar("Rule", bound=RopeScaling)
 _TOLERANCE = 1e-4  # the table was computed in float32; other rules differ by far more
 
 
-def rope_scaling(metadata: Metadata, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> RopeScaling | None:
+def rope_scaling(metadata: Metadata, tensors: Mapping[str, GGUFTensor], config: ModelConfig) -> RopeScaling | None:
     """The RoPE scaling that a file asks for; ``config`` is the file's configuration without it.
 
     llama.cpp's converter writes LLaMA 3.1's rule as a divisor for each frequency; the largest one is the rule's factor.
@@ -70,7 +70,7 @@ def _made(path: Path, rule: Callable[..., Rule], *values: float) -> Rule:
         raise InputError(f"{path}: {error}") from None
 
 
-def _divisors(table: StoredTensor, head_dim: int) -> list[float]:
+def _divisors(table: GGUFTensor, head_dim: int) -> list[float]:
     import gguf
 
     if table.shape != (head_dim // 2,) or table.type != gguf.GGMLQuantizationType.F32:

@@ -11,7 +11,7 @@ from converters.console.notes import note
 from converters.files.json_file import read_json
 from converters.files.stand_ins import check_itself
 from converters.formats.tensor_files import TensorFile, open_tensor_file
-from converters.sources.huggingface_surplus import is_computed
+from converters.sources.huggingface.surplus import is_computed
 
 INDEX = "model.safetensors.index.json"
 # The first that exists counts, as in transformers: a directory may hold several formats, or remains of an older one.

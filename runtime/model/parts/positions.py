@@ -16,7 +16,7 @@ from converters.model.config import ModelConfig
 from converters.model.parameters import POSITIONS
 from converters.model.rope import inverse_frequencies
 from runtime.model.device_form import Form
-from runtime.model.rotary import Rotary, cos_and_sin
+from runtime.model.parts.rotary import Rotary, cos_and_sin
 from runtime.model.weights import Weights
 
 Place = Callable[[torch.Tensor], torch.Tensor]

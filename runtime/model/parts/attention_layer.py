@@ -9,7 +9,7 @@ from converters.model.config import ModelConfig
 from quantize.shards.partition import HeadPlan
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.rotary import Rotary, rotate
+from runtime.model.parts.rotary import Rotary, rotate
 from runtime.model.weights import Weights
 
 

@@ -26,8 +26,8 @@ from converters.model.families.hf_config import read_config
 from converters.model.families.registry import family_of
 from converters.model.parameters import LM_HEAD, check_names, is_known, parameters
 from converters.sources.fingerprint import fingerprint
-from converters.sources.huggingface_files import weight_files
-from converters.sources.huggingface_surplus import (
+from converters.sources.huggingface.files import weight_files
+from converters.sources.huggingface.surplus import (
     Held,
     biased_weight,
     is_computed,

@@ -1,0 +1,1 @@
+"""Weights in Meta's own layout: consolidated.00.pth and on."""
