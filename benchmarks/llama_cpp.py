@@ -1,7 +1,7 @@
 """llama.cpp as a peer of the decoder: a Q8_0 GGUF file of the shards' weights, run through its prebuilt libraries.
 
-`npm pack @node-llama-cpp/linux-x64` fetches a build, in package/bins/linux-x64. Its headers don't come along, so what
-is written into its structures is found by their default values, and anything unexpected ends the run.
+`npm pack @node-llama-cpp/linux-x64` fetches a build, in package/bins/linux-x64. It comes without headers, so the fields
+to set in its structures are found by their default values, and anything unexpected ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _QUIET = 5  # above every level of its log
 
 
 def write_gguf(shards_directory: Path, path: Path) -> int:
-    """The weights that int8 shards stand for in a GGUF file, matrices in Q8_0. Returns the bytes that a step reads."""
+    """Write int8 shards' dequantized weights to a GGUF file, matrices in Q8_0. Returns the bytes that a step reads."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
@@ -70,7 +70,7 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
 
 
 class _Parameters(ctypes.Structure):
-    """Parameters of a model or a context of any version: what is written to is at the front."""
+    """Parameters of a model or a context in any version; the fields to be set are at the front."""
 
     _fields_ = [("values", ctypes.c_int32 * 16), ("rest", ctypes.c_uint8 * 448)]
 
@@ -130,7 +130,9 @@ class LlamaCpp:
         return parameters
 
     def decode(self, tokens: list[list[int]], position: int, logits: bool) -> list[int]:
-        """Process as many ``tokens`` for every row from ``position`` on; returns the best next token of each."""
+        """Process ``tokens``, the same number in each row, from ``position`` on; with ``logits``, returns every row's
+        most probable next token.
+        """
         batch, last = self._batch, []
         batch.n_tokens = 0
         for row, ids in enumerate(tokens):
@@ -153,7 +155,7 @@ class LlamaCpp:
 
 def generate(model: LlamaCpp, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Greedy decoding as llama-run counts it."""
-    model.decode([prompt[:1] for prompt in prompts], 0, logits=True)  # the first call sets up memory; written again
+    model.decode([prompt[:1] for prompt in prompts], 0, logits=True)  # sets up memory; the slot is overwritten below
     begin = time.perf_counter()
     model.decode([prompt[1:-1] for prompt in prompts], 1, logits=False)
     filled = time.perf_counter()

@@ -1,16 +1,16 @@
-"""The post's figures 1 and 5 again, by the TPU's own compiler: published, predicted, roofline, ratio. No TPU is needed.
+"""The post's figures 1 and 5 by the TPU's own compiler: published, predicted, roofline, ratio. No TPU is needed.
 
     python benchmarks/tpu_table.py [--only published,forms,int8,modern] [--batch-sizes 1,2,4,8] [--layers N]
                                     [--json FILE]
 
-Every decode step is that of llama-run, traced and compiled at full depth (llama-plan --compile), which takes from 10 s
-for 7B to a minute for 175B; all tables together about three quarters of an hour. With --json, results are kept as they
-come, and a run with the same file goes on where another stopped.
+Every decode step is llama-run's, traced and compiled at full depth (llama-plan --compile), which takes from 10 s for 7B
+to a minute for 175B, and about three quarters of an hour for all tables. With --json, each result is saved when it is
+ready, and a run with the same file continues where another stopped.
 
-published   bfloat16 at batch size 1 where the post gives a time; the prediction for each is by a model fitted on the
-            other eight, as runtime/plan/latency.py does it
-forms       batch size 1 as one row, which goes to the vector unit, and as two, beside a batch of 2
-int8        int8 against bfloat16 by batch size
+published   bfloat16 at batch size 1 where the post gives a time; each is predicted by a model fitted on the other
+            eight, as in runtime/plan/latency.py
+forms       batch size 1 as one row, which goes to the vector unit, and as two rows, compared with a batch of 2
+int8        int8 compared with bfloat16, by batch size
 modern      one slice each of v5e, v5p and v6e
 """
 
@@ -51,7 +51,7 @@ MODERN = (("7B", "v5e-8"), ("65B", "v5e-8"), ("65B", "v5p-16"), ("65B", "v6e-8")
 
 @dataclass(frozen=True)
 class Case:
-    """A decode step to compile. ``rows`` is the least number of rows of its matrix products."""
+    """A decode step to compile. ``rows`` is the fewest rows that its matrix products are given."""
 
     model: str
     scheme: str
@@ -65,7 +65,7 @@ class Case:
 
 
 class Compiled:
-    """Results by case, compiled when they are asked for first and kept in a file where one is given."""
+    """Results by case, compiled when first asked for and kept in a file if one is given."""
 
     def __init__(self, layers: int | None, path: Path | None) -> None:
         self._layers, self._path = layers, path
@@ -93,7 +93,7 @@ class Compiled:
 
 
 def published(compiled: Compiled) -> Iterator[list[str]]:
-    """Figure 1, and how well each of its times is foretold by the others."""
+    """Figure 1, and how well each of its times is predicted from the others."""
     yield ["model", "slice", "published, ms", "predicted, ms", "ratio", "estimate, ms", "roofline, ms", "collectives"]
     points = [_fresh(point, compiled(Case(point.model, "bf16", point.target, 1))) for point in PUBLISHED]
     errors = []
@@ -120,7 +120,7 @@ def _fresh(point: Point, result: dict[str, Any]) -> Point:
 
 
 def forms(compiled: Compiled) -> Iterator[list[str]]:
-    """What the second row is for."""
+    """The effect of the second row."""
     yield ["model", "slice", "batch 1, one row, ms", "batch 1, two rows, ms", "batch 2, ms", "two rows to batch 2"]
     for model, scheme, target in FORMS:
         one, two, pair = (
@@ -131,7 +131,7 @@ def forms(compiled: Compiled) -> Iterator[list[str]]:
 
 
 def int8(compiled: Compiled, batch_sizes: list[int]) -> Iterator[list[str]]:
-    """Figure 5: estimates and predictions, and by how much int8 is faster in each."""
+    """Figure 5: estimates and predictions, and how many times as fast int8 is by each."""
     yield [
         "model",
         "slice",
@@ -172,7 +172,7 @@ def int8(compiled: Compiled, batch_sizes: list[int]) -> Iterator[list[str]]:
 
 
 def modern(compiled: Compiled) -> Iterator[list[str]]:
-    """int8 on other generations; the collectives' time is v4's."""
+    """int8 on other generations; the time of collectives is the one fitted for v4."""
     yield ["model", "slice", "batch", "fits", "estimate, ms", "predicted, ms", "roofline, ms", "temporaries, MB"]
     for model, target in MODERN:
         for batch in (1, 8):
@@ -194,7 +194,7 @@ def _roofline(result: dict[str, Any]) -> str:
 
 
 def _table(rows: Iterator[list[str]]) -> None:
-    """Rows as Markdown; one of a single cell is a line of text, an empty one a space."""
+    """Print rows as Markdown; a row with a single cell becomes a line of text, an empty row an empty line."""
     for number, row in enumerate(rows):
         print(f"| {' | '.join(row)} |" if len(row) > 1 else "".join(row), flush=True)
         if not number:

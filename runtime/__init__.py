@@ -1,1 +1,1 @@
-"""The shards loaded onto the chips and decoded with fixed shapes."""
+"""Loading shards onto the chips and decoding with fixed shapes."""

@@ -1,4 +1,4 @@
-"""llama-bench: the figures of the post, measured on the device that is here."""
+"""llama-bench: the post's figures, measured on this machine's device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama-run: the shards on their chips, a prompt continued, and the figures of it."""
+"""llama-run: load shards onto their chips, continue a prompt, and report the figures."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def command(
         check_folder(compile_cache)
     sizes = parse_buckets(buckets)
     check_json_out(json_out)
-    Shards(shards)  # what is wrong with the directory should show before torch is loaded
+    Shards(shards)  # report a bad directory before torch is loaded
     import torch
 
     from runtime.model.sampling import Sampling
@@ -191,15 +191,15 @@ def command(
 
 
 class _Stdout:
-    """Standard output, for text. Where the figures also go to a file, a failure of stdout is kept until they have."""
+    """Standard output, for text. If the figures also go to a file, a failure of stdout is raised after they have."""
 
     def __init__(self, json_out: str | None) -> None:
-        """With ``-`` nothing is shown: stdout is for the JSON alone."""
+        """With ``-`` nothing is shown, because stdout is for the JSON only."""
         self._is_quiet, self._keeps_failure = json_out == "-", json_out is not None
         self._failure: OSError | None = None
 
     def show(self, text: str) -> None:
-        """Print lines, at once."""
+        """Print lines immediately."""
         if self._is_quiet or self._failure:
             return
         try:
@@ -210,13 +210,13 @@ class _Stdout:
             self._failure = error
 
     def end(self) -> None:
-        """Raise what was kept."""
+        """Raise the failure that was kept, if any."""
         if self._failure:
             raise self._failure
 
 
 def _answer(prompts: tuple[str, ...], token_ids: list[list[int]], text: list[str] | None) -> str:
-    """Every row's prompt with the generated text (or the generated ids alone), and an empty line behind each."""
+    """Every row's prompt with the generated text (or only the generated ids), each followed by an empty line."""
     if text is None:
         rows = [",".join(map(str, ids)) for ids in token_ids]
     else:

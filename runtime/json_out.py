@@ -1,4 +1,4 @@
-"""Where --json and the like write to: checked before a run is spent on it; a file is written whole."""
+"""The targets of --json and the like: checked before a run, so that none is wasted; a file is written whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STDOUT = "-"
 
 
 def check_json_out(json_out: str | None) -> None:
-    """Raise InputError for a path that can't be written; None writes nothing, ``-`` is stdout."""
+    """Raise InputError for a path that can't be written; None means no output, ``-`` is stdout."""
     if json_out in (None, STDOUT):
         return
     path = Path(json_out)
@@ -24,7 +24,7 @@ def check_json_out(json_out: str | None) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Make a folder that is to be written into. Raises InputError where it can't be."""
+    """Create a folder for output. Raises InputError if it can't be created or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -35,10 +35,10 @@ def check_folder(path: Path) -> None:
 
 
 def write_json_out(json_out: str, value: Any) -> None:
-    """Write a value on one line of JSON, in UTF-8 whatever the locale: to stdout, or to the file that --json names.
+    """Write a value as one line of JSON, in UTF-8 whatever the locale: to stdout, or to the file that --json names.
 
-    A file is written whole, through a link; a pipe or a device as it is. Raises InputError where a file can't be
-    written, the disk being full for instance.
+    Links are followed. A file is replaced as a whole; a pipe or a device is written to directly. Raises InputError if a
+    file can't be written, for example because the disk is full.
     """
     content = json_bytes(value)
     if json_out == STDOUT:

@@ -1,4 +1,4 @@
-"""llama-plan: what a model needs of a TPU, and which slices hold it, before any weight exists."""
+"""llama-plan: what a model needs from a TPU, and which slices hold it, before any weights exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runtime.plan.compiled_plan import CompiledPlan
     from runtime.plan.plan import Workload
 
-_MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be shown
+_MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be displayed
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -145,7 +145,7 @@ def _model(
 
 
 def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> CompiledPlan:
-    """The compiler's verdict. Raises InputError, before anything slow is loaded, where it isn't installed."""
+    """The compiler's verdict. Raises InputError where it isn't installed, before anything slow is loaded."""
     from converters.console.progress import spinner
     from runtime.plan.tpu_compiler import require_libtpu
 
@@ -157,14 +157,14 @@ def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> Co
 
 
 def _buckets(text: str | None, max_seq_len: int) -> tuple[int, ...]:
-    """--buckets as lengths, those that the cache holds."""
+    """The lengths in --buckets that the cache holds."""
     from runtime.run.buckets import parse_buckets, usable_buckets
 
     return () if text is None else tuple(usable_buckets(parse_buckets(text), max_seq_len))
 
 
 def _read_config(config_name: str) -> ModelConfig:
-    """The configuration that --config names, in the bfloat16 in which llama-convert writes by default."""
+    """The configuration that --config names, in bfloat16, which llama-convert writes by default."""
     from converters.model.families.hf_config import read_config
     from converters.model.families.presets import find_config
 
@@ -173,7 +173,7 @@ def _read_config(config_name: str) -> ModelConfig:
 
 
 def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tuple[ModelConfig, Scheme, int]:
-    """Model, scheme and chips of a manifest. Raises InputError where an option says something else."""
+    """Model, scheme and chips of a manifest. Raises InputError where an option contradicts it."""
     from converters.console.errors import InputError
     from quantize.shards.reading import Shards
 
@@ -190,7 +190,7 @@ def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tu
 
 
 def _put(text: str, content: Any, json_out: str | None) -> None:
-    """The text on stdout, and the JSON in its file; or the JSON on stdout alone."""
+    """Write the text to stdout and the JSON to its file, or only the JSON to stdout."""
     from runtime.json_out import STDOUT, write_json_out
 
     if json_out != STDOUT:

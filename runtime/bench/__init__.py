@@ -1,1 +1,1 @@
-"""llama-bench: what is measured, in turns, and the report."""
+"""llama-bench: the points to measure, their runs, and the report."""

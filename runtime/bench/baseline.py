@@ -1,7 +1,7 @@
-"""What llama-bench compares the decoder with: the model of transformers, as it comes, with the same weights.
+"""The baseline of llama-bench: transformers' own model, unchanged, with the same weights.
 
-``transformers-lazy`` moves it to one XLA device: LazyTensor traces every step anew, the cache grows, and so every
-length that was not seen before is compiled. ``transformers-eager`` runs it on the host's CPU.
+``transformers-lazy`` moves it to one XLA device: LazyTensor traces every step again, and because the cache grows, every
+length not seen before is compiled. ``transformers-eager`` runs it on the host's CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def command(
         loaded = time.perf_counter()
         drawn = torch.Generator().manual_seed(0)
         prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_len), generator=drawn)
-        if not lazy:  # the first tokens pay for memory and kernels being set up; under LazyTensor that is the point
+        if not lazy:  # the first tokens also set up memory and kernels; under LazyTensor, that is to be measured
             _generate(model, prompts, 2, device)
         first = _generate(model, prompts, max_new_tokens, device)
         compiled = device.compilations()
@@ -72,7 +72,7 @@ def command(
 
 
 def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
-    """transformers' model with the weights that the shards in ``directory`` stand for, on the host.
+    """transformers' model on the host, with the dequantized weights of the shards in ``directory``.
 
     Raises InputError where transformers is not installed.
     """
@@ -89,13 +89,13 @@ def load_model(directory: Path, dtype: torch.dtype, layers: int | None) -> Any:
     shards = Shards(directory)
     fields = to_hf(shards.config.cut(layers))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.device("meta"):  # no time is lost on values that are replaced
+    with torch.device("meta"):  # spends no time on values that are replaced
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(_weights(shards, layers, dtype), assign=True)
     model.tie_weights()
     if shards.config.architecture.positions is Positions.ROTARY:
         rotary = type(model.model.rotary_emb)
-        model.model.rotary_emb = rotary(config)  # its frequencies are no weights: they are still meta
+        model.model.rotary_emb = rotary(config)  # its frequencies are not weights, so they are still on meta
     return model.eval()
 
 
@@ -114,12 +114,12 @@ def _weights(shards: Shards, layers: int | None, dtype: torch.dtype) -> dict[str
 
 
 class _HostCPU:
-    """The host, which does everything at once."""
+    """The host, which executes everything immediately."""
 
     kind = device = "cpu"
 
     def sync(self) -> None:
-        """Nothing is waiting."""
+        """Do nothing: no work is pending."""
 
     def compilations(self) -> int:
         return 0
@@ -140,7 +140,7 @@ class _LazyXLA:
 
 @dataclass(frozen=True)
 class _Generated:
-    """Tokens per row, and the seconds that the prompt and the L steps after it took."""
+    """The tokens of each row, and the seconds that the prompt and the L steps after it took."""
 
     token_ids: list[list[int]]
     prefill_s: float
@@ -158,7 +158,7 @@ class _Generated:
 
 
 def _generate(model: Any, prompts: torch.Tensor, new_tokens: int, device: _HostCPU | _LazyXLA) -> _Generated:
-    """Greedy decoding as llama-run counts it: the prompt but for its last token, then one step per new token."""
+    """Greedy decoding as llama-run counts it: the prompt without its last token, then one step per new token."""
     import torch
     from transformers import DynamicCache
 

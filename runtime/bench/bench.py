@@ -1,4 +1,4 @@
-"""One run of llama-bench: every point measured in turns, as often as asked or as time allows, then the report."""
+"""One run of llama-bench: all points are measured in turns, as often as asked and as time allows, then reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from runtime.bench.report import REPORT_FILES, summarize, write_report
 
 @dataclass(frozen=True)
 class Done:
-    """The report, and how many runs are left to do for want of time or have failed."""
+    """The report, how many runs are left to do because time was up, and how many rows failed."""
 
     report: dict[str, Any]
     left: int
@@ -39,8 +39,8 @@ class Done:
 def bench(request: BenchRequest) -> Done:
     """Measure what is not yet measured, write the report into ``out``, and return it.
 
-    Raises InputError, with nothing removed or measured, where the shards, the sizes, the disk or what ``out`` holds
-    don't fit; and later where the runs of a rerun come from another device.
+    Raises InputError before anything is removed or measured if the shards, the sizes, the disk or the contents of
+    ``out`` don't fit, and later if a rerun is on another device.
     """
     begin = time.monotonic()
     shards = Shards(request.shards)
@@ -76,10 +76,10 @@ def sweep(
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measure every point ``repeat`` times, in turns, so that what disturbs the machine for a while disturbs them all.
+    """Measure every point ``repeat`` times, in turns, so that a temporary disturbance of the machine affects them all.
 
-    Runs that the journal has are not done again; a point that fails is left at that. A run is begun only if one like it
-    would be over by ``deadline``. Returns how many were not for that reason.
+    Runs in the journal are not repeated, and a point that fails is not tried again. A run starts only if it is expected
+    to end by ``deadline``. Returns how many runs were not started for that reason.
     """
     left, failed = 0, set()
     total, number = repeat * len(points), sum(min(repeat, len(journal.of(point.to_json()))) for point in points)
@@ -102,7 +102,7 @@ def sweep(
 
 
 def _expected_s(point: Point, journal: RunJournal) -> float:
-    """How long a run of a point will take: as its last one, else as the median of its backend so far."""
+    """The expected seconds of a run: those of the point's last run, else the median of its backend's runs so far."""
     own = journal.of(point.to_json())
     if own:
         return own[-1]["wall_s"]
@@ -116,7 +116,7 @@ def _outcome(run: dict[str, Any]) -> str:
 
 
 def _check_device(run: dict[str, Any], journal: RunJournal) -> None:
-    """Raise InputError where a point's runs come from different devices: they have no common median."""
+    """Raise InputError where a point's runs come from different devices: a median over them would mean nothing."""
     for earlier in journal.of(run["point"])[:1] if "figures" in run else ():
         devices = [f"{r['figures'].get('platform')} with {r['figures'].get('chips')} chips" for r in (earlier, run)]
         if devices[0] != devices[1]:
@@ -131,7 +131,7 @@ def _are_wanting(weights: str, points: list[Point], journal: RunJournal, repeat:
 
 
 def _make_bf16_shards(shards: Shards, layers: int | None, out: Path, replace: bool) -> None:
-    """The shards for figure 5, of the int8 ones; ``replace`` those of an earlier bench that are others."""
+    """Make figure 5's shards from the int8 ones; ``replace`` allows replacing different ones of an earlier bench."""
     from quantize.dequantize import write_dequantized
 
     if write_dequantized(shards, layers, out, force=replace):
@@ -143,7 +143,7 @@ def _make_bf16_shards(shards: Shards, layers: int | None, out: Path, replace: bo
 
 
 def _without_transformers(figures: list[Figure]) -> dict[Point, str]:
-    """The points that can't be measured here, and why."""
+    """The points that can't be measured because transformers is missing, each with the reason."""
     if find_spec("transformers"):
         return {}
     reason = f"transformers is not installed: {INSTALL}"
@@ -151,7 +151,7 @@ def _without_transformers(figures: list[Figure]) -> dict[Point, str]:
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier report and its compiled graphs, so that the first run of every point is a cold one."""
+    """Remove an earlier report and its compiled graphs, so that every point's first run compiles."""
     for name in REPORT_FILES:
         with suppress(FileNotFoundError):
             (out / name).unlink()

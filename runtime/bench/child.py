@@ -1,4 +1,4 @@
-"""One run of one point in a process of its own, so that its memory and its compilations are its own."""
+"""One run of one point in a separate process, so that memory and compilations are counted for it alone."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from converters.console.command import TRACEBACK_VARIABLE, wants_traceback
 from runtime.bench.journal import are_figures
 from runtime.bench.points import Point
 
-# The kernel's number of the call that has a process killed when the thread that started it ends (prctl(2)).
+# The prctl(2) option by which the kernel kills a process when the thread that started it ends.
 _PR_SET_PDEATHSIG = 1
-_LONG = ("token_ids", "text")  # of no use in a table of figures
+_LONG = ("token_ids", "text")  # dropped: too long, and not figures
 
 
 class RunFailed(Exception):
-    """A run that gave no figures; the message is the reason, in one line."""
+    """A run gave no figures; the message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Starts the runs. ``shards`` are the directories by scheme; ``layers`` cuts the model; ``cache`` keeps compiled
-    graphs for later runs."""
+    """Starts the runs. ``shards`` are directories by scheme, ``layers`` is how many layers to run (None: all), and
+    ``cache`` is the folder that keeps compiled graphs for later runs.
+    """
 
     shards: dict[str, Path]
     layers: int | None
     cache: Path
 
     def measure(self, point: Point) -> dict[str, Any]:
-        """``wall_s`` of the process and the ``figures`` that it gave, or the ``error`` in their place."""
+        """Run the ``point``; returns it with the process's ``wall_s`` and its ``figures``, or an ``error`` instead."""
         begin = time.monotonic()
         module = "runtime.bench.baseline" if point.is_baseline else "runtime.cli"
         try:
@@ -49,7 +50,7 @@ class Runner:
         return {"point": point.to_json(), "wall_s": time.monotonic() - begin} | outcome
 
     def arguments(self, point: Point) -> list[str]:
-        """The command line: of llama-run, or of the baseline's process."""
+        """The command-line arguments for llama-run or the baseline's process."""
         options: dict[str, Any] = {
             "--shards": self.shards[point.weights].absolute(),
             "--prompt-len": point.prompt_len,
@@ -86,7 +87,7 @@ class Runner:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends, so that no orphan disturbs a rerun's figures."""
+    """Have this process killed when its parent ends, so that no orphan disturbs a rerun's figures (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -94,7 +95,7 @@ def end_with_parent() -> None:
 
 
 def _call(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """``main`` of a module of this very copy of the package, in a process that ends with this one."""
+    """Run ``main`` of a module of this copy of the package, in a process that ends with this one."""
     code = f"from runtime.bench.child import end_with_parent; end_with_parent(); from {module} import main; main()"
     root = str(Path(runtime.__file__).parent.parent)
     traceback = {TRACEBACK_VARIABLE: "1"} if wants_traceback() else {}
@@ -122,5 +123,5 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # one of the real-time signals
+    except ValueError:  # a real-time signal
         return str(number)

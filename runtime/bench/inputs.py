@@ -1,4 +1,4 @@
-"""What llama-bench is given, held together before anything is measured: shards, output folder, and their digests."""
+"""Checking llama-bench's inputs against each other before anything is measured: shards, sizes and output folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BenchRequest:
 
 
 def arguments(request: BenchRequest, shards: Shards) -> dict[str, Any]:
-    """What the figures are a function of: sizes, shards, and the machine. Raises InputError for unfit shards."""
+    """What determines the figures: sizes, shards and the machine. Raises InputError for unsuitable shards."""
     if "5" in request.figures and shards.manifest.scheme.name != "int8":
         raise InputError(
             f"Figure 5 compares int8 with bfloat16, and {request.shards} holds bfloat16 shards. Give int8 shards as "
@@ -70,7 +70,7 @@ def arguments(request: BenchRequest, shards: Shards) -> dict[str, Any]:
 
 
 def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
-    """The digest of the shards given to compare with. Raises InputError where they are of another model or split."""
+    """The digest of --bf16-shards. Raises InputError if they are not bfloat16, or of another model or chip count."""
     if request.bf16_shards is None:
         return None
     other = Shards(request.bf16_shards)
@@ -90,7 +90,7 @@ def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
 
 
 def _digest(directory: Path) -> str:
-    """Of what the manifest says, which has every file's sha256, and of the configuration."""
+    """The sha256 of the manifest, which has every file's sha256, and of the configuration."""
     digest = hashlib.sha256()
     for name in (MANIFEST, "config.json"):
         digest.update((directory / name).read_bytes())
@@ -98,7 +98,7 @@ def _digest(directory: Path) -> str:
 
 
 def environment() -> dict[str, str | None]:
-    """What the figures may depend on but a rerun need not share."""
+    """What may influence the figures, but may change between reruns."""
     try:
         return {"transformers": version("transformers")}
     except PackageNotFoundError:
@@ -106,7 +106,7 @@ def environment() -> dict[str, str | None]:
 
 
 def check_out(request: BenchRequest) -> None:
-    """Raise InputError where ``out`` is an input, or holds files of a bench's names that no bench wrote."""
+    """Raise InputError if ``out`` is an input, or holds files with a bench's names that no bench wrote."""
     out = request.out
     inputs = [path.resolve() for path in (request.shards, request.bf16_shards) if path is not None]
     if out.resolve() in inputs:

@@ -1,4 +1,4 @@
-"""The runs of a bench as they come, one JSON line each, so that a rerun goes on after the last whole line."""
+"""A bench's runs, each written as one JSON line when it ends, so that a rerun continues after the last whole line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from converters.files.whole import json_bytes
 
 FILE_NAME = "runs.jsonl"
 FORMAT_VERSION = 1
-_TORN_HEADER = b'{"format_version'  # what the first line begins with
-_LONGEST_HEADER = 1 << 20  # bytes; no need to read more of a file that is none of ours
+_TORN_HEADER = b'{"format_version'  # how the first line starts
+_LONGEST_HEADER = 1 << 20  # bytes; no more is read of a file that may not be ours
 
 
 class RunJournal:
@@ -28,14 +28,14 @@ class RunJournal:
         self.runs = runs
 
     def begin(self) -> None:
-        """Drop every run, on the disk too: those to come are a function of these arguments."""
+        """Drop every run, also on the disk; runs to come belong to these arguments."""
         self.runs.clear()
         os.ftruncate(self._descriptor, 0)
         os.lseek(self._descriptor, 0, os.SEEK_END)
         _write_line(self._descriptor, {"format_version": FORMAT_VERSION, "arguments": self._arguments})
 
     def append(self, run: dict[str, Any]) -> None:
-        """Keep a run: when this returns, it is on the disk."""
+        """Add a run, which is on the disk when this returns."""
         _write_line(self._descriptor, run)
         self.runs.append(run)
 
@@ -46,12 +46,12 @@ class RunJournal:
 
 @contextmanager
 def open_journal(path: Path, arguments: dict[str, Any], force: bool) -> Iterator[RunJournal]:
-    """The journal at ``path``, held by this process alone, for runs that are a function of ``arguments``.
+    """The journal at ``path``, locked by this process, for runs that ``arguments`` determine.
 
-    A torn last line, which a kill leaves, is dropped. Raises InputError where the journal holds runs made with other
-    arguments or is damaged, where the file is no journal, or where another process holds it. With ``force`` other
-    arguments and damage are no error: there are no ``runs``, and those on the disk stay until the caller calls
-    ``begin``, which it must do before it appends.
+    A torn last line, as a kill leaves it, is dropped. Raises InputError if the journal is damaged or has runs made with
+    other arguments, if the file is not a journal, or if another process holds it. With ``force``, damage and other
+    arguments are not errors: ``runs`` is empty, and the runs on the disk stay until the caller calls ``begin``, which
+    it must do before it appends.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -69,14 +69,14 @@ def open_journal(path: Path, arguments: dict[str, Any], force: bool) -> Iterator
 
 
 def is_journal(path: Path) -> bool:
-    """Whether there is a file at ``path`` that begins as a bench begins it."""
+    """Whether there is a file at ``path`` that starts with a journal's header."""
     with suppress(OSError), path.open("rb") as file:
         return _parse(file.readline(_LONGEST_HEADER), header=True) is not None
     return False
 
 
 def _read_lines(descriptor: int, path: Path) -> list[bytes]:
-    """The lines with their ends, none of a journal that was torn in the first. InputError for any other file."""
+    """The lines with their line ends; none if the first one is torn. Raises InputError for a file of another kind."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         lines = file.read().splitlines(keepends=True)
     if not lines or _parse(lines[0], header=True) is not None:
@@ -90,7 +90,7 @@ def _read_lines(descriptor: int, path: Path) -> list[bytes]:
 
 
 def _runs(lines: list[bytes], descriptor: int, path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs so far; the file is cut behind the last whole line, and stands at its end."""
+    """The runs so far. Cuts the file after the last whole line and moves to its end."""
     records = []
     for number, line in enumerate(lines, 1):
         record = _parse(line, header=number == 1)
@@ -109,7 +109,7 @@ def _runs(lines: list[bytes], descriptor: int, path: Path, wanted: dict[str, Any
 
 
 def _parse(line: bytes, header: bool) -> dict[str, Any] | None:
-    """A whole line's record; None for anything else."""
+    """The record of a whole line; None for anything else."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -125,7 +125,7 @@ def _parse(line: bytes, header: bool) -> dict[str, Any] | None:
 
 
 def are_figures(value: Any) -> bool:
-    """Whether ``value`` is what a run gives: latency and prefill, and the device that they are of."""
+    """Whether ``value`` has what every run reports: latency, prefill, and the device they were measured on."""
     if not isinstance(value, dict):
         return False
     times = [value.get(key) for key in ("per_token_latency_ms", "prefill_ms")]
@@ -134,7 +134,7 @@ def are_figures(value: Any) -> bool:
 
 
 def _difference(header: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """In words, how the arguments that the journal was begun with differ from these."""
+    """In words, how the arguments that the journal was started with differ from these."""
     earlier = header["arguments"]
     if header.get("format_version") != FORMAT_VERSION:
         return "another version of llama-bench"

@@ -1,4 +1,4 @@
-"""The figures of a bench as pictures: medians, with bars from the smallest to the largest value."""
+"""Drawing a bench's figures: medians, with error bars from the smallest to the largest value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLORS = {"int8": "#1f77b4", "bf16": "#ff7f0e", "transformers": "#7f7f7f"}
 _DEFAULT_COLOR = "#1f77b4"
 _LATENCY = "latency per token (ms)"
 _NAMES = {"int8": "int8", "bf16": "bfloat16"}
-# Beyond these ratios of the largest to the smallest, the axis of latencies (of sizes) is logarithmic.
+# Above these ratios of largest to smallest, the axis of latencies, or of sizes, is logarithmic.
 _SLOWEST_LINEAR, _WIDEST_LINEAR = 8, 20
 
 
@@ -39,7 +39,7 @@ def draw(figure: dict[str, Any], report: dict[str, Any]) -> bytes:
 
 
 def _caption(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
-    """What was measured, on what, and how often."""
+    """What was measured, on which device, and how often."""
     devices = dict.fromkeys(f"{row['platform']} ({plural(row['chips'], 'chip')})" for row in rows)
     counts = sorted({row["runs"] for row in rows})
     runs = plural(counts[-1], "run") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
@@ -63,7 +63,7 @@ def _caption(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
 
 
 def _errors(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[list[float]]]:
-    """Medians, and how far below and above them the runs went, as errorbar takes it."""
+    """Medians, and the distances from them to the smallest and largest values, as matplotlib's errorbar takes them."""
     values = [row[key] for row in rows]
     medians = [value["median"] for value in values]
     return medians, [
@@ -131,7 +131,7 @@ def _grouped_bars(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, 
 
 
 def _speedup(rows: list[dict[str, Any]]) -> float | None:
-    """How many times as fast int8 is as bfloat16, of one batch size."""
+    """How many times as fast as bfloat16 int8 is at one batch size; None where it wasn't measured."""
     by_weights = {row["weights"]: row for row in rows}
     relative = by_weights["int8"]["relative"] if "int8" in by_weights else None
     return None if relative is None else 1 / relative
@@ -164,7 +164,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_above(axes: Axes, x: float, value: dict[str, float]) -> None:
-    """The median over its bar; a line that passes behind it stays away from the digits."""
+    """Write the median above its bar, on a background that keeps lines behind it away from the digits."""
     axes.annotate(
         _number(value["median"]),
         (x, value["max"]),
@@ -181,5 +181,5 @@ def _wrapped(label: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, or the whole number where it has more."""
+    """Three significant digits, or all digits of a whole number that has more."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"

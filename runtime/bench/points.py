@@ -1,4 +1,4 @@
-"""What llama-bench measures: the rows of each figure of the post, and the points that they have in common."""
+"""What llama-bench measures: the rows of each of the post's figures, and the points behind them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from converters.console.errors import InputError
 from runtime.run.buckets import sections, usable_buckets
 
-PROMPT_LENS = (128, 10, 1500)  # where none are asked for
+PROMPT_LENS = (128, 10, 1500)  # defaults
 MAX_SEQ_LENS = (256, 1024, 2048)
 FIGURES = ("2", "3", "4", "5", "6", "baseline")
 POST_BUCKETS = (128, 256, 384, 512)
-LAZY_TOKENS = 4  # each is a compilation of the whole model
+LAZY_TOKENS = 4  # each takes a compilation of the whole model
 LATENCY, REPEATED_LATENCY = "per_token_latency_ms", "repeated_per_token_latency_ms"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to measure, in a process of its own. Lengths are in tokens.
+    """One thing to measure, in a separate process. Lengths are in tokens.
 
-    ``backend`` is one of llama-run's, or ``transformers-eager`` or ``transformers-lazy`` (baseline.py), whose cache has
-    no fixed length. ``weights`` names the scheme of the shards.
+    ``backend`` is one of llama-run's, or ``transformers-eager`` or ``transformers-lazy`` (baseline.py), which have no
+    fixed cache length. ``weights`` is the shards' scheme.
     """
 
     backend: str
@@ -40,7 +40,7 @@ class Point:
         return asdict(self)
 
     def buckets(self) -> tuple[int, ...]:
-        """Of the post's buckets, those that the prompt takes: no other needs to be compiled."""
+        """Those of the post's buckets that the prompt uses; no others need to be compiled."""
         usable = usable_buckets(POST_BUCKETS, self.max_seq_len)
         taken = {section.bucket for section in sections(self.prompt_len - 1, usable)}
         return tuple(sorted(taken)) or usable[:1]
@@ -52,10 +52,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a figure's table: a point, under ``label``, in the line or colour of ``series``.
+    """One row of a figure's table: a point, with its ``label`` and the ``series`` that gives its line or colour.
 
-    ``x`` is where it stands on the axis (None: the label is the place). ``metric`` is the key of its latency in ms;
-    ``reference`` is the row of the figure that it is compared with.
+    ``x`` is its place on the axis (None: it is placed by its label). ``metric`` is the key of its latency in ms;
+    ``reference`` is the index of the figure's row that it is compared with.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: ``axis`` says what its rows differ in, ``compared`` what the column of ratios is to."""
+    """One figure: ``axis`` says what its rows differ in, ``compared`` what the column of ratios refers to."""
 
     name: str
     title: str
@@ -83,7 +83,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sweeps. The first of each list is what the other figures hold fixed."""
+    """The values to sweep. The first of each list is used by figures that don't sweep it."""
 
     batch_sizes: tuple[int, ...]
     prompt_lens: tuple[int, ...]
@@ -116,10 +116,10 @@ def fitting_sizes(
     new_tokens: int,
     max_position_embeddings: int,
 ) -> Sizes:
-    """The sweeps, with the defaults that fit the model and each other in place of None; Sizes.check judges the rest.
+    """The sweeps, where None is replaced by the defaults that fit the model and each other. Sizes.check does the rest.
 
-    The caches that were not asked for are those that hold the first prompt, the prompts those that the longest cache
-    holds, with one first that every cache holds.
+    Default caches are those that hold the first prompt. Default prompts are those that the longest cache holds,
+    starting with one that every cache holds.
     """
     more = new_tokens - 1  # the last new token is never fed back
     first = (prompt_lens or PROMPT_LENS)[0]
@@ -136,7 +136,7 @@ def fitting_sizes(
 
 
 def plan_figures(names: tuple[str, ...], sizes: Sizes, weights: str) -> list[Figure]:
-    """The figures of these names over shards of the scheme ``weights``, as the post draws them."""
+    """The figures of these names, with the post's rows, for shards of the scheme ``weights``."""
     fixed = Point(
         "xla", weights, "bfloat16", sizes.batch_sizes[0], sizes.prompt_lens[0], sizes.new_tokens, sizes.max_seq_lens[0]
     )

@@ -1,4 +1,4 @@
-"""The runs of a bench put together: medians with their spread, as JSON, CSV, Markdown and pictures."""
+"""Summarizing a bench's runs: medians with their spread, as JSON, CSV, Markdown and pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_TPU = "Figures of a CPU are not TPU figures: on the CPU the chips are virtua
 def summarize(
     figures: Sequence[Figure], runs: Sequence[dict[str, Any]], without: dict[Point, str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What bench.json holds. ``runs`` are the journal's; ``without`` says why points are missing."""
+    """The content of bench.json. ``runs`` are the journal's; ``without`` says why points can't be measured."""
     rows = {figure.name: [_summarize_row(row, runs, without) for row in figure.rows] for figure in figures}
     for figure in figures:
         for row, summary in zip(figure.rows, rows[figure.name], strict=True):
@@ -78,7 +78,7 @@ def _summarize_row(row: Row, runs: Sequence[dict[str, Any]], without: dict[Point
 
 
 def _values(figures: Sequence[dict[str, Any]], key: str, row: Row) -> list[float]:
-    """A measured value of every run that has it; latency and throughput by the row's own metric."""
+    """A measured value from every run that has it; latency and throughput use the row's own metric."""
     if key in ("per_token_latency_ms", "throughput_tokens_per_s"):
         latencies = [run[row.metric] for run in figures if row.metric in run]
         return latencies if key == "per_token_latency_ms" else [1000 * row.point.batch_size / ms for ms in latencies]
@@ -87,7 +87,7 @@ def _values(figures: Sequence[dict[str, Any]], key: str, row: Row) -> list[float
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Median, smallest and largest; None of nothing."""
+    """Median, smallest and largest value; None without values."""
     if not values:
         return None
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -99,7 +99,7 @@ def _ratio(row: dict[str, Any], reference: dict[str, Any]) -> float | None:
 
 
 def write_report(out: Path, report: dict[str, Any], figures: Sequence[Figure]) -> None:
-    """bench.json, bench.csv, bench.md and, where matplotlib is installed, figure-N.png."""
+    """Write bench.json, bench.csv, bench.md and, if matplotlib is installed, figure-N.png into ``out``."""
     replace_file(out / "bench.json", json_bytes(report, indent=1))
     replace_file(out / "bench.csv", to_utf8(to_csv(report)))
     replace_file(out / "bench.md", to_utf8(to_markdown(report)))
@@ -130,7 +130,7 @@ def to_csv(report: dict[str, Any]) -> str:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The tables to read, one per figure."""
+    """bench.md: a table for each figure."""
     settings = report["settings"]
     lines = [
         f"# {settings['model']}, {plural(settings['layers'], 'layer')}",

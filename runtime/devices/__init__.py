@@ -1,1 +1,1 @@
-"""The devices that a decoder runs on, behind one interface."""
+"""The devices on which a decoder runs, behind one interface."""

@@ -1,4 +1,4 @@
-"""What a decoder needs of the machine it runs on. Two kinds fulfil it: XLA chips (xla.py) and the host (host.py)."""
+"""What a decoder needs from the machine it runs on. Two classes provide it: XLA chips (xla.py), the host (host.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.model.kv_cache import KVCache
 
 
 class CacheUse(NamedTuple):
-    """Compiled graphs that were loaded from the compile cache, that it didn't hold, and that it couldn't load."""
+    """Numbers of compiled graphs that were loaded from the compile cache, missing in it, and failed to load."""
 
     hits: int
     misses: int
@@ -25,15 +25,15 @@ class Backend(Protocol):
     """Tensors on a device, and functions compiled for it."""
 
     platform: str  # device and backend: "cpu/xla"
-    chips: int  # over which tensors are split; 1 where they are whole
-    leader: bool  # whether this process speaks for all of a multi-host slice
-    steps_ahead: int  # decode steps to launch before the tokens of one are read; 0 where launching waits for the end
+    chips: int  # number over which tensors are split; 1 where they are whole
+    leader: bool  # whether this process writes the output for all of a multi-host slice
+    steps_ahead: int  # decode steps to launch before reading the tokens of one; 0 where a launch waits for its end
     cache_type: type[KVCache]  # how a graph updates the cache
-    form: Form  # what of the computation is fast there in another form
-    fuse_bytes: int | None  # of a weight that is put together from several; None where no size is too large
+    form: Form  # this device's variants of parts of the computation
+    fuse_bytes: int | None  # the most bytes per chip of a weight fused from several; None for no limit
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
-        """A tensor on the device, put together over the chips. Raises InputError for missing files."""
+        """A tensor on the device, joined over the chips. Raises InputError for missing files."""
         ...
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
@@ -41,20 +41,20 @@ class Backend(Protocol):
         ...
 
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor, whole on every chip."""
+        """A host tensor copied whole to every chip."""
         ...
 
     def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
         """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
-        The last results replace the tensors of the argument at place ``donates``, each that in its place, and may be
-        written over them: they are not to be used again. With ``exact``, matrix products of float32 are computed as
-        such, also where the device would round what goes into them to bfloat16.
+        The last results replace, in order, the tensors of the argument with index ``donates``. They may be written over
+        those tensors, which must not be used again. With ``exact``, float32 matrix products are computed in float32
+        even on a device that would round their inputs to bfloat16.
         """
         ...
 
     def wait(self) -> None:
-        """Return when the device has done all that was asked of it."""
+        """Block until the device has finished all launched work."""
         ...
 
     def compilations(self) -> int:
@@ -62,13 +62,13 @@ class Backend(Protocol):
         ...
 
     def cache_use(self) -> CacheUse | None:
-        """How the compile cache did so far; None where nothing is compiled."""
+        """Use of the compile cache so far in this process; None where nothing is compiled."""
         ...
 
     def read_bandwidth(self) -> float:
-        """Bytes per second at which all chips together read their memory, measured for a moment."""
+        """Bytes per second at which all chips together read their memory, from a brief measurement."""
         ...
 
     def peak_bytes(self) -> int | None:
-        """The most memory that one device has used; None where it keeps no account."""
+        """The most bytes of memory that one device has used; None where the device doesn't report it."""
         ...

@@ -1,4 +1,4 @@
-"""How fast the host's memory, or a CUDA device's, is read: what decoding is held against."""
+"""Measuring the read bandwidth of the host's memory or a CUDA device's, which decoding is compared with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 import torch
 
-_BYTES = 512 << 20  # well over any cache
+_BYTES = 512 << 20  # far larger than any cache
 _REPEATS = 7
 
 
 def measure_read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of summing a large float32 tensor, which reads it once: the median of a few."""
+    """Bytes per second while summing a large float32 tensor, which reads it once; the median of several runs."""
     values = torch.ones(_BYTES // torch.float32.itemsize, device=device)
     seconds = []
     for _ in range(_REPEATS + 1):
         begin = time.perf_counter()
-        values.sum().item()  # on CUDA, waits
+        values.sum().item()  # waits for CUDA
         seconds.append(time.perf_counter() - begin)
     return _BYTES / statistics.median(seconds[1:])

@@ -1,4 +1,4 @@
-"""Capturing a function whole with torch.compile, once per shape of its inputs."""
+"""Capturing a function as one graph with torch.compile, once per shape of its inputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-_SHAPES = 256  # torch gives up on a function after 8 shapes by default; every bucket is one
+_SHAPES = 256  # by default torch gives up on a function after 8 shapes; every bucket is one
 
 
 def capture(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """``function`` compiled by torch.compile's ``backend`` as a single graph. A part it can't capture is an error."""
+    """``function`` compiled by torch.compile's ``backend`` as a single graph; raises where a part can't be captured."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)

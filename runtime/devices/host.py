@@ -1,4 +1,4 @@
-"""The decoder on the host's CPU or CUDA device: the same shards put back together, eager or compiled by Inductor."""
+"""The decoder on the host's CPU or CUDA device: the same shards joined again, eager or compiled by Inductor."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class HostBackend:
     leader = True
     cache_type = KVCache
     fuse_bytes = None
-    steps_ahead = 0  # a CPU has done a step when it returns; on CUDA, reading waits for all that was launched
+    steps_ahead = 0  # on a CPU a call returns when the step is done; on CUDA, reading waits for all launched work
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
-        """``compile_cache`` is a folder in which Inductor keeps its kernels; torch has one of its own by default."""
+        """``compile_cache`` is the folder in which Inductor keeps its kernels; by default, torch chooses one."""
         if compile_cache is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
         self._mode = mode
@@ -41,7 +41,7 @@ class HostBackend:
         if self._device.type == "cpu":
             prepare_cpu_process()
         self.platform = f"{self._device.type}/{mode}"
-        # On CUDA Inductor fuses the conversion into the product by itself.
+        # On CUDA, Inductor fuses the weight's conversion into the product without help.
         self._kind = Device.INDUCTOR_CPU if self.platform == "cpu/inductor" else Device.ANY
         on_cpu = Form(self._make_linear, attend_many=attend_fused)
         self.form = on_cpu if self._device.type == "cpu" else Form()
@@ -60,7 +60,7 @@ class HostBackend:
         return tensor.to(self._device)
 
     def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
-        """``exact`` or not, the host's products of float32 are exact: PyTorch's default, on CUDA too."""
+        """``exact`` has no effect: PyTorch computes float32 products exactly by default, on CUDA too."""
         return function if self._mode == "eager" else capture(function, "inductor")
 
     def wait(self) -> None:

@@ -1,7 +1,7 @@
-"""The one module that touches torch_xla: devices, placing shards, compiling, counting compilations, memory.
+"""The only module that uses torch_xla: devices, placing shards, compiling, counting compilations, memory.
 
 XLA runs one SPMD program over all chips of a mesh with the single axis "tp" (tensor parallel). On the CPU the chips
-are virtual. torch_xla reads its environment when it is imported, so XLABackend sets it first.
+are virtual. torch_xla reads its environment when it is imported, so XLABackend sets it before that.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from runtime.model.linears.table import Device, linear_kind
 from runtime.model.linears.tiled import Tiles, cut
 from runtime.model.parts.attention import attend_exactly
 
-TPU_LEAST_ROWS = 2  # what the matrix unit is given; one row goes to the vector unit
-TPU_FUSE_BYTES = 24_000_000  # a larger weight is not fetched to the chip's own memory ahead of its use
+TPU_LEAST_ROWS = 2  # the fewest rows for the matrix unit; a single row goes to the vector unit
+TPU_FUSE_BYTES = 24_000_000  # a larger weight is not prefetched into on-chip memory
 _CACHE_COUNTERS = ("Hit", "Miss", "DeserializeFailure")
-PROBE_SIZE = 11520  # of a square matrix of bfloat16, 253 MiB on each chip: more than its own faster memories hold
-PROBE_READS = 16  # by one program, which is to take far longer than starting it does
+PROBE_SIZE = 11520  # side of a square bfloat16 matrix, 253 MiB on each chip: more than on-chip memories hold
+PROBE_READS = 16  # reads per program, enough that it runs far longer than its launch takes
 _PROBE_ROWS = 8
-_PROBE_RUNS, _PROBE_REPEATS = 4, 5  # runs under way at once, for each time that is taken
+_PROBE_RUNS, _PROBE_REPEATS = 4, 5  # programs launched back to back per timing, and timings
 _SHARDING_CHECKS = 4  # calls after which a program's inputs, mostly its own results, won't change their sharding
 
 
@@ -50,17 +50,18 @@ class XLABackend:
 
     cache_type = FunctionalKVCache
     steps_ahead = 4
-    tiled = False  # whether linears have XLA:CPU's form; TPUs take weights as they are
+    tiled = False  # whether weights are cut into tiles, for XLA:CPU; TPUs take them as they are
 
     def __init__(self, chips: int, compile_cache: Path | None = None) -> None:
-        """Bring up XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
+        """Start XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
 
         ``compile_cache`` is a folder in which compiled programs are kept for later processes.
 
-        Raises InputError where this machine's slice has another number of chips, or not what PJRT_DEVICE says.
+        Raises InputError where this machine's slice has another number of chips or lacks the device that PJRT_DEVICE
+        asks for.
         """
         kind = _choose_device()
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compilation that GSPMD will go
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compilation that GSPMD will be removed
         if compile_cache is not None:
             os.environ["XLA_PERSISTENT_CACHE_PATH"] = str(compile_cache.absolute())
         if kind == "CPU":
@@ -99,7 +100,7 @@ class XLABackend:
         return [_ordinal(name) for name in _XLAC._xla_get_runtime_devices()]
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
-        """Each local chip's part, read from its file; no host ever puts the whole tensor together."""
+        """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in self.local_chips]
         if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).in_tiles:
             return self._place_tiles(parts, tensor.shard)
@@ -119,7 +120,7 @@ class XLABackend:
         return _Compiled(function, donates, exact)
 
     def wait(self) -> None:
-        """Wait until the chips have done all that was asked of them."""
+        """Block until the chips have finished all launched work."""
         import torch_xla.core.xla_model as xm
 
         xm.wait_device_ops()
@@ -150,11 +151,11 @@ class XLABackend:
         return _PROBE_RUNS * PROBE_READS * values.nbytes / statistics.median(seconds)
 
     def peak_bytes(self) -> int | None:
-        """None: torch_xla 2.9 has no memory account of the one device that SPMD shows."""
+        """None: torch_xla 2.9 doesn't report memory for the single device that SPMD exposes."""
         return None
 
     def _place_tiles(self, parts: Sequence[torch.Tensor], axis: int | None) -> Tiles:
-        """The local chips' parts of a weight [out, in], each cut into tiles on its own."""
+        """The local chips' parts of a weight [out, in], each cut into tiles separately."""
         tiles = zip(*(cut(part) for part in parts), strict=True)
         if axis != 1 or self.chips == 1:
             return Tiles([self._place(tile, axis) for tile in tiles])
@@ -164,7 +165,9 @@ class XLABackend:
         return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._ones_of)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """XLA:CPU thinks a division too dear to do anew in every kernel that uses it; sines it doesn't."""
+        """The tensor, divided by ones so that XLA:CPU computes it once: it would recompute sines in every kernel that
+        uses them, but considers a division too expensive for that.
+        """
         return tensor / self._ones_of(tensor.shape[-1])
 
     def _ones_of(self, length: int) -> torch.Tensor:
@@ -173,7 +176,7 @@ class XLABackend:
         return self._ones[length]
 
     def _place(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
-        """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copies)."""
+        """The local chips' parts, in the order of ``local_chips``, as one tensor split on ``axis`` (None: copied)."""
         import numpy as np
         import torch_xla.distributed.spmd as xs
         from torch_xla import _XLAC
@@ -187,11 +190,12 @@ class XLABackend:
 
 
 def read_repeatedly(values: torch.Tensor, _: list[torch.Tensor]) -> torch.Tensor:
-    """Some rows of each chip's matrix in ``values`` [chips, N, N] times its transpose, again and again: [chips, 8, N].
+    """A few rows of each chip's matrix in ``values`` [chips, N, N], multiplied repeatedly by its transpose:
+    [chips, 8, N].
 
-    Every product reads the whole matrix and needs the one before it, and no other chip's. Products, for by the
-    compiler's estimate they come nearest to the memory's speed: the vector unit takes twice as long for a sum or a
-    maximum. (And ``amax`` without an axis torch_xla 2.9 turns into a copy.)
+    Every product reads the whole matrix and depends on the one before it, but not on another chip's. Products come
+    closest to the memory's speed by the compiler's estimate: the vector unit takes twice as long for a sum or a
+    maximum. (Also, torch_xla 2.9 turns ``amax`` without an axis into a copy.)
     """
     rows = values[:, :_PROBE_ROWS]
     for _ in range(PROBE_READS):
@@ -204,17 +208,17 @@ def _chip_form(least_rows: int) -> Form:
     return Form(least_rows=least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
 
 
-# What floats are held as in XLA:CPU's cache, and back.
+# The integer dtype that XLA:CPU's cache stores each float dtype as, and back.
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _OF_BITS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
 class _StretchKVCache(FunctionalKVCache):
-    """XLA:CPU's cache, of which a stretch of slots is written where it lies.
+    """XLA:CPU's cache, in which a range of consecutive slots is written in place.
 
-    index_copy is a scatter, which XLA:CPU makes into a choice between old and new for every slot, on a copy of the
-    cache. A dynamic-update-slice it leaves as it is, if of integers: one of bfloat16 it does in float32, on the whole
-    cache, and one of float32 it does anew for each reader, on a copy. So floats are held as the integers of their bits.
+    index_copy is a scatter, which XLA:CPU compiles to a choice between old and new for every slot, on a copy of the
+    cache. It keeps a dynamic-update-slice only for integers: in bfloat16 it converts the whole cache to float32, and in
+    float32 it repeats the update for each reader, on a copy. So floats are stored as integers with the same bits.
     """
 
     @staticmethod
@@ -230,14 +234,14 @@ class _StretchKVCache(FunctionalKVCache):
 
 @cache
 def _operation(lowering: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    """An operation on tensors by its lowering, a function of torch_xla's ``xla_builder.Op``."""
+    """An operation on tensors, made from its lowering, a function of torch_xla's ``xla_builder.Op``."""
     import torch_xla.core.xla_op_registry as xor
 
     return xor.register(lowering.__name__, lowering)
 
 
 def _write_stretch(whole: Any, part: Any, slots: Any) -> Any:
-    """``part`` [B, H, T, D] in place of what ``whole`` [B, H, S, D] holds from the first of ``slots`` [T] on."""
+    """``whole`` [B, H, S, D] with ``part`` [B, H, T, D] written from the first of ``slots`` [T] on."""
     import torch_xla.core.xla_builder as xb
 
     held = whole.shape().dtype
@@ -250,7 +254,7 @@ def _write_stretch(whole: Any, part: Any, slots: Any) -> Any:
 
 
 def _as_float(bits: Any) -> Any:
-    """The bfloat16 or float32 of which these are the ``bits``, in their shape."""
+    """The bfloat16 or float32 numbers with these ``bits``, in the same shape."""
     import torch_xla.core.xla_builder as xb
 
     return bits.bitcast({xb.Type.S16: xb.Type.BF16, xb.Type.S32: xb.Type.F32}[bits.shape().dtype])
@@ -259,9 +263,9 @@ def _as_float(bits: Any) -> Any:
 class _Compiled:
     """A function of tensors (and lists of them) as XLA programs, one for each shape and sharding of its inputs.
 
-    The function is traced by running it once on lazy tensors. Its tensors that aren't arguments, like a model's
-    weights, become inputs of the program as well, and are held here. torch.compile's "openxla" backend comes to the
-    same programs; its capture took two thirds of the warm-up and several milliseconds of every call.
+    The function is traced by running it once on lazy tensors. Tensors that aren't arguments, such as a model's weights,
+    also become inputs of the program and are kept here. torch.compile's "openxla" backend produces the same programs,
+    but its capture took two thirds of the warm-up and several milliseconds of every call.
     """
 
     def __init__(self, function: Callable[..., Any], donates: int, exact: bool = False) -> None:
@@ -281,10 +285,10 @@ class _Compiled:
 
 @contextmanager
 def _precision(exact: bool) -> Iterator[None]:
-    """Whether graphs given to XLA within have their float32 products made of as many bfloat16 ones as it takes.
+    """Give XLA the graphs within this context so that a TPU computes float32 products exactly, if ``exact``.
 
-    A TPU makes one of each by default. torch_xla has one setting for the process, and heeds it when it turns a graph
-    into XLA's; of products it passes over those of einsum.
+    That takes several bfloat16 products for each; by default a TPU computes one. torch_xla has one setting per process,
+    which it applies when it lowers a graph to XLA's, but not to the products of einsum.
     """
     from torch_xla import _XLAC
 
@@ -296,7 +300,7 @@ def _precision(exact: bool) -> Iterator[None]:
 
 
 class _Trace:
-    """A function run once on lazy tensors: its graph's inputs and results, in the order in which XLA has them."""
+    """A function run once on lazy tensors: its graph's inputs and results, in XLA's order."""
 
     def __init__(
         self, function: Callable[..., Any], tensors: list[torch.Tensor], structure: Any, donated: list[torch.Tensor]
@@ -307,8 +311,8 @@ class _Trace:
         donors = [_XLAC._xla_get_tensor_id(tensor) for tensor in donated]
         results, self._structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
         self.ids, self._values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
-        # A result is written over the first donated input of its shape, in the order of XLA's parameters. So the
-        # results that replace donated inputs have to come in that order: else XLA would copy every cache twice.
+        # XLA writes a result over the first donated input of its shape, in the order of its parameters. So results
+        # that replace donated inputs must come in that order: otherwise XLA would copy every cache twice.
         others = len(results) - len(donated)
         turns = sorted(range(len(donors)), key=lambda turn: self.ids.index(donors[turn]))
         self._order = [*range(others), *(others + turn for turn in turns)]
@@ -317,16 +321,16 @@ class _Trace:
         missing = [place for place, tensor in enumerate(arguments) if tensor not in self.ids]
         if missing:
             raise RuntimeError(f"the traced program does not depend on its arguments {missing}")
-        # What is no argument keeps its value; what is one comes anew with every call.
+        # An input that is not an argument keeps its value; one that is comes with every call.
         places = {tensor: place for place, tensor in enumerate(arguments)}
         self._inputs = [places.get(key, value) for key, value in zip(self.ids, self._values, strict=True)]
 
     def inputs(self, tensors: list[torch.Tensor]) -> list[Any]:
-        """What XLA's parameters stand for when the arguments are ``tensors``."""
+        """The values of XLA's parameters when the function's arguments are ``tensors``."""
         return [tensors[place] if isinstance(place, int) else place for place in self._inputs]
 
     def restore(self, results: Sequence[Any]) -> Any:
-        """XLA's results as the function gave them."""
+        """XLA's results in the structure that the function returns."""
         ordered: list[Any] = [None] * len(self._order)
         for place, result in zip(self._order, results, strict=True):
             ordered[place] = result
@@ -350,11 +354,11 @@ class _Program:
         from torch_xla import _XLAC
         from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-        xm.wait_device_ops()  # results of a program still running are placeholders, which tracing can't tell apart
+        xm.wait_device_ops()  # a running program's results are placeholders, which tracing can't tell apart
         for tensor in donated:
             _XLAC._set_buffer_donation(tensor, True)
         self._trace = _Trace(function, tensors, structure, donated)
-        results, self._trace.results = self._trace.results, []  # they would hold the graph
+        results, self._trace.results = self._trace.results, []  # they would keep the graph alive
         with alias_with_buffer_donor_config():
             self._hash = _XLAC._get_graph_hash(results)
             _XLAC._xla_warm_up_cache(results, [])
@@ -363,7 +367,7 @@ class _Program:
         self._checks = _SHARDING_CHECKS
 
     def takes(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether these inputs are split over the chips as the program has it; asked in earnest for a few calls."""
+        """Whether these inputs are split over the chips as the program expects; checked only for the first calls."""
         from torch_xla import _XLAC
 
         if not self._checks:
@@ -378,30 +382,30 @@ class _Program:
 
 
 class TracedGraph(NamedTuple):
-    """A graph for a compiler: its serialized HloModuleProto, which knows neither shardings nor donated inputs."""
+    """A graph for a compiler: a serialized HloModuleProto, and the shardings and donated inputs that it lacks."""
 
     hlo: bytes
-    shard_axes: list[int | None]  # of each parameter; None where it is whole on every chip
-    aliases: dict[int, int]  # from a result to the parameter over which it is written
+    shard_axes: list[int | None]  # for each parameter; None where it is whole on every chip
+    aliases: dict[int, int]  # from a result's index to that of the parameter over which it is written
 
 
 class Tracer:
-    """Stands for the TPUs of a slice where there are none: tensors without memory, functions traced for a compiler.
+    """Replaces a slice's TPUs where there are none: tensors without memory, functions traced for a compiler.
 
-    It holds what ``Backend`` asks for to build a decoder, and needs no device but torch_xla's single virtual one.
+    It has the part of ``Backend`` that building a decoder needs, and uses only torch_xla's single virtual device.
     """
 
     fuse_bytes: int | None = TPU_FUSE_BYTES
     cache_type = XLABackend.cache_type
 
     def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS) -> None:
-        os.environ["PJRT_DEVICE"] = "CPU"  # even beside a TPU, which others may be using
+        os.environ["PJRT_DEVICE"] = "CPU"  # even on a machine with a TPU, which others may be using
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         self.chips, self.form = chips, _chip_form(least_rows)
         self._axes: dict[int, int | None] = {}
 
     def load(self, config: ModelConfig, tensor: DecoderTensor) -> torch.Tensor:
-        """A tensor as ``XLABackend.load`` gives it, but for its values."""
+        """A tensor as ``XLABackend.load`` returns it, but without values."""
         shape = list(tensor.local_shape(config, self.chips))
         if tensor.shard is not None:
             shape[tensor.shard] *= self.chips
@@ -421,7 +425,7 @@ class Tracer:
     def trace(
         self, function: Callable[..., Any], args: tuple[Any, ...], donates: int, exact: bool = False
     ) -> TracedGraph:
-        """``function`` of the arguments as ``XLABackend.compile`` would give it to XLA."""
+        """The graph of ``function`` for these arguments, as ``XLABackend.compile`` would give it to XLA."""
         import torch_xla
         from torch_xla import _XLAC
 
@@ -451,11 +455,11 @@ def _has_tpu() -> bool:
 
 
 def _choose_device() -> str:
-    """PJRT_DEVICE, set to what this machine has where it isn't. Raises InputError for a TPU that isn't here."""
+    """PJRT_DEVICE; where unset, it is set to what this machine has. Raises InputError for a TPU that isn't there."""
     found = "TPU" if _has_tpu() else "CPU"
     asked = os.environ.get("PJRT_DEVICE", "").strip() or found
     kind = asked.upper() if asked.upper() in ("CPU", "TPU") else asked
-    # libtpu would ask for its slice over the network, for minutes.
+    # Otherwise libtpu would look for its slice over the network, for minutes.
     if kind == "TPU" and not glob.glob("/dev/accel[0-9]*") and not glob.glob("/dev/vfio/[0-9]*"):
         raise InputError(
             "PJRT_DEVICE is TPU and this machine has none (neither /dev/accel0 nor /dev/vfio/0 and the like are "
@@ -467,7 +471,7 @@ def _choose_device() -> str:
 
 @contextmanager
 def _starting(kind: str) -> Iterator[None]:
-    """Make an InputError of what torch_xla raises where it finds no device of this kind."""
+    """Turn the exception that torch_xla raises where it finds no device of this kind into an InputError."""
     try:
         yield
     except Exception as error:
@@ -481,7 +485,7 @@ def _starting(kind: str) -> Iterator[None]:
 
 
 def lazy_device() -> torch.device:
-    """One XLA device as LazyTensor gives it out of the box: no SPMD, and every step traced anew.
+    """One XLA device as LazyTensor provides it by default: without SPMD, and with every step traced again.
 
     Raises InputError as XLABackend does.
     """
@@ -494,7 +498,7 @@ def lazy_device() -> torch.device:
 
 
 def lazy_sync() -> None:
-    """Compile and run what has been traced on ``lazy_device``, and wait for it."""
+    """Compile and run what has been traced on ``lazy_device``, and wait until it is done."""
     import torch_xla
 
     torch_xla.sync(wait=True)

@@ -1,1 +1,1 @@
-"""The decoder, which knows no device."""
+"""The decoder, independent of any device."""

@@ -1,10 +1,10 @@
-"""The decoder as a plain module of fixed shapes, which knows no device; its parts are those of an architecture.
+"""The decoder as a plain module with fixed shapes, independent of any device; the architecture selects its parts.
 
-Shapes: B rows, T tokens of one call, S slots of the cache, H KV heads (over all chips), G query heads under each, D the
-head dimension, E the hidden size, V the vocabulary.
+Shapes: B rows, T tokens per call, S cache slots, H KV heads (over all chips), G query heads per KV head, D the head
+dimension, E the hidden size, V the vocabulary.
 
-Rows are aligned at their ends: all rows write the same slots, and a shorter row begins ``offsets[b]`` slots later. So
-one index serves index_copy for the whole batch, and a row's position is its slot minus its offset.
+Rows are aligned at their ends: all rows write the same slots, and a shorter row starts ``offsets[b]`` slots later. So
+one index serves index_copy for the whole batch, and a token's position is its slot minus its row's offset.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runtime.model.weights import Weights
 
 
 class Block(nn.Module):
-    """One layer of the decoder: attention and feed-forward layer, each added to what goes in."""
+    """One layer of the decoder: attention and feed-forward, each added to its input."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Block(nn.Module):
         super().__init__()
         architecture = config.architecture
         self.norm_first, self.dtype = architecture.norm_first, dtype
-        normed = dtype if self.norm_first else torch.float32  # behind the sums, norms give the next layer's input
+        normed = dtype if self.norm_first else torch.float32  # a norm after the sum gives the next residual
         self.attention_norm = make_norm(weights, prefix + architecture.attention_norm, config, normed)
         self.attention = AttentionLayer(weights, prefix + "self_attn.", heads, config, form)
         self.feed_forward_norm = make_norm(weights, prefix + architecture.feed_forward_norm, config, normed)
@@ -68,11 +68,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A model over tensors as the shards of ``heads.chips`` chips hold them, put together along their shard axes.
+    """A model whose tensors are the shards for ``heads.chips`` chips, joined along their shard axes.
 
-    ``dtype`` is that of cache, activations inside the layers and logits. A weight keeps the one it is stored in and is
-    converted at use. The sum that runs through the layers stays in float32: it is small, and rounding it after every
-    layer would cost more accuracy than bfloat16 does anywhere else.
+    ``dtype`` is that of the cache, the activations inside the layers and the logits. Weights keep their stored dtype
+    and are converted where they are used. The residual stream stays in float32: it is small, and rounding it after
+    every layer would cost more accuracy than bfloat16 does anywhere else.
     """
 
     def __init__(
@@ -84,13 +84,16 @@ class Decoder(nn.Module):
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         form: Form | None = None,
     ) -> None:
-        """``place`` brings a host tensor to the device where ``parameters`` are; ``form`` is what that device wants."""
+        """``place`` moves a host tensor to the device that holds ``parameters``; ``form`` has that device's variants.
+
+        Raises MissingTensor or UnexpectedTensor where ``parameters`` are not exactly the ones that the model needs.
+        """
         super().__init__()
         self.form = form = form or Form()
         weights = Weights(parameters, form.make_linear)
         architecture, prefix = config.architecture, config.architecture.prefix
         self.vocab_size, self.dtype = config.vocab_size, dtype
-        self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or of a width of its own
+        self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or [V, word_embed_proj_dim]
         self.positions = POSITION_KINDS[architecture.positions](weights, config, place, form)
         prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, form) for name in prefixes)
@@ -106,20 +109,20 @@ class Decoder(nn.Module):
         weights.check_all_taken()
 
     def _tied_head(self) -> nn.Module:
-        """The output head over the embedding's own tensor."""
+        """The output head, which shares the embedding's tensor."""
         dtype = str(self.embedding.dtype).removeprefix("torch.")
         return self.form.make_linear(LinearWeight(Floating(dtype), {"": self.embedding}))
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits [B, V] after the last of ``tokens`` [B, T], which take ``slots`` [T] of the cache.
+        """Logits [B, V] after the last of ``tokens`` [B, T], which are written to ``slots`` [T] of the cache.
 
-        ``offsets`` [B] is the slot at which each row begins.
+        ``offsets`` [B] is the slot at which each row starts.
         """
         x = self._layers(tokens, slots, offsets, cache, cache.slots)[:, -1]  # [C * B, E]
         return self.head(x)[: cache.batch_size, : self.vocab_size]
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of the last layer's output [..., E]; behind them is the padding to all chips."""
+        """Logits [..., V] from the last layer's output [..., E], followed by those of the vocabulary's padding."""
         x = x.to(self.dtype) if self.norm is None else self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
@@ -128,9 +131,9 @@ class Decoder(nn.Module):
     def fill(
         self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, first: bool = False
     ) -> torch.Tensor:
-        """Process ``tokens`` into the cache; returns the last layer's output [B, T, E], float32.
+        """Write ``tokens`` [B, T] to the cache at ``slots`` [T]; returns the last layer's output, float32 [B, T, E].
 
-        With ``first`` the slots are the cache's first T, and no others are looked at.
+        With ``first`` the slots are the cache's first T, and only those are attended to.
         """
         seen = tokens.shape[1] if first else cache.slots
         return self._layers(tokens, slots, offsets, cache, seen)[: cache.batch_size]
@@ -138,10 +141,10 @@ class Decoder(nn.Module):
     def _layers(
         self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, seen: int
     ) -> torch.Tensor:
-        """The last layer's output [C * B, T, E], with C copies of every row where ``least_rows`` asks for them."""
+        """The last layer's output [C * B, T, E]; C copies of every row are made to reach the form's ``least_rows``."""
         rotary = self.positions.rotary(slots, offsets)
         cached = torch.arange(seen, device=tokens.device)  # [S]
-        # Padding before a row's begin would see no slot at all; its own slot keeps the softmax finite.
+        # Padding before a row's start would attend to no slot at all; its own slot keeps the softmax finite.
         begun = (cached >= offsets[:, None])[:, None] | (cached == slots[:, None])
         mask = begun & (cached <= slots[:, None])  # [B, T, S]
         x = self._embed(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
@@ -150,7 +153,7 @@ class Decoder(nn.Module):
         return x
 
     def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, copies: int) -> torch.Tensor:
-        """What goes into the first layer, [copies * B, T, E] in float32: the tokens, and their positions if added."""
+        """The first layer's input, float32 [copies * B, T, E]: token embeddings, plus learned positions if any."""
         x = nn.functional.embedding(torch.cat([tokens] * copies), self.embedding)
         if self.project_in is not None:
             x = self.project_in(x.to(self.dtype))

@@ -1,7 +1,7 @@
-"""Which parameters the decoder holds: those of the shards, linears that take the same input fused into one.
+"""Which parameters the decoder holds: those of the shards, with linears that take the same input fused into one.
 
-Fewer, larger matrix products use the chip better than several small ones. Every chip fuses its own parts, one upon the
-other, so that it still needs nothing but its own file.
+A few large matrix products use the chip better than several small ones. Every chip concatenates its own parts along
+their rows, so it still needs only its own file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DecoderParameters = Mapping[str, torch.Tensor | LinearWeight | list[Any]]
 
 @dataclass(frozen=True)
 class DecoderTensor:
-    """A tensor of the decoder: one of the shards, or several of them one upon the other, chip by chip."""
+    """A tensor of the decoder: one of the shards' tensors, or several concatenated along their rows on each chip."""
 
     name: str
     format: WeightFormat
@@ -34,13 +34,13 @@ class DecoderTensor:
 
     @property
     def are_values(self) -> bool:
-        """Whether it holds the values of a linear's weight, and not what goes with them."""
+        """Whether it holds the values of a linear's weight, rather than their scales or the like."""
         first = self.parts[0]
         return first.parameter.row.is_linear and first.part == self.format.parts[0]
 
     @property
     def shard(self) -> int | None:
-        """The axis along which it is split over the chips; None where every chip holds it whole."""
+        """The axis along which it is split over the chips; None where every chip holds all of it."""
         return self.parts[0].shard
 
     @property
@@ -48,20 +48,20 @@ class DecoderTensor:
         return torch.float32 if self._is_norm else self.parts[0].torch_dtype
 
     def nbytes(self, config: ModelConfig, chips: int) -> int:
-        """On each chip."""
+        """Bytes on each chip."""
         return sum(part.spec(config, chips).nbytes for part in self.parts)
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
-        """Of each chip's part of it, as ``join`` gives it."""
+        """The shape of one chip's part, as ``join`` returns it."""
         shapes = [part.local_shape(config, chips) for part in self.parts]
         rows = sum(shape[0] for shape in shapes)
         return (rows,) if self._is_column else (rows, *shapes[0][1:])
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One chip's part of it, from those of its parts.
+        """One chip's part of this tensor, from the same chip's tensors of ``parts`` in that order.
 
-        A column [out, 1], as a scale for each output channel is in the shards, becomes [out], and what a norm has
-        float32, as they are used: on TPU a step would begin by making them so, one operation for each.
+        A column [out, 1], as the shards store one scale per output channel, becomes [out], and a norm's tensors become
+        float32, as they are used: otherwise every step on a TPU would start with one operation for each of them.
         """
         joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
         if self._is_norm:
@@ -79,7 +79,7 @@ class DecoderTensor:
 
 @dataclass(frozen=True)
 class DecoderParameter:
-    """A parameter of the decoder: one of the shards, or several that are fused.
+    """A parameter of the decoder: one of the shards' parameters, or several fused into one.
 
     ``group`` is the name of the first of those that take the same input, where there are several, fused or not.
     """
@@ -99,7 +99,7 @@ class DecoderParameter:
 
     @cached_property
     def tensors(self) -> dict[str, DecoderTensor]:
-        """Those of its format, by suffix."""
+        """The tensors that its format consists of, by suffix."""
         by_part = zip(*(member.tensors for member in self.members), strict=True)
         tensors = [DecoderTensor(self.name + parts[0].part.suffix, self.format, tuple(parts)) for parts in by_part]
         return {tensor.parts[0].part.suffix: tensor for tensor in tensors}
@@ -110,7 +110,7 @@ def decoder_parameters(
 ) -> list[DecoderParameter]:
     """Every parameter that the decoder holds, in the order of the files.
 
-    Weights are fused where that makes no more than ``fuse_bytes`` of values on each chip; None sets no limit.
+    Weights are fused where the result has at most ``fuse_bytes`` of values on each chip; None sets no limit.
     """
     stored = {each.name: each for each in stored_parameters(config, scheme)}
     done: set[str] = set()
@@ -140,7 +140,7 @@ def decoder_tensors(parameters: Iterable[DecoderParameter]) -> list[DecoderTenso
 
 
 def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTensor], Any]) -> DecoderParameters:
-    """What the decoder is made of, each tensor brought to the device by ``load``, one after the other."""
+    """The decoder's parameters by name, each tensor loaded onto the device by ``load``, one after the other."""
     held: dict[str, Any] = {}
     for parameter in parameters:
         tensors = {suffix: load(tensor) for suffix, tensor in parameter.tensors.items()}

@@ -1,4 +1,4 @@
-"""What of the decoder's computation a device wants in another shape or order; the results are the same."""
+"""The parts of the decoder's computation that a device may run in another shape or order, with the same results."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from runtime.model.parts.attention import Attend, attend
 
 
 def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, unchanged."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Form:
-    """The parts that a device may have its own form of; by default, those that the TPU's compiler does well on."""
+    """A device's variant of each such part. The defaults are those that the TPU's compiler handles well."""
 
     make_linear: MakeLinear = make_linear
-    # Rows that a matrix product is given at least, by copies: a TPU gives a single one to its vector unit, which takes
-    # up to five times as long as the matrix unit for two.
+    # The fewest rows a matrix product is given, reached by copying rows: a TPU hands a single row to its vector unit,
+    # which takes up to five times as long as the matrix unit takes for two.
     least_rows: int = 1
-    attend_one: Attend = attend  # where there is one token to a row
-    attend_many: Attend = attend  # where there is more than one token to a row
+    attend_one: Attend = attend  # for one token per row
+    attend_many: Attend = attend  # for several tokens per row
     materialize: Callable[[torch.Tensor], torch.Tensor] = (
-        as_it_is  # for what all layers use and none should compute anew
+        as_it_is  # for values that all layers use and none should recompute
     )

@@ -1,8 +1,8 @@
-"""The functions that a backend compiles, each of fixed shapes: what llama-run executes, and llama-plan compiles.
+"""The functions of fixed shapes that a backend compiles: llama-run executes them, llama-plan only compiles them.
 
-tokens are [B, T], slots [T], offsets [B] as in decoder.py. A backend knows tensors and lists of them, so a compiled
-function takes the cache's tensors and gives them back updated, as the last of its results: it can write the new ones
-over the old. The functions below see a cache; ``_graph`` alone makes one of the tensors.
+tokens are [B, T], slots [T], offsets [B] as in decoder.py. A backend knows only tensors and lists of them. So a
+compiled function takes the cache's tensors and returns them updated as its last result, which lets it write the new
+ones over the old. The functions below work on a cache; only ``_graph`` converts between it and its tensors.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from runtime.model.decoder import Decoder
 from runtime.model.kv_cache import KVCache, Layers
 from runtime.model.sampling import Controls, sample
 
-Graph = Callable[..., tuple[Any, ...]]  # of tokens, slots, offsets, the cache's tensors, and what else it needs
+Graph = Callable[..., tuple[Any, ...]]  # arguments: tokens, slots, offsets, the cache's tensors, then any others
 MakeGraph = Callable[[Decoder, type[KVCache]], Graph]
-CACHE_ARGUMENT = 3  # the place of the cache's tensors among the arguments of each
+CACHE_ARGUMENT = 3  # index of the cache's tensors among a graph's arguments
 
-_SCORED_LOGITS = 1 << 24  # at once, of all rows: 64 MiB in float32
+_SCORED_LOGITS = 1 << 24  # logits computed at once, over all rows: 64 MiB in float32
 
 
 def _graph(compute: Callable[..., tuple[Tensor, ...]]) -> MakeGraph:
-    """What compiles ``compute`` (of a decoder, tokens, slots, offsets, a cache, and more) for a decoder and a kind of
-    cache.
+    """Turn ``compute`` (of a decoder, tokens, slots, offsets, a cache, and more) into a function that makes the graph
+    for a given decoder and kind of cache.
     """
 
     @wraps(compute)
@@ -44,14 +44,14 @@ def _graph(compute: Callable[..., tuple[Tensor, ...]]) -> MakeGraph:
 
 @_graph
 def fill_graph(decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache) -> tuple[()]:
-    """A bucket: a prompt's first tokens into the cache's first slots. They look at nothing but each other."""
+    """A bucket: write a prompt's first tokens to the cache's first slots. They attend only to each other."""
     decoder.fill(tokens, slots, offsets, cache, first=True)
     return ()
 
 
 @_graph
 def later_fill_graph(decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache) -> tuple[()]:
-    """A later section of a long prompt, from any slot on; it looks at the whole cache."""
+    """A later section of a long prompt, from any slot on; it attends to the whole cache."""
     decoder.fill(tokens, slots, offsets, cache)
     return ()
 
@@ -60,7 +60,7 @@ def later_fill_graph(decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: T
 def greedy_graph(
     decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache
 ) -> tuple[Tensor, Tensor]:
-    """A decode step: from the last tokens [B, 1] and their slot [1] the most probable next ones and their slot."""
+    """A decode step: the last tokens [B, 1] and their slot [1] give the most probable next tokens and their slot."""
     logits = decoder(tokens, slots, offsets, cache)
     return logits.argmax(-1, keepdim=True), slots + 1
 
@@ -69,7 +69,7 @@ def greedy_graph(
 def sampled_graph(
     decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache, controls: Controls
 ) -> tuple[Tensor, Tensor]:
-    """A decode step whose next tokens are drawn as the controls say; a row's noise is that of its last token's slot."""
+    """A decode step that draws the next tokens as the controls say, with the noise for the last token's slot."""
     logits = decoder(tokens, slots, offsets, cache)
     temperature, top_k, top_p, noise = controls
     return sample(logits, temperature, top_k, top_p, noise.index_select(0, slots)[0]), slots + 1
@@ -77,7 +77,7 @@ def sampled_graph(
 
 @_graph
 def logits_graph(decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache) -> tuple[Tensor]:
-    """A decode step that gives the logits [B, V] in place of the tokens."""
+    """A decode step that returns the logits [B, V] in place of tokens."""
     return (decoder(tokens, slots, offsets, cache),)
 
 
@@ -85,7 +85,7 @@ def logits_graph(decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tenso
 def score_graph(
     decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache, following: Tensor
 ) -> tuple[Tensor]:
-    """``fill_graph``, and the log-probability [B, T] of each of the ``following`` tokens [B, T] behind its own."""
+    """``fill_graph``, also returning log-probabilities [B, T]: of each ``following`` token [B, T] after its own."""
     return (_scores(decoder, decoder.fill(tokens, slots, offsets, cache, first=True), following),)
 
 
@@ -93,14 +93,14 @@ def score_graph(
 def later_score_graph(
     decoder: Decoder, tokens: Tensor, slots: Tensor, offsets: Tensor, cache: KVCache, following: Tensor
 ) -> tuple[Tensor]:
-    """``later_fill_graph``, and the log-probabilities as ``score_graph`` gives them."""
+    """``later_fill_graph``, also returning log-probabilities as ``score_graph`` does."""
     return (_scores(decoder, decoder.fill(tokens, slots, offsets, cache), following),)
 
 
 def _scores(decoder: Decoder, x: Tensor, following: Tensor) -> Tensor:
-    """Log-probabilities [B, T], float32, of ``following`` [B, T] by the last layer's output x [B, T, E].
+    """Log-probabilities, float32 [B, T], of ``following`` [B, T] given the last layer's output x [B, T, E].
 
-    The logits of some positions are made at a time: those of a whole section would be the largest tensor of all.
+    Logits are computed for some positions at a time: those of a whole section would be the largest tensor of all.
     """
     count = max(1, _SCORED_LOGITS // (len(x) * decoder.vocab_size))
     parts = zip(x.split(count, dim=1), following.split(count, dim=1), strict=True)
@@ -109,9 +109,9 @@ def _scores(decoder: Decoder, x: Tensor, following: Tensor) -> Tensor:
 
 
 def _log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-softmax, in float32, of logits [B, T, V] at ``tokens`` [B, T]: [B, T].
+    """The log-softmax of logits [B, T, V] at ``tokens`` [B, T]: float32 [B, T].
 
-    A token's logit is found by comparing: chips that hold a part of the vocabulary each need gather nothing for it.
+    A token's logit is found by comparing ids, so chips that each hold part of the vocabulary need no gather.
     """
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Keys and values of past tokens, of fixed shape: a token's place is written by index, so no shape ever changes.
+"""Keys and values of past tokens in tensors of fixed shape: tokens are written by index, so no shape ever changes.
 
-A layer's keys are [B, H, S, D]: rows, KV heads of all chips, slots, head dimension; its values likewise. In int8 each
-token's key (and value) of each head has a float32 scale of its own, [B, H, S, 1]: no token's size spoils another's
-precision, and a token is quantized once, when it is written.
+A layer's keys are [B, H, S, D]: rows, KV heads of all chips, slots, head dimension; its values likewise. In int8, every
+token's key and value in every head has its own float32 scale, [B, H, S, 1]: a token with large values costs the others
+no precision, and a token is quantized once, when it is written.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SLOT_AXIS = 2
 _QMAX = 127
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
-Layers = list[list[torch.Tensor]]  # by layer: keys, values, and for int8 the scales of both
+Layers = list[list[torch.Tensor]]  # for each layer: keys, values, and for int8 the scales of both
 
 
 class KVCache:
-    """The keys and values of every layer, updated in place: what eager execution and Inductor want."""
+    """The keys and values of every layer, updated in place, for eager execution and Inductor."""
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Each layer is keys and values, or int8 keys, int8 values, the keys' scales and the values' scales."""
+        """Each layer holds keys and values, or int8 keys, int8 values, the keys' scales and the values' scales."""
         self.layers: Layers = [list(layer) for layer in layers]
 
     @staticmethod
@@ -40,7 +40,7 @@ class KVCache:
         return self.layers[0][0].shape[SLOT_AXIS]
 
     def update(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, H, T, D] at ``slots`` [T], consecutive ones; returns the whole layer."""
+        """Write ``keys`` and ``values`` [B, H, T, D] at consecutive ``slots`` [T]; returns the layer's tensors."""
         whole = self.layers[layer]
         parts = [keys, values]
         if whole[0].dtype == torch.int8:
@@ -58,19 +58,19 @@ class KVCache:
 
 
 class FunctionalKVCache(KVCache):
-    """A cache whose updates are new tensors, to be returned from a graph: XLA writes them over donated inputs."""
+    """A cache whose updates are new tensors, which a graph returns: XLA writes them over donated inputs."""
 
     def _write(self, whole: torch.Tensor, slots: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         return whole.index_copy(SLOT_AXIS, slots, part.to(whole.dtype))
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values of x [..., D] and float32 scales [..., 1] such that x is about values * scale."""
+    """int8 values [..., D] and float32 scales [..., 1] for x [..., D], such that x is about values * scale."""
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / _QMAX).clamp(min=_SMALLEST_SCALE)
     return (x / scale).round().to(torch.int8), scale
 
 
 def scale_bytes(dtype: torch.dtype) -> int:
-    """Bytes of the scale that each token's key (or value) of a head has in a cache of this dtype."""
+    """Bytes of the scale of one token's key (or value) in one head, in a cache of this dtype."""
     return torch.float32.itemsize if dtype == torch.int8 else 0

@@ -1,4 +1,4 @@
-"""The next token of every row from its logits, on the device: every setting is a tensor, so none compiles anew."""
+"""Choosing every row's next token from its logits, on the device. Settings are tensors, so none needs a compilation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_COLDEST = 1e-4  # up to it the largest logit is taken: divided by less, logits would not stay finite
+_COLDEST = 1e-4  # at or below this the largest logit is taken: divided by less, logits would not stay finite
 _ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 
@@ -37,7 +37,7 @@ class Sampling:
 
 
 class Controls(NamedTuple):
-    """The settings as tensors; ``noise`` holds a uniform number of [0, 1) for each slot of the cache and row."""
+    """The settings as tensors; ``noise`` holds a uniform number in [0, 1) for each cache slot and row."""
 
     temperature: Tensor  # [1]
     top_k: Tensor  # [1]
@@ -46,10 +46,10 @@ class Controls(NamedTuple):
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
-    """Tokens [B, 1] drawn from logits [B, V] by noise [B], one uniform number of [0, 1) for each row.
+    """Tokens [B, 1] drawn from logits [B, V] with noise [B], one uniform number in [0, 1) for each row.
 
-    One multinomial draw by inversion: the token is where the cumulated probability first exceeds the noise. The
-    ``top_k`` most probable tokens are kept, then of these the fewest whose share of the probability reaches ``top_p``
+    One multinomial draw by inversion: the token is where the cumulative probability first exceeds the noise. The
+    ``top_k`` most probable tokens are kept, and of these the fewest whose share of the probability reaches ``top_p``
     (Holtzman et al. 2020), at least one.
     """
     logits = logits.float()
@@ -60,6 +60,6 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, no
     kept = probable * ((before < top_p * probable.sum(-1, keepdim=True)) | (ranks < 1))
     reached = kept.cumsum(-1)
     rank = (reached <= noise[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
-    # Rounding may leave the noise at the very end of the sum: the last token kept is meant then.
+    # Rounding may leave the noise at the very end of the sum: then the last kept token is meant.
     rank = torch.minimum(rank, (kept > 0).sum(-1, keepdim=True) - 1)
     return torch.where(temperature > _COLDEST, tokens.gather(-1, rank), logits.argmax(-1, keepdim=True))

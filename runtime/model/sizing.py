@@ -1,8 +1,8 @@
-"""How large a model is and how much of it each chip holds: exactly, and by the post's formulas beside that.
+"""How large a model is and how much of it each chip holds, exactly and by the post's formulas.
 
-Exact sizes follow from what the shards hold (``quantize/shards/stored.py``) and from how it is split (``partition.py``
-beside it), so that they are the files' own. The formulas are those of "The Path to Achieve Ultra-Low Inference Latency
-With LLaMA 65B on PyTorch/XLA", sections Model Sizing, Cache Sizing and TPU v4 Hardware Sizing.
+Exact sizes follow from what the shards hold (``quantize/shards/stored.py``) and how it is split
+(``quantize/shards/partition.py``), so they equal the files'. The post is "The Path to Achieve Ultra-Low Inference
+Latency With LLaMA 65B on PyTorch/XLA", sections Model Sizing, Cache Sizing and TPU v4 Hardware Sizing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cache_bytes_per_chip(
 ) -> int:
     """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * (D * item_bytes + scale_bytes).
 
-    ``scale_bytes`` is for a quantized cache, whose every key and value has a scale.
+    ``scale_bytes`` is for a quantized cache, in which every key and value has a scale.
     """
     batch, heads, slots, head_dim = cache_shape(config, chips, batch_size, max_seq_len)
     return 2 * config.num_layers * batch * (heads // chips) * slots * (head_dim * item_bytes + scale_bytes)
@@ -62,9 +62,9 @@ def decode_bytes_per_chip(
 ) -> int:
     """Bytes that each chip must read from its HBM for one decode step.
 
-    Every weight with its scale, and the whole cache, in bfloat16 by default: attention of fixed shape reads all its
-    slots. Of the embedding, unless it is the output head as well, and of learned positions only one row per token is
-    read. Counted for a chip that holds the rows of the whole batch, which is the slowest.
+    That is every weight with its scale, and the whole cache (bfloat16 by default), because attention of fixed shape
+    reads all slots. Only one row per token is read of learned positions, and of the embedding unless it is also the
+    output head. Counted for a chip that holds the rows of the whole batch, which is the slowest.
     """
     weights = 0
     for stored, count in _kinds(config, scheme):
@@ -78,12 +78,12 @@ def decode_bytes_per_chip(
 
 
 def min_chips(total_bytes: int, hbm_bytes: int) -> int:
-    """The fewest chips whose HBM together holds ``total_bytes``, before any padding: Table 2's last column."""
+    """The fewest chips that together hold ``total_bytes`` in their HBM, without padding: Table 2's last column."""
     return -(-total_bytes // hbm_bytes)
 
 
 def post_parameters(config: ModelConfig) -> int:
-    """The post's N = 12 * dim^2 * n_layers: neither vocabulary nor norms, and an MLP of 8 * dim^2 weights."""
+    """The post's N = 12 * dim^2 * n_layers: without vocabulary and norms, and with an MLP of 8 * dim^2 weights."""
     return 12 * config.hidden_size**2 * config.num_layers
 
 
@@ -93,12 +93,12 @@ def post_parameter_bytes(config: ModelConfig) -> int:
 
 
 def post_cache_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> int:
-    """The post's total_cache_size = n_layers * 2 * (B * S * dim) * 2 bytes: of every query head, so not for GQA."""
+    """The post's total_cache_size = n_layers * 2 * (B * S * dim) * 2 bytes; it counts query heads, so not for GQA."""
     return config.num_layers * 2 * batch_size * max_seq_len * config.hidden_size * BFLOAT16_BYTES
 
 
 def _kinds(config: ModelConfig, scheme: Scheme) -> Iterator[tuple[StoredParameter, int]]:
-    """Every stored parameter of the first layer and around the layers, with how many like it the model has."""
+    """Every stored parameter of the first layer and outside the layers, with how many like it the model has."""
     for stored in stored_parameters(config.cut(1), scheme):
         yield stored, config.num_layers if stored.parameter.in_block else 1
 

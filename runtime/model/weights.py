@@ -1,4 +1,4 @@
-"""The decoder's weights by name, and its linears made of them: alone, with a bias, or several of one input together."""
+"""The decoder's weights by name, and the linears made of them: single, with a bias, or several that share an input."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ class Weights:
         return self._left.pop(name)
 
     def linear(self, name: str, bias: bool = False) -> nn.Module:
-        """The linear of the parameter ``name``.weight; with ``bias`` it has one."""
+        """The linear with the weight ``name``.weight and, if ``bias``, the bias ``name``.bias.
+
+        Raises MissingTensor where one of them is absent.
+        """
         return self._made(self.take(f"{name}.weight"), self.take(f"{name}.bias") if bias else None)
 
     def projections(self, first: str, shares: Sequence[int], chips: int, bias: bool) -> Projections:
-        """The linears that take the same input as the one called ``first``, fused or not."""
+        """The linears that take the same input as the one called ``first``, fused or not.
+
+        Raises MissingTensor where they are absent.
+        """
         weights = self.take(f"{first}.weight")
         biases = self.take(f"{first}.bias") if bias else [None] * len(weights)
         return Projections([self._made(*each) for each in zip(weights, biases, strict=True)], shares, chips)
@@ -40,12 +46,13 @@ class Weights:
         return linear if bias is None else Biased(linear, bias)
 
     def check_all_taken(self) -> None:
+        """Raise UnexpectedTensor where a parameter has not been taken."""
         for name in self._left:
             raise UnexpectedTensor(f"The shards hold the tensor {name}, which the decoder has no use for.")
 
 
 class Biased(nn.Module):
-    """A linear of any form, and the bias [out] that is added to what it gives: on every chip, or once to their sum."""
+    """Any linear, with a bias [out] added to its result: on every chip, or once to the chips' sum."""
 
     def __init__(self, linear: nn.Module, bias: torch.Tensor) -> None:
         super().__init__()
@@ -58,9 +65,9 @@ class Biased(nn.Module):
 
 
 class Projections(nn.Module):
-    """Linears of one input: each by itself, or all as one product of their weights put together chip by chip.
+    """Linears that share an input: each by itself, or one linear whose weight joins theirs on every chip.
 
-    ``shares`` are the sizes of their outputs relative to each other. Gives a tensor [..., chips, size] for each.
+    ``shares`` are the relative sizes of their outputs. Returns a tensor [..., chips, size] for each.
     """
 
     def __init__(self, linears: Sequence[nn.Module], shares: Sequence[int], chips: int) -> None:

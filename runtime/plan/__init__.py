@@ -1,1 +1,1 @@
-"""What fits where and how fast it will be, without a TPU."""
+"""Which slices hold a model and how fast it will run there, without a TPU."""

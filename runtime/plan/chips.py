@@ -1,4 +1,4 @@
-"""What a chip of each TPU generation has, and how libtpu names a slice. Names and shapes are in quantize/slices.py."""
+"""The chips of each TPU generation, and how libtpu names a slice. Slice names and shapes are in quantize/slices.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ GB = 10**9
 class Chip:
     """``hbm_bytes`` of memory, read at ``hbm_bandwidth`` bytes per second; ``clock_hz`` turns cycles into time.
 
-    Capacities are counted in GB of 10^9 bytes, as the post counts those of v4, though the chips have as many GiB: the
-    7% between them is what a plan leaves to XLA. The compiler grants a program less than the GiB and more than the GB:
-    its out-of-memory messages give 30.75 GiB (33.0 GB) for v4 and 31.25 GiB (33.6 GB) for v6e.
+    Capacities are counted in GB of 10^9 bytes, as the post counts v4's, although the chips have the same number of GiB:
+    a plan leaves the 7% between them to XLA. What the compiler grants a program lies between the two: its out-of-memory
+    messages give 30.75 GiB (33.0 GB) for v4 and 31.25 GiB (33.6 GB) for v6e.
     """
 
     hbm_bytes: int
@@ -30,17 +30,17 @@ CHIPS: dict[str, Chip] = {
     # 32 GiB, 1200 GBps. Clock: Jouppi et al. 2023, "TPU v4: An Optically Reconfigurable Supercomputer", table of
     # features.
     "v4": Chip(32 * GB, 1200 * GB, 1_050_000_000),
-    # 95 GB, 2765 GBps. Clock: that which makes 459 TFLOPs (same page) of 2 TensorCores of 4 MXUs of 128 x 128.
+    # 95 GB, 2765 GBps. Clock: the one that gives 459 TFLOPs (same page) with 2 TensorCores of 4 MXUs of 128 x 128.
     "v5p": Chip(95 * GB, 2765 * GB, 1_750_000_000),
     # 16 GB, 819 GBps. Clock: "How to Scale Your Model" (jax-ml), chapter on TPUs.
     "v5e": Chip(16 * GB, 819 * GB, 1_500_000_000),
-    # 32 GB, 1638 GBps. Clock: not published; the pages don't agree on the number of MXUs that it could be had from.
+    # 32 GB, 1638 GBps. Clock: not published, nor derivable, since the pages disagree on the number of MXUs.
     "v6e": Chip(32 * GB, 1638 * GB, None),
 }
 
 
 def chip_of(slice_: Slice) -> Chip:
-    """The chip that a slice is made of."""
+    """The kind of chip in a slice."""
     return CHIPS[slice_.generation]
 
 
@@ -59,12 +59,12 @@ def describe(slice_: Slice) -> str:
 
 
 def libtpu_topology(slice_: Slice) -> tuple[str, dict[str, Any]]:
-    """What libtpu's ahead-of-time compiler takes for a slice: its name, ``v4:2x2x2``, and the options beside it."""
+    """How libtpu's ahead-of-time compiler is given a slice: a name like ``v4:2x2x2``, and further options."""
     options: dict[str, Any] = {}
     if slice_.generation == "v4":
-        # v4's and v5p's chips have two cores; "megacore" makes them one device, as torch_xla has it on a TPU. v5p's is
-        # so by default.
+        # Chips of v4 and v5p have two cores; "megacore" makes them one device, as with torch_xla on a TPU. It is the
+        # default for v5p.
         options["chip_config_name"] = "megacore"
     if slice_.chips == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]  # by default a host has 2x2, more than the whole slice
+        options["chips_per_host_bounds"] = [1, 1, 1]  # the default is 2x2 per host, more than the whole slice
     return f"{slice_.generation}:{slice_.topology}", options

@@ -1,4 +1,4 @@
-"""Text in columns."""
+"""Aligning text in columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
-    """Rows as lines, columns aligned to the right but for those in ``left``."""
+    """Rows as lines, with columns aligned to the right except for those whose index is in ``left``."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

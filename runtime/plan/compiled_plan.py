@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of the graphs that llama-run executes, for a slice that need not be there."""
+"""What the TPU's compiler says about the graphs that llama-run executes, for a slice that need not be present."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runtime.run.buckets import has_later_sections
 from runtime.run.load import make_cache, make_decoder
 
 _HALF_PRECISION = ("bf16", "f16", "f32")
-# Of a compiled graph as JSON.
+# The JSON keys of a compiled graph.
 _KEYS = (
     "fits", "out_of_memory", "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "all_reduce",
     "all_gather", "collectives", "dequantized_weights", "estimated_ms", "compile_s", "by_kind_ms",
@@ -32,18 +32,18 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """One graph compiled for one chip of a slice. ``out_of_memory`` is the compiler's refusal; else it is None."""
+    """One graph compiled for one chip of a slice. ``out_of_memory`` is the compiler's message where it refused."""
 
     program: CompiledProgram | None
     estimate: Estimate | None  # None where the generation's clock isn't published
-    collectives: dict[str, tuple[int, int]]
-    dequantized_weights: int  # int8 weights of which a floating copy is written to memory
+    collectives: dict[str, tuple[int, int]]  # for each kind its count and bytes
+    dequantized_weights: int  # int8 weights that are written to memory as floats
     out_of_memory: str | None = None
     roofline_s: float = 0.0
 
     @property
     def estimated_ms(self) -> float | None:
-        """The compiler's cost model, never below the roofline; without collectives, which it doesn't price."""
+        """The cost model's time, or the roofline where that is longer; without collectives, which have no price."""
         return None if self.estimate is None else 1000 * max(self.estimate.estimated_s, self.roofline_s)
 
     @property
@@ -51,10 +51,10 @@ class CompiledGraph:
         return sum(count for count, _ in self.collectives.values())
 
     def to_json(self, hbm_bytes: int) -> dict[str, Any]:
-        """The verdict under the keys that scripts rely on, the same in every case.
+        """The verdict under the keys that scripts rely on, which are the same in every case.
 
-        All but ``fits`` and ``out_of_memory`` are None where the program doesn't compile, and what is made of the
-        compiler's estimate where there is none.
+        Where the program doesn't compile, all values but ``fits`` and ``out_of_memory`` are None; where there is no
+        estimate, those derived from it are.
         """
         program, priced = self.program, self.estimate
         content = dict.fromkeys(_KEYS) | {"fits": False, "out_of_memory": self.out_of_memory}
@@ -85,7 +85,7 @@ class CompiledGraph:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a decode step will take: computation as the compiler estimates it, and collectives by ``latency.py``."""
+    """The predicted time of a decode step: computation as the compiler estimates it, collectives by ``latency.py``."""
 
     computation_ms: float  # the roofline where the compiler's cycles can't be turned into time
     collectives_ms: float
@@ -108,16 +108,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """The decode step, prompt buckets by their length, and the later sections of prompts longer than the largest."""
+    """The decode step, the prompt buckets by length, and the later sections of prompts longer than the largest."""
 
     target: Slice
     step: CompiledGraph
     buckets: dict[int, CompiledGraph]
-    later_section: CompiledGraph | None  # None where no bucket is asked for, or no prompt is longer than the largest
+    later_section: CompiledGraph | None  # None without buckets, or if no prompt exceeds the largest
 
     @property
     def prediction(self) -> Prediction | None:
-        """None where the step doesn't compile."""
+        """The prediction of the step's time; None where the step doesn't compile."""
         if self.step.program is None:
             return None
         collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.chips)
@@ -161,7 +161,7 @@ def trace_graph(
     least_rows: int = TPU_LEAST_ROWS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> TracedGraph:
-    """A graph of ``graphs.py`` for a number of ``tokens`` in each row; ``dtype`` is that of activations and cache."""
+    """Trace a graph of ``graphs.py`` for ``tokens`` tokens per row; ``dtype`` is that of activations and cache."""
     config, rows = workload.config, workload.batch_size
     tracer = Tracer(chips, least_rows)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def trace_graph(
 
 
 def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
-    """``workload.max_seq_len`` is how many of the cache's slots the graph looks at."""
+    """Compile and price a graph; ``workload.max_seq_len`` is the number of cache slots that it attends to."""
     try:
         program = compiler.compile(graph)
     except OutOfMemory as error:
@@ -194,7 +194,7 @@ def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, targ
 
 
 def dequantized_weights(module: Module) -> int:
-    """How many results outside of fusions have the sizes of an int8 matrix, in a floating type."""
+    """The number of results outside fusions that have the sizes of an int8 matrix and a floating dtype."""
     weights = {
         tuple(sorted(array.dims))
         for each in module.entry.parameters.values()

@@ -43,7 +43,7 @@ def _graph(title: str, graph: CompiledGraph, target: Slice) -> list[str]:
 
 
 def _times(graph: CompiledGraph, prediction: Prediction | None, target: Slice) -> list[str]:
-    """The estimate by kind of work, beside the time of reading its bytes."""
+    """The estimate for each kind of work, beside the time of reading its bytes."""
     priced = graph.estimate
     if priced is None:
         return [] if graph.program is None else [f"no estimate of time: {target.generation}'s clock is not published"]

@@ -1,9 +1,9 @@
-"""What a compiled step takes by the compiler's own cost model, by kind of work, and what its collectives move.
+"""A compiled step's time for each kind of work, by the compiler's own cost model, and what its collectives move.
 
-Cycles over the clock, one instruction after the other. An instruction takes at least as long as its share of HBM takes
-to read, also where a copy brings that beside the computation: the cost model counts those copies nowhere, and not those
-that bring an updated cache back. What carries no cycles is counted and filled from its bytes over the bandwidth.
-Collectives carry none and are left to latency.py.
+The time is the cycles over the clock, summed over instructions. An instruction takes at least as long as reading its
+bytes from HBM, even where an asynchronous copy has fetched them: the cost model gives those copies no cycles, nor those
+that write an updated cache back. An instruction without cycles is counted, and priced at its bytes over the bandwidth.
+Collectives have no cycles either and are left to latency.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from runtime.plan.chips import Chip
 from runtime.plan.hlo import Instruction, Module
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Neither computing nor moving data, or done on the scalar unit beside the rest.
+# Instructions that neither compute nor move data, or run on the scalar unit at the same time as the rest.
 _FREE = frozenset(
     {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "copy-done", "partition-id", "replica-id"}
 )
 _FREE_CALLS = ("ConcatBitcast", "X64SplitLow", "X64SplitHigh", "X64Combine")
-# Copies that run beside the computation: their bytes are charged to what reads them.
+# Asynchronous copies: their bytes are charged to the instructions that read them.
 _BESIDE = frozenset({"copy-start", "slice-start", "slice-done", "async-start", "async-update", "async-done"})
 _LOOPS = ("while", "conditional", "call")
-_LEAST_UNPRICED_BYTES = 1024  # of scalars and their like, of which a step has hundreds; their time is nothing
+_LEAST_UNPRICED_BYTES = 1024  # below this are scalars and the like: a step has hundreds, which take no time
 
 
 class Kind(Enum):
@@ -38,7 +38,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Share:
-    """Time of one kind of work: by the cost model, and of reading its bytes from HBM alone."""
+    """Time of one kind of work: by the cost model, and for reading its bytes from HBM alone."""
 
     estimated_s: float
     roofline_s: float
@@ -57,8 +57,8 @@ class Collective:
 class Estimate:
     """A step's time without its collectives, and its collectives.
 
-    ``unpriced`` counts instructions without cycles by opcode, whose ``unpriced_s`` comes from their bytes, and
-    ``unknown`` those of which no time can be told at all: loops, whose rounds the text doesn't say.
+    ``unpriced`` counts instructions without cycles by opcode; their ``unpriced_s`` comes from their bytes. ``unknown``
+    counts those whose time can't be told at all: loops, because the text doesn't state their trip counts.
     """
 
     shares: dict[Kind, Share]
@@ -78,9 +78,9 @@ class Estimate:
 
 
 def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> Estimate:
-    """Price a module's entry computation; without a published clock the bytes alone count.
+    """Price a module's entry computation; without a published clock only the bytes count.
 
-    ``caches`` are the numbers of the parameters that are KV cache, of which the step looks at ``slots`` slots.
+    ``caches`` are the numbers of the parameters that are KV cache; the step attends to ``slots`` slots of it.
     """
     seconds: Counter[Kind] = Counter()
     roofline: Counter[Kind] = Counter()
@@ -107,11 +107,11 @@ def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> 
 
 @dataclass(frozen=True)
 class _Price:
-    """Seconds that an instruction computes, and that its share of HBM takes to read, which goes on beside that."""
+    """Seconds that an instruction computes, and seconds that reading its bytes from HBM takes at the same time."""
 
     compute_s: float
     hbm_s: float
-    filled: bool = False  # no cycles: the time is that of its bytes
+    filled: bool = False  # it has no cycles; the time comes from its bytes
 
     @property
     def seconds(self) -> float:
@@ -119,12 +119,12 @@ class _Price:
 
 
 def _price(module: Module, instruction: Instruction, chip: Chip) -> _Price | None:
-    """None for what takes no time of its own."""
+    """An instruction's price; None where it takes no time of its own."""
     if written := module.entry.written_back(instruction):
         return _Price(written / chip.hbm_bandwidth, 0.0, filled=True)
     if _is_free(instruction):
         return None
-    if instruction.opcode == "dynamic-update-slice":  # in place: it writes the slice and leaves the rest
+    if instruction.opcode == "dynamic-update-slice":  # in place: only the slice is written
         hbm_bytes, moved = 0, 2 * module.entry.operands(instruction)[1].nbytes
     else:
         hbm_bytes = sum(module.parameters_read(instruction).values())
@@ -164,7 +164,7 @@ def _is_matrix(parameter: Instruction) -> bool:
 
 
 def _has_scores(instruction: Instruction, slots: int) -> bool:
-    """Whether a result ends in the slots that are looked at, as only attention's do; a parameter is none."""
+    """Whether a result's last axis is the slots attended to, as only in attention; False for parameters."""
     return instruction.parameter is None and any(
         len(array.dims) > 1 and array.dims[-1] == slots for array in instruction.results
     )

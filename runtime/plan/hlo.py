@@ -1,6 +1,6 @@
-"""Optimized HLO as the TPU compiler writes it down: instructions, what they read from HBM, the cost model's cycles.
+"""Optimized HLO text from the TPU compiler: instructions, what they read from HBM, the cost model's cycles.
 
-The text format is XLA's own (openxla.org/xla, "HLO"); ``estimated_cycles`` stands in a backend_config that libtpu adds.
+The text format is XLA's own (openxla.org/xla, "HLO"); ``estimated_cycles`` is in a backend_config that libtpu adds.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # of others the digits in the name say it
+_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # other names end in the number of bits
 _ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:2|4|8|16|32|64))\[([0-9,]*)\](?:\{[^}]*\})?")
 _HEAD = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CALLS = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
-# What hands an array on without reading it; an update of a slice does so in place.
+# Opcodes that pass an array on without reading it; dynamic-update-slice does so in place.
 _HANDED_ON = frozenset(
     {
         "bitcast",
@@ -31,7 +31,7 @@ _HANDED_ON = frozenset(
         "dynamic-update-slice",
     }
 )
-_JOINED_COPIES = "ConcatBitcast"  # a custom call that takes slices of one array, copied each alone, as the array again
+_JOINED_COPIES = "ConcatBitcast"  # a custom call that joins separately copied slices of one array into that array
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. ``cycles`` is None where the cost model says nothing of it."""
+    """One line of a computation. ``cycles`` is None where the cost model gives none."""
 
     name: str
     opcode: str
@@ -58,8 +58,8 @@ class Instruction:
     operands: tuple[str, ...]
     calls: str | None
     cycles: int | None
-    parameter: int | None  # the number of a parameter
-    target: str | None  # of a custom call
+    parameter: int | None  # the number of a parameter; None for anything else
+    target: str | None  # the target of a custom call
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +84,14 @@ class Computation:
         return [each for each in self.instructions.values() if name in each.operands]
 
     def written_back(self, instruction: Instruction) -> int:
-        """Bytes that a copy beside the computation writes from the chip's own memory to HBM; 0 for anything else."""
+        """Bytes that an asynchronous copy writes from on-chip memory to HBM; 0 for any other instruction."""
         if instruction.opcode != "copy-start":
             return 0
         written, read, *_ = instruction.results
         return written.nbytes if read.on_chip and not written.on_chip else 0
 
     def source(self, instruction: Instruction) -> Instruction:
-        """Where an array comes from: through bitcasts, copies beside the computation, and updates in place."""
+        """The instruction an array originates from, behind bitcasts, asynchronous copies and in-place updates."""
         while _hands_on(instruction) and (operands := self.operands(instruction)):
             instruction = operands[0]
         return instruction
@@ -105,9 +105,9 @@ class Module:
     called: dict[str, Computation] = field(repr=False)
 
     def reads(self, instruction: Instruction) -> list[tuple[Instruction, int]]:
-        """Where each operand comes from, brought along by a copy or not, and how many bytes are read of it.
+        """Each operand's ``source``, and how many bytes of it are read.
 
-        A fusion that only takes slices of an operand reads no more than these.
+        A fusion that only takes slices of an operand reads only those.
         """
         inside = self.called.get(instruction.calls or "")
         found = []
@@ -119,7 +119,7 @@ class Module:
         return found
 
     def parameters_read(self, instruction: Instruction) -> dict[str, int]:
-        """Bytes that an instruction reads of each parameter of the module."""
+        """Bytes that an instruction reads of each of the module's parameters, by name."""
         found: dict[str, int] = {}
         for source, nbytes in self.reads(instruction):
             if source.parameter is not None:
@@ -179,7 +179,7 @@ def _arrays(shape: str) -> Iterator[Array]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """A parenthesis at the beginning of ``text`` up to where it closes, and what follows."""
+    """Split ``text``, which starts with a parenthesis, behind the matching closing one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -189,7 +189,7 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def _taken(inside: Computation, parameter: Instruction) -> int:
-    """Bytes of a fusion's parameter that its instructions read: slices only where all of its users take slices."""
+    """Bytes of a fusion's parameter that its instructions read: only the slices if all of its users take slices."""
     users = inside.users(parameter.name)
     if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
         return sum(user.nbytes for user in users)

@@ -1,18 +1,18 @@
-"""What a decode step will take: the compiled graph's estimate, and its collectives, held against published times.
+"""Predicting a decode step's time: the compiled graph's estimate plus its collectives, fitted to published times.
 
-The compiler prices computation and no collective. So a prediction is
+The compiler prices computation but no collectives. So a prediction is
 
     max(estimate, roofline) + hop * collectives * log2(chips)
 
-where ``collectives`` are counted in the compiled graph, log2(chips) is the number of exchanges in which chips hear of
-all the others, pair by pair, and ``hop``, the only thing fitted, is what one exchange takes. It is fitted on all the
-published times there are, by least squares of the relative errors, and how well such a model foretells a time it has
-not seen is told by leaving out each in turn. Always a prediction: no TPU was at hand to measure with.
+where ``collectives`` are counted in the compiled graph, log2(chips) is the number of pairwise exchanges after which
+every chip has the data of all others, and ``hop``, the only fitted value, is the time of one exchange. It is fitted to
+all published times there are, by least squares of the relative errors; leaving out each time in turn shows how well
+such a model predicts a time that it has not seen. It stays a prediction: no TPU was available to measure on.
 
-That error is a little too good: this form was chosen by it, among 25 held against the same nine times (the roofline in
-place of the estimate, collectives by count, by bytes, by both, with and without log2(chips), ...). With the choice
-made anew in every fold it is 5.0% in the mean and 10.5% at worst; benchmarks/README.md lists the others. Nor are the
-published programs these: what is fitted takes up that difference too.
+That error is slightly optimistic: it was used to choose this form among 25 candidates on the same nine times (the
+roofline in place of the estimate, collectives by count, by bytes, by both, with and without log2(chips), ...). If the
+choice is repeated in every fold, the error is 5.0% on average and 10.5% at worst; benchmarks/README.md lists the
+others. The published programs also differ from these, and the fitted value absorbs that difference too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from statistics import fmean
 
 @dataclass(frozen=True)
 class Point:
-    """A published time of a decode step in bfloat16 at batch size 1, and what the compiler makes of ours there.
+    """A published time of a decode step in bfloat16 at batch size 1, and what the compiler says about ours there.
 
-    Times in ms a token: of "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on PyTorch/XLA", in its
-    text (7B; 65B on v4-32) or read off the bars of its figures 1 and 5. ``estimated_ms`` and ``collectives`` are those
-    of llama-plan --compile with libtpu 0.0.21, as benchmarks/tpu_table.py prints them.
+    Published times are in ms per token, from "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on
+    PyTorch/XLA": stated in its text (7B; 65B on v4-32) or read off the bars of its figures 1 and 5. ``estimated_ms``
+    and ``collectives`` come from llama-plan --compile with libtpu 0.0.21, as benchmarks/tpu_table.py prints them.
     """
 
     model: str
@@ -61,7 +61,7 @@ FITTED_GENERATION = "v4"
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """``hop_s``: seconds of one exchange. The errors are relative, of points left out of the fit, each in turn."""
+    """``hop_s``: seconds of one exchange. Errors are relative, of each point predicted by a fit on the others."""
 
     hop_s: float
     mean_error: float
@@ -72,24 +72,24 @@ class LatencyModel:
 
 
 def exchanges(collectives: int, chips: int) -> float:
-    """Exchanges between chips, one after the other, that so many collectives take."""
+    """The number of sequential exchanges between chips that this many collectives take."""
     return collectives * math.log2(chips)
 
 
 def fit_hop_ms(points: Sequence[Point]) -> float:
-    """The time of an exchange, in ms, with the least squares of relative errors: one unknown, so in closed form."""
+    """The time of an exchange, in ms, that minimizes the squared relative errors: one unknown, so in closed form."""
     numerator = sum((p.published_ms - p.estimated_ms) * p.exchanges / p.published_ms**2 for p in points)
     return max(0.0, numerator / sum((p.exchanges / p.published_ms) ** 2 for p in points))
 
 
 def foretold_ms(point: Point, points: Sequence[Point] = PUBLISHED) -> float:
-    """The time of ``point`` by a model fitted on the others of ``points``."""
+    """The time of ``point``, in ms, predicted by a model fitted on the other ``points``."""
     hop = fit_hop_ms([other for other in points if other != point])
     return point.estimated_ms + hop * point.exchanges
 
 
 @lru_cache(maxsize=1)
 def latency_model() -> LatencyModel:
-    """Fitted on every published point, with its leave-one-out errors."""
+    """The model fitted on every published point, with its leave-one-out errors."""
     errors = [abs(foretold_ms(point) / point.published_ms - 1) for point in PUBLISHED]
     return LatencyModel(fit_hop_ms(PUBLISHED) / 1000, fmean(errors), max(errors))

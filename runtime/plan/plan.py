@@ -1,4 +1,4 @@
-"""What a model needs of a TPU, before any of its weights exists: sizes, whether a slice holds it, the roofline."""
+"""What a model needs from a TPU, before any of its weights exist: sizes, whether a slice holds it, the roofline."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from runtime.model.sizing import (
 )
 from runtime.plan.chips import CHIPS, chip_of, slices_of
 
-# What Table 2 of the post counts chips of, and so does a plan without a target.
+# The generation whose chips are counted by the post's Table 2 and by a plan without a target.
 DEFAULT_GENERATION = "v4"
 
-_COUNTS_TRIED = 64  # beyond the fewest; a placement of each is worked out
+_COUNTS_TRIED = 64  # chip counts above the fewest; a placement is computed for each
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Placement:
         return self.parameter_bytes + self.cache_bytes
 
     def fits(self, slice_: Slice) -> bool:
-        """Whether weights and cache are no more than the chip's HBM, counted as in ``topology.Chip``.
+        """Whether weights and cache are no larger than a chip's HBM, counted as in ``chips.Chip``.
 
-        XLA's temporaries are not in this: they depend on the batch and the bucket, and only the compiler knows them.
+        XLA's temporaries are not included: they depend on the batch and the bucket, and only the compiler knows them.
         """
         return self.held_bytes <= chip_of(slice_).hbm_bytes
 
     def roofline_ms(self, slice_: Slice) -> float:
-        """The least time of a decode step: every byte that it needs read once from HBM, and nothing else done."""
+        """The least time of a decode step, in ms: reading every byte it needs from HBM once, and nothing else."""
         return 1000 * self.decode_bytes / chip_of(slice_).hbm_bandwidth
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in the form in which it is served, and the fixed shape of its bfloat16 cache."""
+    """A model in the scheme in which it is served, and the fixed shape of its bfloat16 cache."""
 
     config: ModelConfig
     scheme: Scheme
@@ -73,7 +73,7 @@ class Workload:
         return self.on(1)
 
     def on(self, chips: int) -> Placement:
-        """Split over ``chips`` chips as llama-quantize splits it."""
+        """Split over ``chips`` chips as llama-quantize splits it. Raises InputError as ``check_chips`` does."""
         check_chips(chips)
         fixed = (self.batch_size, self.max_seq_len)
         return Placement(
@@ -84,23 +84,25 @@ class Workload:
         )
 
     def min_chips(self, generation: str) -> int:
-        """The fewest chips whose HBM together is enough, as Table 2 counts: no padding, and no slice need have them."""
+        """The fewest chips with enough HBM together, as Table 2 counts: without padding, whether or not a slice has
+        that many.
+        """
         return min_chips(self.unsplit.held_bytes, CHIPS[generation].hbm_bytes)
 
     def min_padded_chips(self, generation: str) -> int | None:
-        """The fewest chips of which each has room for its padded part; None where the next few counts don't do."""
+        """The fewest chips that each have room for their padded part; None if it is not among the next few counts."""
         fewest, hbm = self.min_chips(generation), CHIPS[generation].hbm_bytes
         counts = range(fewest, min(2 * fewest, fewest + _COUNTS_TRIED, MAX_CHIPS) + 1)
         return next((chips for chips in counts if self.on(chips).held_bytes <= hbm), None)
 
     def smallest_slice(self, generation: str) -> Slice | None:
-        """The first slice of a generation that holds it, None where none does."""
+        """The smallest slice of a generation that holds it; None where none does."""
         fewest = self.min_chips(generation)
         candidates = (each for each in slices_of(generation) if each.chips >= fewest)
         return next((each for each in candidates if self.on(each.chips).fits(each)), None)
 
     def smallest_slices(self) -> list[Slice]:
-        """Of every generation the smallest slice that holds it; none of a generation that has no such slice."""
+        """The smallest slice of every generation that holds it, leaving out generations that have none."""
         found = (self.smallest_slice(generation) for generation in GENERATIONS)
         return [each for each in found if each is not None]
 
@@ -120,9 +122,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload, on a slice where one is given; without one, on a number of chips where that is known.
+    """A workload, on a slice if one is given, else on a number of chips if that is known.
 
-    ``compiled`` is what the TPU's own compiler says about it, where it was asked.
+    ``compiled`` is the verdict of the TPU's own compiler, as JSON, if it was asked.
     """
 
     workload: Workload
@@ -140,7 +142,7 @@ class Plan:
         return self.target.generation if self.target else DEFAULT_GENERATION
 
     def to_json(self) -> dict[str, Any]:
-        """The plan under the keys that scripts rely on. Bytes but those per chip are of the model without padding."""
+        """The plan under the keys that scripts rely on. Bytes not under ``per_chip`` exclude padding."""
         whole, held, target = self.workload.unsplit, self.placement, self.target
         content = {
             "model": self.workload.config.name,

@@ -19,7 +19,7 @@ POST_TABLE = {
 
 
 def overview(plans: Sequence[Plan]) -> str:
-    """The post's Table 2 over several models and schemes, the post's rounded figures beside exact ones."""
+    """The post's Table 2 for several models and schemes, with the post's rounded figures beside exact ones."""
     rows = [("", "", "", "parameters", "", "cache", "", "total", "", "v4 chips", "", "smallest slices")]
     rows.append(("model", "scheme", "parameters", "MB", "post", "MB", "post", "GB", "post", "", "post", "that hold it"))
     for plan in plans:
@@ -80,7 +80,7 @@ def overview_on(plans: Sequence[Plan]) -> str:
 
 
 def _post_row(workload: Workload) -> tuple[str, str, str, str]:
-    """The post's published figures where they are of this very workload, else dashes."""
+    """The post's published figures if they are for exactly this workload, else dashes."""
     figures = POST_TABLE.get(workload.config.name)
     same = (workload.scheme.name, workload.batch_size, workload.max_seq_len) == ("bf16", 1, 256)
     if figures is None or not same:

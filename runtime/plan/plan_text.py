@@ -12,7 +12,7 @@ from runtime.plan.chips import CHIPS, chip_of, describe, slices_of
 from runtime.plan.columns import columns
 from runtime.plan.plan import Plan, Workload
 
-# Chip counts that a plan without a target shows at the least.
+# A plan without a target shows chip counts at least up to this one.
 _SHOWN_CHIPS = 64
 
 
@@ -29,7 +29,7 @@ def detail(plan: Plan) -> str:
 
 
 def _sizes(plan: Plan) -> list[str]:
-    """Exact sizes beside what the post's formulas give for them."""
+    """Exact sizes beside those by the post's formulas."""
     workload, whole = plan.workload, plan.workload.unsplit
     config, scheme = workload.config, workload.scheme
     shape = (workload.batch_size, workload.max_seq_len)
@@ -91,7 +91,7 @@ def _on_target(plan: Plan) -> list[str]:
 
 
 def _on_chips(plan: Plan) -> list[str]:
-    """What shards for a fixed number of chips hold, and the slices of so many chips."""
+    """What shards for a fixed number of chips hold, and the slices with that many chips."""
     matching = [each for generation in GENERATIONS for each in slices_of(generation) if each.chips == plan.chips]
     lines = [f"Shards for {plural(plan.chips, 'chip')}:", *_per_chip(plan)]
     for each in matching:
@@ -154,19 +154,19 @@ def _cell(slice_: Slice, workload: Workload) -> str:
 
 
 def _chip_counts(workload: Workload) -> list[int]:
-    """The chip counts of slices, up to 64 or to the largest that the smallest fitting slices have."""
+    """The chip counts of slices, up to 64 or to that of the largest of ``smallest_slices``."""
     most = max(_SHOWN_CHIPS, *(each.chips for each in workload.smallest_slices()))
     counts = {each.chips for generation in GENERATIONS for each in slices_of(generation)}
     return sorted(count for count in counts if count <= most)
 
 
 def _even_splits(config: ModelConfig) -> str:
-    """The numbers of chips that whole KV heads divide over, and with them their query heads."""
+    """The numbers of chips over which KV heads, and with them query heads, divide evenly."""
     kv_heads = config.num_kv_heads
     return ", ".join(str(chips) for chips in range(1, kv_heads + 1) if kv_heads % chips == 0)
 
 
 def _padding(workload: Workload, chips: int) -> str:
-    """Bytes that splitting over so many chips adds to the parameters, and their share; empty where it adds none."""
+    """The bytes that splitting over ``chips`` adds to the parameters, and their share; empty where it adds none."""
     extra = padding_bytes(workload.config, workload.scheme, chips)
     return f"{format_bytes(extra)} ({extra / workload.unsplit.parameter_bytes:.1%})" if extra else ""

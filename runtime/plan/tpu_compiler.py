@@ -1,7 +1,7 @@
-"""The TPU's own compiler, without a TPU: libtpu compiles for a slice that it is only told of.
+"""The TPU's own compiler, without a TPU: libtpu compiles for a slice that need not be present.
 
-The one module that touches jax, which carries libtpu's ahead-of-time interface. Nothing here opens a device: the
-topology comes from a name, and jax itself is kept to the CPU.
+The only module that uses jax, through which libtpu's ahead-of-time interface is reached. Nothing here opens a device:
+the topology comes from a name, and jax itself is restricted to the CPU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _PARTS = ("libtpu", "jax", "jaxlib")
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """What the compiler made of a graph, for each chip. ``text`` is the optimized HLO, with the cost model's cycles."""
+    """A compiled graph, with bytes per chip. ``text`` is the optimized HLO, with the cost model's cycles."""
 
     text: str
     argument_bytes: int
     output_bytes: int
-    alias_bytes: int  # of the outputs, those written over arguments
+    alias_bytes: int  # the part of the outputs that is written over arguments
     temp_bytes: int
     compile_s: float
 
@@ -38,11 +38,11 @@ class CompiledProgram:
 
 
 class OutOfMemory(Exception):
-    """The compiler found no way to fit a program into a chip's HBM; the message is its own first line."""
+    """The compiler could not fit a program into a chip's HBM; the message is the first line of the compiler's."""
 
 
 def require_libtpu() -> None:
-    """Raise InputError, saying what to install, where the compiler or what carries it is missing."""
+    """Raise InputError, saying what to install, where the compiler or the jax packages that it needs are missing."""
     missing = [name for name in _PARTS if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -57,8 +57,8 @@ class TPUCompiler:
     def __init__(self, target: Slice) -> None:
         """Raises InputError where the compiler is not installed, or doesn't know the slice."""
         require_libtpu()
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan must not take a TPU that this machine may have
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock file: it takes no TPU from others, nor they from it
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan must not occupy this machine's TPU, if it has one
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock file is needed, since no TPU is taken
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", target.name)
@@ -89,7 +89,7 @@ class TPUCompiler:
             device_assignment=np.arange(chips).reshape(1, chips),
             use_spmd_partitioning=True,
         )
-        # As torch_xla sets it: the chips' results keep the split that their inputs bring along.
+        # As torch_xla sets them: sharding propagates from the inputs to the results.
         options.executable_build_options.use_shardy_partitioner = False
         options.executable_build_options.allow_spmd_sharding_propagation_to_output = [True]
         begin = time.perf_counter()
@@ -112,7 +112,7 @@ class TPUCompiler:
 
 
 def _module(graph: TracedGraph, chips: int) -> bytes:
-    """The graph as MLIR bytecode, with the split of every parameter and the inputs that results are written over."""
+    """The graph as MLIR bytecode, with every parameter's sharding and the inputs that results are written over."""
     from jax._src.interpreters import mlir as jax_mlir
     from jax._src.lib import xla_client
     from jaxlib.mlir import ir
@@ -135,7 +135,7 @@ def _module(graph: TracedGraph, chips: int) -> bytes:
 
 
 def _sharding(rank: int, axis: int | None, chips: int) -> str:
-    """An OpSharding as text: one axis split over all chips in their order, or all copies."""
+    """An OpSharding as text: one axis split over all chips in order, or None for replicated."""
     if axis is None:
         return "{replicated}"
     tiles = ",".join(str(chips if place == axis else 1) for place in range(rank))

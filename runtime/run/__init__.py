@@ -1,1 +1,1 @@
-"""One run of a model: loading, prompts, generation, figures."""
+"""One run of a model: loading, prompts, generation, measurements."""

@@ -1,4 +1,4 @@
-"""Prompt lengths rounded up to a few fixed sizes, so that a handful of compiled graphs serves every prompt."""
+"""Rounding prompt lengths up to a few fixed sizes, so that a handful of compiled graphs serves every prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_BUCKETS = (128, 256, 384, 512)
 
 
 class Section(NamedTuple):
-    """A stretch of the prompt processed in one execution: ``length`` tokens from ``start``, padded to ``bucket``."""
+    """A part of the prompt processed in one execution: ``length`` tokens from ``start``, padded to ``bucket``."""
 
     start: int
     length: int
@@ -37,15 +37,15 @@ def are_buckets(numbers: Sequence[int]) -> bool:
 
 
 def usable_buckets(buckets: Sequence[int], max_seq_len: int) -> tuple[int, ...]:
-    """The buckets that fit into the cache; where none does, the cache's length is the only one."""
+    """The buckets that fit into the cache; if none does, the cache's length as the only one."""
     return tuple(bucket for bucket in buckets if bucket <= max_seq_len) or (max_seq_len,)
 
 
 def sections(length: int, buckets: Sequence[int]) -> list[Section]:
-    """Cut ``length`` prompt tokens into what is left over, rounded up to the nearest bucket, and full largest buckets.
+    """Cut ``length`` prompt tokens into the remainder, padded to the nearest bucket, and then full largest buckets.
 
-    So there are length / largest sections, rounded up. What stands on the padding of the first is written over by the
-    second, and all later ones are of a single shape.
+    So there are length / largest sections, rounded up. The second section overwrites what the padding of the first one
+    left in the cache, and all later sections have the same shape.
     """
     if not length:
         return []
@@ -56,5 +56,5 @@ def sections(length: int, buckets: Sequence[int]) -> list[Section]:
 
 
 def has_later_sections(buckets: Sequence[int], longest_prompt: int) -> bool:
-    """Whether a prompt of so many tokens takes more than one section; its last token is left to the decode step."""
+    """Whether a prompt of ``longest_prompt`` tokens needs several sections; a decode step takes its last token."""
     return buckets[-1] < longest_prompt - 1

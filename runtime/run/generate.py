@@ -1,10 +1,10 @@
-"""Prompts in, tokens out: the prompt filled into the cache by buckets, then one compiled step per token.
+"""Prompts in, tokens out: prompts are written to the cache by buckets, then one compiled step gives each token.
 
-The last token of a prompt is left to the first decode step. So all tokens come from one graph, the graphs of the
-buckets need no output head, and generating L tokens is L executions, as the post counts them.
+A prompt's last token is left to the first decode step. So all tokens come from one graph, the buckets' graphs need no
+output head, and generating L tokens takes L executions, as the post counts them.
 
-The host is not in the loop: a step's tokens and slot are the next one's inputs as they lie on the device, and the host
-reads tokens only when it has launched a few steps more (``Backend.steps_ahead``). So many run in vain after the end.
+The host is not in the loop: a step's tokens and slot stay on the device as the next step's inputs, and the host reads
+tokens a few steps behind the last launch (``Backend.steps_ahead``). So up to that many steps are wasted after the end.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from runtime.model.kv_cache import KVCache
 from runtime.model.sampling import Controls, Sampling
 from runtime.run.buckets import Section, has_later_sections, sections, usable_buckets
 
-_PAD = 0  # any valid id: what stands on padding is masked
+_PAD = 0  # any valid id: padding is masked
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came of a batch of prompts; times in seconds."""
+    """The tokens generated from a batch of prompts, and the times in seconds."""
 
-    token_ids: list[list[int]]  # per row, the generated part, the end token included
+    token_ids: list[list[int]]  # of each row, the generated part including the end token
     steps: int  # decode steps executed: L
     decode_s: float  # T, from the launch of the first step until the last token is on the host
     prefill_s: float
-    first_token_s: float  # from the beginning of the prefill until the first token is on the host
+    first_token_s: float  # from the start of the prefill until the first token is on the host
     prefill_executions: int
 
 
 class _Sections(NamedTuple):
-    """The graph of a prompt's first section, and that of its later ones."""
+    """The graph for a prompt's first section, and that for its later ones."""
 
     first: Graph
     later: Graph
@@ -60,7 +60,7 @@ class _Sections(NamedTuple):
 
 @dataclass
 class _Decoding:
-    """Where a batch stands: what its next decode step takes, on the device, and how many the cache has room for."""
+    """A batch's state: the next decode step's inputs on the device, and how many more steps the cache has room for."""
 
     tokens: Tensor  # [B, 1]
     slots: Tensor  # [1]
@@ -70,11 +70,11 @@ class _Decoding:
 
 
 class Generator:
-    """A decoder with its cache and its compiled graphs, for batches of the cache's number of rows.
+    """A decoder with its cache and compiled graphs, for batches with as many rows as the cache.
 
-    The cache's content is never cleared: what a batch did not write itself, its mask hides. With ``sampled`` the decode
-    step draws as each batch says, greedily too; without, it is greedy and spares the sorting. Rows that are given to a
-    method must have passed the checks of ``prompts.py`` for this cache.
+    The cache is never cleared: a batch's mask hides whatever the batch has not written. With ``sampled``, each batch
+    says how the decode step chooses tokens, possibly greedily; without, the step is greedy and needs no sorting. Rows
+    given to a method must have passed the checks of ``prompts.py`` for this cache.
     """
 
     def __init__(
@@ -102,34 +102,37 @@ class Generator:
         self._step, self._logits = compiled(sampled_graph if sampled else greedy_graph), compiled(logits_graph)
 
     def plan(self, length: int) -> list[Section]:
-        """The executions that fill a prompt of ``length`` tokens, all but its last token, into the cache."""
+        """The executions that write a prompt of ``length`` tokens, except its last one, to the cache."""
         return sections(length - 1, self._buckets)
 
     def warm_up(self, longest_prompt: int | None = None) -> None:
-        """Compile every bucket and the decode step, by running each once; generating compiles nothing after that.
+        """Compile every bucket and the decode step by running them; after that, generating compiles nothing.
 
-        With ``longest_prompt`` given, that holds for prompts of no more tokens: they may need no later sections.
+        With ``longest_prompt``, that holds only for prompts of up to that many tokens, which may need no later section.
         """
         self._warm_up_sections(self._fill, longest_prompt or self.max_seq_len)
         place = self._backend.replicate
         padding, first = torch.full((self.batch_size, 1), _PAD), torch.tensor([0])
         offsets, controls = torch.zeros(self.batch_size, dtype=torch.long), self._controls(Sampling())
         self._decoding = _Decoding(place(padding), place(first), place(offsets), controls, self.max_seq_len)
-        for _ in range(min(2, self.max_seq_len)):  # the second's inputs are the first one's outputs, as in decoding
+        for _ in range(min(2, self.max_seq_len)):  # the second takes the first one's outputs, as in decoding
             self.step()
         self._decoding = None
         self._backend.wait()
 
     def warm_up_scores(self, longest_row: int | None = None) -> None:
-        """Compile what ``score`` runs, for every bucket; scoring rows of no more tokens compiles nothing after that."""
+        """Compile the graphs of ``score``; after that, scoring rows of up to ``longest_row`` tokens compiles nothing.
+
+        None allows for the longest rows that fit.
+        """
         self._warm_up_sections(self._score, longest_row or self.max_seq_len + 1, copies=2)
         self._backend.wait()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
     ) -> Generation:
-        """Continue a batch of prompts, each until its end token, ``max_new_tokens`` or the end of the cache; greedily
-        by default.
+        """Continue a batch of prompts, greedily by default, each until its end token, ``max_new_tokens`` or the end of
+        the cache.
         """
         controls = self._controls(sampling or Sampling())
         self._backend.wait()
@@ -149,11 +152,13 @@ class Generator:
         )
 
     def prefill(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> None:
-        """Fill the prompts into the cache, all but their last tokens, which are left to the first ``step``."""
+        """Write the prompts to the cache, except their last tokens, which are left to the first ``step``."""
         self._begin(prompts, self._controls(sampling or Sampling()))
 
     def step(self) -> Tensor:
-        """One decode step launched: the next tokens [B, 1], on the device. Raises ValueError where there is none."""
+        """Launch a decode step; returns the next tokens [B, 1] on the device. Raises ValueError without a prefilled
+        batch or when the cache is full.
+        """
         decoding = self._decoding
         if decoding is None:
             raise ValueError("a decode step continues prompts: give them to prefill first")
@@ -167,16 +172,16 @@ class Generator:
         return decoding.tokens
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The logits [B, V] that the first new tokens of these prompts are chosen by, on the host."""
+        """The logits [B, V], on the host, from which the first new tokens of these prompts would be chosen."""
         decoding = self._begin(prompts, None)
         self._decoding = None
         [logits] = self._run(self._logits, decoding.tokens, decoding.slots, decoding.offsets)
         return logits.cpu()
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities [B, T - 1], float32 on the host, of every token but each row's first, given those before.
+        """Log-probabilities of every token except each row's first, given those before: float32 [B, T - 1] on the host.
 
-        Rows are aligned at their ends, T being the longest one's tokens: NaN stands where a shorter one has none.
+        T is the length of the longest row. Rows are aligned at their ends; NaN stands where a shorter one has no token.
         """
         self._decoding = None
         tokens, offsets = _aligned(rows)  # [B, T]
@@ -187,7 +192,7 @@ class Generator:
         return torch.cat(parts, dim=1).masked_fill(before_begin, float("nan"))
 
     def _begin(self, prompts: Sequence[Sequence[int]], controls: Controls | None) -> _Decoding:
-        """Fill the prompts into the cache, all but their last tokens; returns what the first decode step takes."""
+        """Write the prompts to the cache, except their last tokens; returns the first decode step's inputs."""
         place = self._backend.replicate
         rows, offsets = _aligned(prompts)
         length = rows.shape[1]
@@ -199,7 +204,7 @@ class Generator:
         return self._decoding
 
     def _decode(self, max_new_tokens: int) -> tuple[list[list[int]], float]:
-        """Up to ``max_new_tokens`` steps: tokens [L, B], and when the first came.
+        """Run up to ``max_new_tokens`` steps; returns tokens [L, B] and the clock's time when the first arrived.
 
         Tokens are read some steps behind the last launch, so that the device never waits for the host.
         """
@@ -225,7 +230,7 @@ class Generator:
         return row[: ends[0] + 1] if ends else row
 
     def _controls(self, sampling: Sampling) -> Controls | None:
-        """The device's tensors of a sampled step; a greedy one takes none."""
+        """The controls of a sampled step on the device; None for a greedy one."""
         if self._sampled:
             return Controls(*map(self._backend.replicate, sampling.controls(self.batch_size, self.max_seq_len)))
         if not sampling.greedy:
@@ -233,7 +238,7 @@ class Generator:
         return None
 
     def _warm_up_sections(self, graphs: _Sections, longest: int, copies: int = 1) -> None:
-        """Run each bucket once on padding, and a later section where rows of ``longest`` tokens take one."""
+        """Run each bucket once on padding, and a later section if rows of ``longest`` tokens need one."""
         self._decoding = None
         offsets = torch.zeros(self.batch_size, dtype=torch.long)
         nothing = [torch.empty((self.batch_size, 0), dtype=torch.long)] * copies
@@ -243,9 +248,10 @@ class Generator:
             self._run_section(graphs, Section(1, 0, self._buckets[-1]), offsets, *nothing)
 
     def _run_section(self, graphs: _Sections, section: Section, offsets: Tensor, *rows: Tensor) -> list[Tensor]:
-        """A section of each of ``rows`` [B, T], padded to its bucket: tokens, and what else these graphs take.
+        """Run a section on ``rows`` [B, T] padded to its bucket: the tokens, then any further inputs of these graphs.
 
-        All are the host's and placed anew: torch_xla can't trace a second graph over a tensor that went into a first.
+        Host tensors are placed again for every call: torch_xla can't trace a graph over a tensor that an earlier graph
+        has used.
         """
         slots = torch.arange(section.start, section.start + section.bucket)
         tokens, *more = (self._padded(each, section) for each in rows)
@@ -258,13 +264,13 @@ class Generator:
         return padded
 
     def _run(self, graph: Graph, *inputs: Any) -> list[Tensor]:
-        """A graph's results but for the cache's tensors, which take the place of those that it was given."""
+        """Run a graph; returns its results without the cache's tensors, which replace the ones it was given."""
         *results, self._layers = graph(*inputs[:CACHE_ARGUMENT], self._layers, *inputs[CACHE_ARGUMENT:])
         return results
 
 
 def _aligned(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of tokens aligned at their ends, padded in front [B, T], and the slot [B] at which each begins."""
+    """Rows of tokens padded in front so that they end together [B, T], and the slot [B] at which each starts."""
     length = max(map(len, rows))
     padded = torch.tensor([[_PAD] * (length - len(row)) + list(row) for row in rows])
     return padded, torch.tensor([length - len(row) for row in rows])

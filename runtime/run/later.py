@@ -1,4 +1,4 @@
-"""Measurements that come after the generation: one that fails costs neither the tokens nor the other figures."""
+"""Measurements made after the generation: if one fails, the tokens and the other figures are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REASON_LENGTH = 200
 
 
 class Measurements:
-    """Takes measurements one by one, and keeps by name why one could not be made."""
+    """Makes measurements one by one, and keeps the reason for each that failed, by name."""
 
     def __init__(self) -> None:
         self.failures: dict[str, str] = {}
@@ -26,7 +26,7 @@ class Measurements:
                 return measure()
             except KeyboardInterrupt:
                 self.interrupted = True
-            except Exception as error:  # of any library: torch, XLA, the operating system
+            except Exception as error:  # from any library: torch, XLA, the operating system
                 self._failed(name, reason(error))
                 return None
         self._failed(name, "interrupted")
@@ -38,7 +38,7 @@ class Measurements:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, in part of a line."""
+    """Why something failed, short enough for part of a line."""
     if is_out_of_memory(error):
         return "out of memory"
     words = " ".join(str(error).split()) or type(error).__name__

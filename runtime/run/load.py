@@ -1,4 +1,4 @@
-"""A decoder and its cache on a device, from shards on the disk, one tensor at a time."""
+"""Loading a decoder and its cache onto a device, from shards on the disk, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def load_decoder(
     shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
 ) -> tuple[Decoder, int]:
-    """The decoder on the device, and the bytes of parameters that each chip holds; as ``load_tensors``."""
+    """The decoder on the device, and the bytes of parameters that each chip holds; arguments as in ``load_tensors``."""
     tensors, bytes_per_chip = load_tensors(shards, config, backend, advance)
     return make_decoder(config, dtype, backend, tensors), bytes_per_chip
 
@@ -31,9 +31,9 @@ def load_decoder(
 def load_tensors(
     shards: Shards, config: ModelConfig, backend: Backend, advance: Advance
 ) -> tuple[DecoderParameters, int]:
-    """What ``make_decoder`` takes, on the device, and the bytes of it that each chip holds.
+    """The parameters for ``make_decoder`` on the device, and the bytes of them that each chip holds.
 
-    ``config`` is the shards', possibly cut to fewer layers; ``advance`` is told bytes as they are loaded. Raises
+    ``config`` is the shards' own, possibly cut to fewer layers; ``advance`` is told bytes as they are loaded. Raises
     InputError where a file is missing or isn't what the manifest says.
     """
     bytes_per_chip = 0
@@ -52,7 +52,7 @@ def load_tensors(
 def make_decoder(
     config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, parameters: DecoderParameters
 ) -> Decoder:
-    """The decoder over parameters that are on the device already, as ``collect`` has them."""
+    """The decoder over parameters that are already on the device, as ``collect`` returns them."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
     return Decoder(config, heads, dtype, parameters, backend.replicate, backend.form).eval()
 

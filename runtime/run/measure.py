@@ -1,4 +1,4 @@
-"""What is measured when a generation is over: memory, bandwidth, and what the cache's dtype costs."""
+"""What is measured after a generation: memory, bandwidth, and the error from the cache's dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from runtime.run.session import Session
 
 @torch.no_grad()
 def measure(session: Session, prompt: list[int]) -> Measured:
-    """First the peaks, which the rest may raise. The session should have released its decoder: this needs room."""
+    """Measure memory peaks first, since the rest may raise them. The session should have released its decoder, because
+    this needs memory. A measurement that fails is noted in ``Measured.failures``.
+    """
     later, options = Measurements(), session.options
     device_peak = later.attempt(Measured.DEVICE_PEAK, session.backend.peak_bytes)
     host_peak = later.attempt(Measured.HOST_PEAK, host_peak_rss_bytes)
@@ -29,11 +31,10 @@ def measure(session: Session, prompt: list[int]) -> Measured:
 
 
 def _cache_error(session: Session, prompt: list[int]) -> LogitError:
-    """What the cache's dtype costs: logits [1, V] through it against those through one of float32.
+    """The error from the cache's dtype: logits [1, V] through this cache compared with those through a float32 one.
 
-    Both are computed in float32, of the same weights, so that they differ by nothing but the cache: in bfloat16 the
-    rounding of activations, which the difference carries along, would be larger than what is looked for. Compiles
-    graphs of its own.
+    Both are computed in float32 with the same weights, so only the cache differs: in bfloat16, the difference would
+    also contain the rounding of activations, which is larger than the error to be measured. Compiles its own graphs.
     """
     config, backend, options = session.config, session.backend, session.options
     decoder = make_decoder(config, torch.float32, backend, session.tensors)

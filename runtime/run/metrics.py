@@ -1,6 +1,6 @@
-"""The figures of a run, in the terms of the post: latency T, per-token latency T / L, throughput B * L / T.
+"""The figures of a run, in the post's terms: latency T, per-token latency T / L, throughput B * L / T.
 
-T is the time of the L decode steps; prefill, loading and compiling stand apart.
+T is the time of the L decode steps; prefill, loading and compiling are reported separately.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from runtime.run.generate import Generation
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that follow from the model, the cache and the chips; per chip, but for a step's."""
+    """Bytes that follow from the model, the cache and the chips: per chip, except those of a step."""
 
     parameter_bytes_per_chip: int
-    padding_bytes_per_chip: int  # of the parameters: what splitting over these chips adds
+    padding_bytes_per_chip: int  # the part of the parameters that splitting over these chips adds
     kv_cache_bytes_per_chip: int
     kv_cache_dtype: str
-    step_bytes: int  # of weights and cache, that a decode step must read, on all chips together
+    step_bytes: int  # weights and cache that a decode step must read, on all chips together
 
 
 @dataclass(frozen=True)
 class Formulas:
-    """Exact sizes of the whole model beside what the post's formulas say (sizing.py)."""
+    """The whole model's parameters, and sizes by the post's formulas (runtime/model/sizing.py)."""
 
     parameters: int
     post_parameters: int
@@ -49,22 +49,22 @@ class Formulas:
 
 @dataclass(frozen=True)
 class LogitError:
-    """Logits through a cache of one dtype against those through one of float32, all else being float32 in both."""
+    """The difference of logits through a cache of some dtype and through a float32 one; all else is float32."""
 
     max_abs: float
-    relative: float  # the norm of the difference over the norm
+    relative: float  # the norm of the difference over the norm of the logits through the float32 cache
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured after the generation. None is what doesn't apply, or failed: ``failures`` says why, by name."""
+    """What is measured after the generation. None where it doesn't apply or failed; ``failures`` says why, by name."""
 
     DEVICE_PEAK: ClassVar = "device peak"
     HOST_PEAK: ClassVar = "host peak RSS"
     BANDWIDTH: ClassVar = "bandwidth utilisation"
     CACHE_ERROR: ClassVar = "logit error of the cache"
 
-    device_peak_bytes: int | None  # None also where the device keeps no account
+    device_peak_bytes: int | None  # None also where the device doesn't report it
     host_peak_rss_bytes: int | None
     read_bytes_per_s: float | None  # of the memory of all chips together
     cache_logit_error: LogitError | None  # None also for a cache of the activations' dtype, or of float32
@@ -74,7 +74,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """All that is reported of one run."""
+    """Everything that is reported about one run."""
 
     model: str
     platform: str
@@ -87,7 +87,7 @@ class Run:
     sizes: Sizes
     measured: Measured
     formulas: Formulas
-    compile_cache: CacheUse | None  # None where none was asked for
+    compile_cache: CacheUse | None  # None without --compile-cache
     generation: Generation
     end_tokens: str | None  # None where config.json has them all
     text: list[str] | None
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def utilisation(self) -> float | None:
-        """Model bandwidth utilisation: the share of the measured bandwidth that the steps make use of."""
+        """Model bandwidth utilisation: the share of the measured bandwidth that the steps use."""
         bandwidth = self.measured.read_bytes_per_s
         return None if bandwidth is None else self.sizes.step_bytes / self.step_s / bandwidth
 
@@ -193,7 +193,7 @@ class Run:
         return [("compile cache", f"{plural(use.hits, 'graph')} loaded, {use.misses} new{failed}")]
 
     def _formula_rows(self) -> list[tuple[str, str]]:
-        """Facts of all chips together next to the post's formulas, which count bfloat16."""
+        """Exact sizes over all chips beside the post's formulas, which assume bfloat16."""
         formulas, sizes = self.formulas, self.sizes
         weights = format_bytes(self.chips * sizes.parameter_bytes_per_chip)
         cache = format_bytes(self.chips * sizes.kv_cache_bytes_per_chip)

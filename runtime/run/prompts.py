@@ -1,4 +1,4 @@
-"""The rows of a batch: made of what the command line asked for, and held against the model and its cache."""
+"""The rows of a batch: made from what the command line asks for, and checked against the model and its cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from runtime.run.stored_model import StoredModel
 
 @dataclass(frozen=True)
 class PromptChoice:
-    """Where prompts come from: texts, else ids, else ``drawn_len`` ids for each row, drawn by ``seed``."""
+    """Where prompts come from: texts, else ids, else ``drawn_len`` ids for each row, drawn with ``seed``."""
 
     texts: tuple[str, ...]
     ids: tuple[int, ...] | None
     drawn_len: int
-    batch_size: int  # 1 also where several texts make the batch
+    batch_size: int  # may also be 1 where several texts make the batch
     seed: int
 
 
 def read_prompts(choice: PromptChoice, model: StoredModel, max_seq_len: int) -> list[list[int]]:
-    """The token ids of every row. Raises InputError where they can't be had, or don't pass ``check_prompts``."""
+    """The token ids of every row. Raises InputError where the choice can't be fulfilled or ``check_prompts`` fails."""
     prompts = _chosen(choice, model, max_seq_len)
     check_prompts(model.config, prompts, max_seq_len)
     return prompts
@@ -52,7 +52,7 @@ def _chosen(choice: PromptChoice, model: StoredModel, max_seq_len: int) -> list[
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq_len: int) -> None:
-    """Raise InputError for prompts that a cache of ``max_seq_len`` can't hold or that aren't of this vocabulary."""
+    """Raise InputError for prompts that are empty, too long for ``max_seq_len`` or outside the vocabulary."""
     for prompt in prompts:
         if not prompt:
             raise InputError("A prompt without a token can't be continued; give at least one.")
@@ -65,7 +65,9 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_seq
 
 
 def check_scored(config: ModelConfig, rows: Sequence[Sequence[int]], max_seq_len: int) -> None:
-    """Raise InputError for rows that can't be scored: the last token of each takes no place in the cache."""
+    """Raise InputError for rows that can't be scored. A row may have ``max_seq_len`` + 1 tokens, because its last one
+    takes no slot of the cache.
+    """
     for row in rows:
         if len(row) < 2:
             raise InputError("A token is scored by those before it: give two tokens or more in every row.")

@@ -1,4 +1,4 @@
-"""One run of llama-run: prompts read, a session opened, the generation told and its figures taken."""
+"""One run of llama-run: read the prompts, open a session, generate, report the tokens, measure."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Tell = Callable[[list[list[int]], list[str] | None], None]
 def run(
     shards: Path, choice: PromptChoice, options: SessionOptions, max_new_tokens: int, sampling: Sampling, tell: Tell
 ) -> Run | None:
-    """Generate from the shards. Returns None in the processes of a multi-host slice that don't speak for it.
+    """Generate from the shards. Returns None in those processes of a multi-host slice that write no output.
 
-    ``tell`` is given every row's tokens, and their text where there is a tokenizer, as soon as they are there: what is
-    measured after that may fail, or end the process. All that can be wrong with the input is found out before the
-    device is brought up, but for missing chips' files: which of them this host needs, the device tells.
+    ``tell`` is given every row's tokens, and their text if there is a tokenizer, as soon as they are generated, because
+    later measurements may fail or end the process. Raises InputError for bad input before the device is started, except
+    for missing chips' files: only the device can tell which of them this host needs.
     """
     model = open_model(shards, options.max_seq_len, options.layers)
     prompts = read_prompts(choice, model, options.max_seq_len)
@@ -44,7 +44,7 @@ def run(
         text = _text(model.codec, prompts, generation.token_ids)
         if backend.leader:
             tell(generation.token_ids, text)
-        session.release()  # what is measured from here on may need the room
+        session.release()  # the measurements may need the memory
         measured = measure(session, prompts[0])
     if not backend.leader:
         return None
@@ -68,14 +68,14 @@ def run(
 
 
 def _text(codec: TextCodec | None, prompts: list[list[int]], token_ids: list[list[int]]) -> list[str] | None:
-    """What the tokens of every row stand for; None, with a note, where the tokenizer can't say."""
+    """The text of every row's tokens; None without a tokenizer, or, with a note, where it fails."""
     if codec is None:
         return None
     try:
         return [codec.continuation(*row) for row in zip(prompts, token_ids, strict=True)]
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library's panics are no Exception
+    except BaseException as error:  # the library's panics are not Exceptions
         note(f"The tokenizer can't turn these tokens into text ({reason(error)}); their ids stand in its place.")
         return None
 

@@ -1,4 +1,4 @@
-"""A model opened once on its device, for whatever is asked of it: text, logits, scores, or single decode steps."""
+"""A model opened once on its device, to generate tokens, logits, scores or single decode steps."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ Rows = Sequence[Sequence[int]] | Tensor  # token ids of each row, or [B, T]
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a model is to run. Raises InputError for what no session can be opened with."""
+    """How to run a model. Raises InputError for values with which no session can be opened."""
 
     backend: str = "xla"  # one of BACKENDS
     dtype: torch.dtype = torch.bfloat16  # of activations
-    kv_cache_dtype: torch.dtype | None = None  # None: that of the activations
+    kv_cache_dtype: torch.dtype | None = None  # None: the same as the activations
     batch_size: int = 1  # rows of every batch
     max_seq_len: int = 256  # slots of the cache
     buckets: tuple[int, ...] = DEFAULT_BUCKETS  # prompt lengths to compile for
-    layers: int | None = None  # the first so many; None: all
+    layers: int | None = None  # run only this many, the first ones; None: all
     compile_cache: Path | None = None  # a folder that keeps compiled graphs
     sampled: bool = False  # whether tokens may be drawn
 
@@ -76,10 +76,10 @@ def open_session(
     compile_cache: Path | None = None,
     sampled: bool = False,
 ) -> Session:
-    """Open the shards in ``path``, a directory that llama-quantize wrote; to be used by ``with``, or closed.
+    """Open the shards in ``path``, a directory that llama-quantize wrote. Use the session in ``with``, or close it.
 
-    The rest is as ``SessionOptions`` says, and as llama-run's options of these names do. Raises InputError for what is
-    wrong with the shards, the options, or the device, before any tensor is read but for missing chips' files.
+    The other arguments are those of ``SessionOptions``, and llama-run's options of the same names. Raises InputError
+    for bad shards, options or devices before any tensor is read, except for missing chips' files.
     """
     options = SessionOptions(
         backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, compile_cache, sampled
@@ -90,13 +90,14 @@ def open_session(
 class Session:
     """A model on its device: the weights, a decoder over them, and a cache for ``batch_size`` rows.
 
-    Every method that takes rows of tokens wants ``batch_size`` of them, of any lengths that the cache holds, and raises
-    InputError for others. A graph is compiled when it is first run; ``warm_up`` and ``warm_up_scores`` do that ahead.
+    Every method that takes rows of tokens expects ``batch_size`` of them, of any lengths that the cache holds, and
+    raises InputError for others. A graph is compiled when it is first run, or before that by ``warm_up`` and
+    ``warm_up_scores``.
     """
 
     def __init__(self, model: StoredModel, options: SessionOptions) -> None:
-        """Bring up the device and load ``model``, which was opened for the ``max_seq_len`` and ``layers`` of
-        ``options``. Raises InputError where the device doesn't suit the shards, or chips' files are missing.
+        """Start the device and load ``model``, which must have been opened with the ``max_seq_len`` and ``layers`` of
+        ``options``. Raises InputError where the device doesn't suit the shards or chips' files are missing.
         """
         self.model, self.options = model, options
         self.backend = _backend(model.shards, options)
@@ -108,11 +109,11 @@ class Session:
             self.backend.wait()
             loaded = time.perf_counter()
             self.load_s = loaded - begin
-            # It alone keeps the cache, whose first tensors are to go as soon as a graph has written over them.
+            # Only the generator keeps the cache, so that its first tensors are freed once a graph has overwritten them.
             self._generator: Generator | None = Generator(
                 model.config, decoder, cache, self.backend, options.buckets, options.sampled
             )
-        self.compile_s = time.perf_counter() - loaded  # and what the warm-ups took
+        self.compile_s = time.perf_counter() - loaded  # the warm-ups add their time
 
     def __enter__(self) -> Session:
         return self
@@ -128,14 +129,16 @@ class Session:
 
     @property
     def generator(self) -> Generator:
-        """The decoder with its cache and its graphs. Raises ValueError when they have been released."""
+        """The decoder with its cache and graphs. Raises ValueError when they have been released."""
         if self._generator is None:
             raise ValueError("this session has released its decoder; open another")
         return self._generator
 
     @torch.no_grad()
     def warm_up(self, longest_prompt: int | None = None) -> None:
-        """Compile what ``generate``, ``prefill`` and ``step`` run: for prompts of up to so many tokens, or of any."""
+        """Compile the graphs of ``generate``, ``prefill`` and ``step``, for prompts of up to ``longest_prompt`` tokens
+        or, by default, of any length.
+        """
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up(longest_prompt)
@@ -143,7 +146,7 @@ class Session:
 
     @torch.no_grad()
     def warm_up_scores(self, longest_row: int | None = None) -> None:
-        """Compile what ``score`` runs: for rows of up to so many tokens, or of any that it takes."""
+        """Compile the graphs of ``score``, for rows of up to ``longest_row`` tokens or, by default, of any length."""
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up_scores(longest_row)
@@ -151,9 +154,9 @@ class Session:
 
     @torch.no_grad()
     def generate(self, prompts: Rows, max_new_tokens: int, sampling: Sampling | None = None) -> Generation:
-        """Continue every prompt until its end token, ``max_new_tokens`` or the end of the cache; greedily by default.
+        """Continue every prompt, greedily by default, until its end token, ``max_new_tokens`` or the end of the cache.
 
-        Raises ValueError for ``sampling`` that draws, in a session that was opened without ``sampled``.
+        Raises ValueError for ``sampling`` with a temperature in a session that was opened without ``sampled``.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} asks for nothing; give 1 or more.")
@@ -166,38 +169,38 @@ class Session:
 
     @torch.no_grad()
     def prefill(self, prompts: Rows, sampling: Sampling | None = None) -> None:
-        """Begin a batch that ``step`` continues, by filling the prompts into the cache; ``sampling`` as in
+        """Start a batch for ``step`` to continue, by writing the prompts to the cache; ``sampling`` as in
         ``generate``.
         """
         self.generator.prefill(self._prompts(prompts), sampling)
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """The next token [B] of every row of the batch that ``prefill`` began, on the host.
+        """The next token [B] of every row of the batch that ``prefill`` started, on the host.
 
-        Knows no end tokens. Raises ValueError where no batch was begun, or its last one isn't the session's last use,
-        and at the end of the cache.
+        It doesn't stop at end tokens. Raises ValueError without a started batch, after another use of the session since
+        then, and when the cache is full.
         """
         return self.generator.step().cpu().flatten()
 
     @torch.no_grad()
     def score(self, tokens: Rows) -> Tensor:
-        """The log-probability of every token given those before it, [B, T - 1] float32 on the host.
+        """The log-probability of every token given those before it: float32 [B, T - 1] on the host.
 
-        The softmax is computed on the device in float32, of logits in the activations' dtype. Rows may be one token
-        longer than the cache. Rows of different lengths are aligned at their ends, and NaN stands before the second
-        token of a shorter one.
+        The softmax is computed on the device in float32, from logits in the activations' dtype. Rows may be one token
+        longer than the cache. Rows of different lengths are aligned at their ends; the places before a shorter row's
+        second token are NaN.
         """
         rows = self._rows(tokens)
         check_scored(self.config, rows, self.options.max_seq_len)
         return self.generator.score(rows)
 
     def release(self) -> None:
-        """Let the decoder, its graphs and its cache go. The weights stay on the device."""
+        """Free the decoder, its graphs and its cache. The weights stay on the device."""
         self._generator = None
 
     def close(self) -> None:
-        """Let the weights go as well."""
+        """Free the weights as well."""
         self.release()
         self.tensors = {}
 

@@ -1,4 +1,4 @@
-"""A model as a directory of shards has it: its configuration, its tokenizer and its end tokens, without a device."""
+"""A model in a directory of shards: its configuration, tokenizer and end tokens, without a device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtime.run.text import TextCodec, find_codec
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What is known before any tensor is read. ``config`` has the end tokens that every file names."""
+    """What is known before any tensor is read. ``config`` has the end tokens from all files."""
 
     path: Path
     shards: Shards
-    config: ModelConfig  # of as many layers as were asked for
+    config: ModelConfig  # cut to the number of layers asked for
     codec: TextCodec | None  # None where there is no tokenizer.json
     stated_ends: tuple[int, ...]  # the end tokens of config.json alone
 
@@ -31,10 +31,10 @@ class StoredModel:
 
 
 def open_model(path: Path, max_seq_len: int, layers: int | None = None) -> StoredModel:
-    """Read what stands beside the weights in ``path``, a directory that llama-quantize wrote.
+    """Read the files beside the weights in ``path``, a directory that llama-quantize wrote.
 
-    Raises InputError for a directory that isn't one, more ``layers`` than it has, a context of ``max_seq_len`` tokens
-    for which the model has no positions, and a tokenizer that can't be read.
+    Raises InputError for a directory without shards, for more ``layers`` than it has, for a context of ``max_seq_len``
+    tokens for which the model has no positions, and for a tokenizer that can't be read.
     """
     shards = Shards(path)
     config = shards.config.cut(layers)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the tokenizer beside the shards."""
+"""Text to token ids and back, with the tokenizer beside the shards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TextCodec:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the begin token where the model's tokenizer adds one. Raises InputError for none at all,
-        for one without a row in the model, and for text that isn't any.
+        """Token ids, with the begin token if the model's tokenizer adds one. Raises InputError if there are none, if
+        one has no row in the model, and if the text is not valid Unicode.
         """
         try:
             text.encode()
@@ -45,20 +45,20 @@ class TextCodec:
         return ids
 
     def control_tokens(self) -> dict[int, str]:
-        """The texts, by id, of the tokens that are no part of a text."""
+        """The texts of control tokens, by id."""
         return {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def token(self, i: int) -> str:
-        """A token's text, empty for an id that the tokenizer doesn't know."""
+        """A token's text; empty for an id that the tokenizer doesn't know."""
         return self._tokenizer.id_to_token(i) or ""
 
     def continuation(self, prompt: list[int], ids: list[int]) -> str:
-        """The text that ``ids`` add behind a prompt's, without special tokens.
+        """The text that ``ids`` add after a prompt's text, without special tokens.
 
-        Decoded alone they would lose the space before their first word, where a tokenizer strips the text's first.
+        Decoded alone, they would lose the space before their first word if the tokenizer strips a text's first space.
         """
         before, whole = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
-        before = before.rstrip("\ufffd")  # half a character, which the ids complete
+        before = before.rstrip("\ufffd")  # half a character, which ``ids`` complete
         return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
 
 
@@ -68,7 +68,7 @@ def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
 
 
 def _not_text(surrogate: str) -> str:
-    """What is wrong with a prompt that holds a surrogate, as Python has bytes that the locale's encoding lacks."""
+    """The message for a prompt with a surrogate, as which Python represents a byte invalid in the locale's encoding."""
     byte = ord(surrogate) - 0xDC00
     found = f"the byte 0x{byte:02X}, which is no character of" if 0x80 <= byte <= 0xFF else "half a character in"
     return (

@@ -1,1 +1,1 @@
-"""What a CPU runs at the speed of its memory."""
+"""What lets a CPU decode at the speed of its memory."""

@@ -1,4 +1,4 @@
-"""Attention in the forms that XLA:CPU and PyTorch run fast on a CPU; arguments and results as in model/attention.py."""
+"""Variants of attention that XLA:CPU and PyTorch run fast on a CPU; shapes as in model/parts/attention.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from runtime.model.parts.attention import (
     weighted_values,
 )
 
-_BLOCK = 128  # tokens of a first section whose scores are made at once
-_MOST_VECTORS = 32  # of a layer and a chip; each is a kernel to compile
+_BLOCK = 128  # tokens of a first section whose scores are computed at once
+_MOST_VECTORS = 32  # the most per layer and chip; each is a kernel to compile
 
 
 def attend_by_vectors(
@@ -27,10 +27,11 @@ def attend_by_vectors(
     chips: int,
     keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """For one token to a row (T is 1) on XLA:CPU: a product of the keys and a vector for each query head.
+    """For one token per row (T = 1) on XLA:CPU: the keys are multiplied by one vector for each query head.
 
-    XLA:CPU converts the keys within that product's loop (tiled_linear.py); for a matrix of vectors it writes them all
-    anew in float32, transposed. Of each of the ``chips`` one head is taken at a time; ``keep`` is ``Form``'s.
+    XLA:CPU converts the keys inside that product's loop (linears/tiled.py); for several vectors as a matrix it would
+    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``. ``keep`` is
+    ``Form.materialize``.
     """
     rows, _, heads, group, _ = q.shape
     if rows * (heads // chips) * group > _MOST_VECTORS:
@@ -52,8 +53,8 @@ def attend_by_vectors(
 def attend_by_products(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """For many tokens on XLA:CPU, which multiplies T * S weights far faster than it sums or divides them.
 
-    The softmax's sums come out of the product, from a column of ones beside the values; T * D results are divided.
-    The tokens of a first section go by blocks, each with the slots up to its end.
+    A column of ones appended to the values makes the product give the softmax's sums as well; then only T * D results
+    are divided. A first section is computed in blocks of tokens, each with only the slots up to the block's end.
     """
     keys, values = dequantized_cache(cached)
     values = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
@@ -73,7 +74,7 @@ def attend_by_products(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: to
 
 
 def attend_fused(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """For many tokens in PyTorch's own kernel, which keeps a block of scores in the processor's cache."""
+    """For many tokens, with PyTorch's fused kernel, which keeps a block of scores in the processor's cache."""
     group = q.shape[3]
     keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in dequantized_cache(cached))
     heads = q.float().flatten(2, 3).transpose(1, 2)  # [B, H * G, T, D]

@@ -1,15 +1,15 @@
-"""What a process that computes on the CPU sets for itself before XLA starts; a user's own settings stand.
+"""What a process that computes on the CPU sets before XLA starts. Settings made by the user take precedence.
 
-- XLA's compiler uses vectors of 256 bits where the processor has 512: a loop over int8 weights runs half as fast again
-  with the wider ones. On a processor without them nothing changes.
-- XLA's default scheduler starts all that could run at once, so the float32 copies of many weights are alive together:
-  a prompt took 6.2 GB of memory in place of 3.7, and no less time.
-- The C library gives large blocks back to the system as soon as they are freed, and XLA asks for its temporaries anew
-  at every execution: their page faults cost more than the arithmetic on them. It is told to keep them, in one arena,
-  since only the first of its arenas can hold large blocks.
-- A container may have fewer processors to itself than it sees. Threads beyond those wait for each other.
-- XLA cuts every loop into a part for each of its threads, of which it has at least one for each virtual chip. Where
-  there are no more processors than chips, all that brings is 16 parts of what 4 chips do at once.
+- By default XLA's compiler uses vectors of 256 bits even where the processor has 512: a loop over int8 weights runs
+  half as fast again with the wider ones. On a processor without them nothing changes.
+- XLA's default scheduler starts everything that could run at once, so float32 copies of many weights exist at the same
+  time: a prompt took 6.2 GB of memory instead of 3.7, and no less time.
+- The C library returns large blocks to the system as soon as they are freed, and XLA allocates its temporaries again at
+  every execution: the page faults cost more than the arithmetic. So the library is told to keep freed blocks, in one
+  arena, since only its first arena can hold large blocks.
+- A container may be allowed fewer processors than it sees. Threads beyond that number wait for each other.
+- XLA splits every loop into one part per thread, and it has at least one thread per virtual chip. With no more
+  processors than chips this gains nothing: what 4 chips do at once becomes 16 parts.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def prepare_cpu_process(chips: int = 1) -> None:
-    """Set up this process for so many virtual chips; before torch_xla is imported or there is a second thread."""
+    """Set up this process for ``chips`` virtual chips. Call it before importing torch_xla or starting a thread."""
     threads = available_cpus()
     flags = XLA_FLAGS | (ONE_THREAD_FLAGS if chips >= threads else {})
     os.environ["XLA_FLAGS"] = with_defaults(os.environ.get("XLA_FLAGS", ""), flags)
     if not any(os.environ.get(name) for name in (*_ALLOCATOR_VARIABLES, "GLIBC_TUNABLES")):
         _keep_freed_memory()
-    os.environ.setdefault("NPROC", str(threads))  # what XLA's client sizes its thread pools by
+    os.environ.setdefault("NPROC", str(threads))  # the size of XLA's thread pools
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
 
 def with_defaults(given: str, flags: dict[str, str]) -> str:
-    """What is given, with those of the flags added that it doesn't name."""
+    """The flags in ``given``, followed by those of ``flags`` that it doesn't name."""
     named = {flag.lstrip("-").split("=")[0] for flag in given.split()}
     return " ".join([*given.split(), *(f"--{name}={value}" for name, value in flags.items() if name not in named)])
 
 
 def available_cpus() -> int:
-    """Processors that this process may use at once: by its affinity, and by its container's quota."""
+    """Processors that this process may use at once, by its affinity and its container's quota."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(present, cpu_quota(_CPU_QUOTA.read_text("ascii") if _CPU_QUOTA.exists() else "max"))
 
 
 def cpu_quota(text: str) -> int:
-    """Processors that a cgroup's ``cpu.max`` ("QUOTA PERIOD" in microseconds, or "max PERIOD") comes to."""
+    """Processors that a cgroup's ``cpu.max`` ("QUOTA PERIOD" in microseconds, or "max PERIOD") amounts to."""
     quota, *period = text.split()
     return _LARGEST_INT if quota == "max" else max(1, math.ceil(int(quota) / int(period[0])))
 
 
 def _keep_freed_memory() -> None:
-    """Other C libraries than glibc are left as they are."""
+    """Tell glibc to keep freed memory; other C libraries are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)

@@ -1,1 +1,1 @@
-"""Linears by weight format and device: what reads a weight as it is stored."""
+"""Linears for each weight format and device, which read a weight as it is stored."""

@@ -1,4 +1,4 @@
-"""Linears that any device runs: the weight is converted where it is used."""
+"""Linears that run on any device: the weight is converted where it is used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quantize.formats.weight_format import WeightFormat
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """The weight of a linear on a device: the tensors of its format by suffix, those with one column as [out].
+    """The weight of a linear on a device: its format's tensors by suffix, those with a single column as [out].
 
-    A device may hold a tensor in a form of its own (``tiled.Tiles``).
+    A device may hold a tensor in another layout (``tiled.Tiles``).
     """
 
     format: WeightFormat
@@ -24,7 +24,7 @@ class LinearWeight:
 
     @property
     def scale(self) -> torch.Tensor | None:
-        """The one scale [out] of each output channel; None for a format without."""
+        """The scale of each output channel, [out]; None for a format without."""
         return self.tensors.get("_scale")
 
 
@@ -32,9 +32,9 @@ MakeLinear = Callable[[LinearWeight], nn.Module]
 
 
 class Linear(nn.Module):
-    """y = x W^T for values [out, in], floating or int8 with a scale [out], and x [..., in], without a bias.
+    """y = x W^T, without a bias, for x [..., in] and values [out, in], floating or int8 with a scale [out].
 
-    XLA fuses the conversion of the values into the product on TPU, so int8 is what is read from memory.
+    XLA fuses the conversion of the values into the product on TPU, so only int8 is read from memory.
     """
 
     def __init__(self, weight: LinearWeight) -> None:
@@ -50,7 +50,7 @@ class Linear(nn.Module):
 
 
 class DecodedLinear(nn.Module):
-    """y = x W^T for a weight of any format, decoded in x's dtype before the product, and x [..., in]."""
+    """y = x W^T for x [..., in] and a weight of any format, decoded and converted to x's dtype before the product."""
 
     def __init__(self, weight: LinearWeight) -> None:
         super().__init__()

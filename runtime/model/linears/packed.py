@@ -1,16 +1,17 @@
-"""Linears in the form that Inductor runs at memory speed on a CPU: weights as they are, a kernel by number of rows.
+"""Linears that Inductor runs at memory speed on a CPU: the kernel depends on the number of rows.
 
-The weight stays [out, in], as in the files. int8 is read as int8 for a few rows:
+The weight stays [out, in], as in the files. For a few rows, int8 is read as int8:
 
-- one row, or several that stay in the processor's nearest cache, are products and sums, which Inductor makes one loop
-  of: it converts the weight as it reads, in the order in which it stands in memory. The rows have to be in memory in
-  float32 before it, or the loop would compute them anew for every output, and with lanes of bfloat16's width, in which
-  int8 is read through a copy;
-- more bfloat16 rows go to PyTorch's weight-only kernel (``_weight_int8pack_mm``), with a scale of one: it would round
-  the scale to bfloat16, so that is applied after it, in float32. It has no vector instructions for float32 rows.
+- one row, or several that fit in the processor's nearest cache, are written as products and sums. Inductor makes one
+  loop of them, which reads the weight in memory order and converts it on the way. The rows must already be in memory in
+  float32; otherwise the loop would recompute them for every output, and use lanes of bfloat16's width, for which int8
+  is read through a copy;
+- more bfloat16 rows go to PyTorch's weight-only kernel (``_weight_int8pack_mm``) with a scale of one: the kernel would
+  round the real scale to bfloat16, so it is applied afterwards in float32. For float32 rows the kernel has no vector
+  instructions.
 
-For many rows the weight is converted once and multiplied by the library's matrix product. A single row on a floating
-weight takes the loop too: Inductor's library call for bfloat16 takes twice as long.
+For many rows the weight is converted once and the library's matrix product is used. A single row on a floating weight
+takes the loop too: Inductor's library call for bfloat16 takes twice as long.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from torch import nn
 
 from runtime.model.linears.linear import LinearWeight
 
-LOOP_ROWS = 8  # at most; each is a sum more to compile
-LOOP_INPUTS = 8192  # at most of all rows together where there is a kernel: 32 KB in float32
-KERNEL_ROWS = 24  # at most; the weight-only kernel reads the weight once for every four rows
-_KERNEL_INPUTS = 16  # the kernel takes so many at a time and drops what is left
+LOOP_ROWS = 8  # the most rows for the loop; each is one more sum to compile
+LOOP_INPUTS = 8192  # the most inputs of all rows together where the kernel could be used: 32 KB in float32
+KERNEL_ROWS = 24  # the most rows for the weight-only kernel, which reads the weight once for every four rows
+_KERNEL_INPUTS = 16  # the kernel takes this many at a time and drops the remainder
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T for a weight [out, in] and x [..., in], without a bias; a weight with a scale [out] is int8."""
+    """y = x W^T, without a bias, for x [..., in] and a weight [out, in]; a weight with a scale [out] is int8."""
 
     def __init__(self, weight: LinearWeight) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        """[R, out], before the scale."""
+        """The product [R, out] with ``rows`` [R, in], before the scale."""
         has_kernel = self.ones is not None and rows.dtype == torch.bfloat16
         are_few = len(rows) <= LOOP_ROWS and (rows.numel() <= LOOP_INPUTS or not has_kernel)
         if len(rows) == 1 or (self.weight.dtype == torch.int8 and are_few):
@@ -57,6 +58,6 @@ class PackedLinear(nn.Module):
 
 
 def _in_memory(rows: torch.Tensor) -> torch.Tensor:
-    """The same, which Inductor then writes out: it would compute the rows anew within the loop, for every output."""
+    """The rows unchanged, but written to memory by Inductor, which would else recompute them for every output."""
     rows = rows.contiguous()
     return rows.as_strided(rows.shape, rows.stride())

@@ -1,4 +1,4 @@
-"""From a weight format and a device to the linear that runs there: the one table of them."""
+"""The one table that gives the linear for a weight format and a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.model.linears.tiled import TiledLinear, inputs_of
 
 
 class Device(Enum):
-    """Kinds of devices that want linears of their own."""
+    """Kinds of devices that have their own linears."""
 
     ANY = auto()  # TPUs, CUDA, eager execution: weights as they are
     XLA_CPU = auto()
@@ -26,10 +26,10 @@ class Device(Enum):
 
 
 class LinearKind(NamedTuple):
-    """``make`` is given a weight, and how to get a vector of ones of some length on the device."""
+    """``make`` takes a weight and a function that returns a vector of ones of a given length on the device."""
 
     make: Callable[[LinearWeight, Callable[[int], torch.Tensor]], nn.Module]
-    in_tiles: bool = False  # whether its values are to be loaded as ``Tiles``
+    in_tiles: bool = False  # whether the weight's values are loaded as ``Tiles``
 
 
 _PLAIN = LinearKind(lambda weight, ones: Linear(weight))
@@ -47,10 +47,10 @@ _LINEARS: dict[tuple[type[WeightFormat], Device], LinearKind] = {
 
 
 def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
-    """What runs weights of this format on this device; a format without a linear of its own there is decoded."""
+    """The linear for weights of this format on this device; a format that has none of its own there is decoded."""
     return _LINEARS.get((type(weight_format), device), _DECODED)
 
 
 def make_linear(weight: LinearWeight) -> nn.Module:
-    """The linear of a weight on a device of kind ``ANY``."""
+    """The linear for a weight on a device of kind ``ANY``."""
     return linear_kind(weight.format, Device.ANY).make(weight, torch.ones)

@@ -1,21 +1,21 @@
-"""Linears in the form that XLA:CPU runs at memory speed: the weight in tiles along its inputs, a vector for each row.
+"""Linears that XLA:CPU runs at memory speed: the weight is cut into tiles along its inputs, each row is a vector.
 
-XLA:CPU has a fast loop for a matrix times a vector: it converts the weight on the way, int8 is what is read, and it
-goes over [out, in] as the files have it. It takes that loop only where the product's result is a vector, where the
-vector that goes in has less than 16 KB, and where the product isn't added to something at once (it would become a
-routine's, which wants the weight transposed and converted: at every step, in memory). So
+XLA:CPU has a fast loop for a matrix times a vector: it reads int8, converts on the way, and goes over [out, in] in the
+order of the files. XLA uses that loop only where the product's result is a vector, the input vector has less than
+16 KB, and the product isn't added to something directly (XLA would then call a library routine, which needs the
+weight transposed and converted in memory at every step). So
 
-- weights are cut along ``in`` as they are loaded, into tiles of their own: slices taken in the graph run at a third
-  of the speed, and the compiler unrolls a loop over 512 inputs whole, which runs half as fast again as a longer one;
-- a few rows are as many products, one after the other while the tile is in the cache;
-- every product is multiplied by its scale before the sum; a weight without a scale has ones for it;
-- the vector is divided by ones, which the compiler can't know to be ones: a cheap computation that ends in the vector
-  would be put into the loop and done anew for every output, a division is thought too dear for that. It is a vector of
-  ones, for by a single one the division would be done in whatever shape the input had before it became a row, and the
-  loop would find its way about that shape for every input.
+- weights are cut along ``in`` when they are loaded, into separate tensors: slices taken in the graph run at a third of
+  the speed. The compiler fully unrolls a loop over 512 inputs, which makes it half as fast again as a longer one;
+- a few rows become as many products, one after the other while the tile is in the cache;
+- every product is multiplied by its scale before the sum; a weight without a scale is given ones;
+- the vector is divided by ones that the compiler can't know to be ones: it would move a cheap computation of the vector
+  into the loop and repeat it for every output, but it considers a division too expensive to repeat. The divisor is a
+  whole vector: with a single one, the division would be done in whatever shape the input had before it became a row,
+  and the loop would compute indices into that shape for every input.
 
-More rows than a few are a matrix product on each tile converted once, or on the whole of a small weight; the whole of
-a large one takes four times as long. The weight stands left there: at the right, XLA would have it transposed.
+More rows use a matrix product on each tile, converted once, or on the whole of a small weight; on the whole of a large
+one it takes four times as long. The weight is the left operand there: on the right, XLA would transpose it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch import nn
 
 from runtime.model.linears.linear import LinearWeight
 
-TILE = 512  # inputs, about
-VECTOR_ROWS = 8  # at most; each is a kernel to compile
-_SMALL = 1 << 22  # elements of a weight that is put together for a matrix product
-_VECTOR_INPUTS = 4095  # of float32: what XLA:CPU still takes into the loop
-_LANES = 16  # a tile begins where a vector register of float32 does
+TILE = 512  # inputs of a tile, approximately
+VECTOR_ROWS = 8  # the most rows multiplied as vectors; each is a kernel to compile
+_SMALL = 1 << 22  # a weight with fewer elements is joined for a matrix product
+_VECTOR_INPUTS = 4095  # the most float32 inputs for which XLA:CPU uses the loop
+_LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A weight cut along its inputs: tiles [out, width], or [chips, out, width] where chips hold its inputs apart."""
+    """A weight cut along its inputs: tiles [out, width], or [chips, out, width] if its inputs are split over chips."""
 
     parts: list[torch.Tensor]
 
@@ -47,12 +47,12 @@ class Tiles:
 
     @property
     def inputs(self) -> int:
-        """Of each chip, where chips hold them apart."""
+        """The number of inputs; per chip where they are split over chips."""
         return sum(part.shape[-1] for part in self.parts)
 
 
 def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A weight [out, in] as views [out, width] of about ``TILE`` inputs, all of one width but for the last."""
+    """A weight [out, in] as views [out, width] of about ``TILE`` inputs, all of one width except the last."""
     inputs = weight.shape[1]
     count = max(1, round(inputs / TILE))
     width = -(-inputs // (count * _LANES)) * _LANES
@@ -60,18 +60,18 @@ def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def inputs_of(weight: LinearWeight) -> int:
-    """The inputs of a weight, of each chip where chips hold them apart."""
+    """The number of a weight's inputs; per chip where they are split over chips."""
     values = weight.tensors[""]
     return values.inputs if isinstance(values, Tiles) else values.shape[1]
 
 
 class TiledLinear(nn.Module):
-    """y = x W^T for a weight in tiles and x [..., in], without a bias; computed in float32, given in x's dtype."""
+    """y = x W^T, without a bias, for x [..., in] and a weight in tiles; computed in float32, returned in x's dtype."""
 
     def __init__(self, weight: LinearWeight, ones: torch.Tensor) -> None:
-        """``ones`` is float32 [in], ones on the device (``in`` of one chip, of several); a scale is float32 [out].
+        """``ones`` is a vector of ones on the device, float32 [``inputs_of(weight)``]; a scale is float32 [out].
 
-        A weight [out, in] that isn't in tiles, as an embedding that is the output head too, is read as it is.
+        A weight [out, in] that isn't in tiles, such as an embedding that is also the output head, is read as it is.
         """
         super().__init__()
         values = weight.tensors[""]
@@ -115,7 +115,7 @@ def _vector_products(
 
 
 def times_vector(tile: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[..., out] of a tile [..., out, width] and x [..., width]."""
+    """The product [..., out] of a tile [..., out, width] and x [..., width]."""
     return (tile.float() @ x.unsqueeze(-1)).squeeze(-1)
 
 

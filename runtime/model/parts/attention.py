@@ -1,9 +1,9 @@
-"""Attention over the cache, and the steps that the forms for other devices share; the results are the same.
+"""Attention over the cache, and the steps shared with the variants for other devices, which give the same results.
 
-Shapes as in decoder.py. Each takes query heads under their KV heads [B, T, H, G, D], the cache's tensors of a layer
-(keys and values [B, H, S, D]; of an int8 cache also the scales of both, [B, H, S, 1]), and a mask [B, T, S], true where
-a token may look; it gives [B, T, H, G, D] in float32. Where T is S, token t stands at slot t and looks no further.
-Scores and weights are float32: in bfloat16 their rounding would be the largest error of the whole layer.
+Shapes as in decoder.py. Each variant takes query heads grouped under their KV heads [B, T, H, G, D], one layer's cache
+tensors (keys and values [B, H, S, D]; for an int8 cache also the scales of both, [B, H, S, 1]) and a mask [B, T, S],
+true where a token may attend. It returns float32 [B, T, H, G, D]. Where T equals S, token t is at slot t and attends to
+no later slot. Scores and weights are float32: rounding them to bfloat16 would be the largest error of the whole layer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Attend = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], torch.Te
 
 
 def attend(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Two matrix products with a softmax between; an int8 cache's scales go to scores and weights, S of each."""
+    """Two matrix products with a softmax between; an int8 cache's scales multiply the scores and weights instead."""
     return weighted_values(attention_scores(query_key_products(q, cached[0]), cached, mask), cached)
 
 
 def attend_exactly(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """``attend``, but for queries of float32 by plain matrix products.
+    """``attend``, with plain matrix products in place of einsum where queries are float32.
 
-    A TPU computes an einsum's products in bfloat16, whatever it is told of exact ones (``exact`` in backend.py). Heads
-    come before rows, in which order a chip's heads stay its own when the two become one axis.
+    A TPU computes an einsum's products in bfloat16 even where exact ones are asked for (``exact`` in backend.py). Heads
+    come before rows so that each chip keeps its own heads when the two axes are merged.
     """
     if q.dtype != torch.float32:
         return attend(q, cached, mask)
@@ -43,7 +43,7 @@ def query_key_products(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def attention_scores(products: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """The scores [B, H, G, T, S] of such products: scaled, and -inf where a token may not look."""
+    """Scores [B, H, G, T, S] from query-key products of that shape: scaled, and -inf where a token may not attend."""
     keys, _, *scales = cached
     scores = products * keys.shape[-1] ** -0.5
     if scales:
@@ -52,19 +52,19 @@ def attention_scores(products: torch.Tensor, cached: Sequence[torch.Tensor], mas
 
 
 def weighted_values(scores: torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The means of the values by the softmax of ``scores`` [B, H, G, T, S]: float32 [B, T, H, G, D]."""
+    """The values averaged with the softmax of ``scores`` [B, H, G, T, S] as weights: float32 [B, T, H, G, D]."""
     return torch.einsum("bhgts,bhsd->bthgd", _weights(scores, cached), cached[1].float())
 
 
 def _weights(scores: torch.Tensor, cached: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What the values [B, H, S, D], as the cache holds them, are multiplied by: [B, H, G, T, S]."""
+    """Factors [B, H, G, T, S] for the values as the cache stores them: the softmax, times the values' scales if any."""
     _, _, *scales = cached
     weights = scores.softmax(-1)
     return weights * _by_slot(scales[1]) if scales else weights
 
 
 def _by_slot(scale: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, 1] as [B, H, 1, 1, S]."""
+    """Scales [B, H, S, 1] reshaped to [B, H, 1, 1, S]."""
     return scale.squeeze(-1)[:, :, None, None]
 
 

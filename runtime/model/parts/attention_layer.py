@@ -1,4 +1,4 @@
-"""A decoder's attention layer: its linears around attention over the cache. Shapes as in decoder.py."""
+"""The decoder's attention layer: attention over the cache, and the linears around it. Shapes as in decoder.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.model.weights import Weights
 
 
 class AttentionLayer(nn.Module):
-    """Grouped-query attention over the cache, query heads laid out under their KV heads."""
+    """Grouped-query attention over the cache, with query heads grouped under their KV heads."""
 
     def __init__(self, weights: Weights, prefix: str, heads: HeadPlan, config: ModelConfig, form: Form) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class AttentionLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # [C * B, T, E], C copies of every row
-        rotary: Rotary | None,  # cos and sin, [B, T, D], of rotary positions
-        mask: torch.Tensor,  # [B, T, S], true where a token may look: at the cache's first S slots, and no others
+        rotary: Rotary | None,  # cos and sin, [B, T, D]; None without rotary positions
+        mask: torch.Tensor,  # [B, T, S], true where a token may attend; only the cache's first S slots are read
         slots: torch.Tensor,  # [T]
         cache: KVCache,
         layer: int,
@@ -38,7 +38,7 @@ class AttentionLayer(nn.Module):
         k = k[:batch].reshape(batch, length, heads.kv_places, size)
         v = v[:batch].reshape(batch, length, heads.kv_places, size)
         copies = q.shape[0]
-        # Copies of a row look at the same keys, as the query heads of a group do.
+        # Copies of a row attend to the same keys, so they are treated as more query heads of the same group.
         q = q.permute(1, 2, 3, 0, 4, 5).reshape(batch, length, heads.kv_places, copies * heads.group, size)
         if rotary is not None:
             cos, sin = rotary

@@ -1,4 +1,6 @@
-"""Feed-forward layers: a module for each kind, made from the weights behind ``prefix`` and the architecture."""
+"""Feed-forward layers: a module for each kind, made from the architecture and the weights whose names start with
+``prefix``.
+"""
 
 from __future__ import annotations
 

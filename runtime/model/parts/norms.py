@@ -1,6 +1,6 @@
-"""Normalizations of the sum that runs through the layers: a module for each kind.
+"""Normalizations of the residual stream: a module for each kind.
 
-They are made with the learned tensors of the kind by name, or with none where the architecture's norms have none.
+Each is given its kind's learned tensors by name, or none where the architecture's norms have none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.model.weights import Weights
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang & Sennrich 2019) of float32 [..., E], given out in ``dtype``."""
+    """Root mean square normalization (Zhang & Sennrich 2019) of float32 [..., E]; the result is in ``dtype``."""
 
     def __init__(self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization (Ba et al. 2016) of float32 [..., E], given out in ``dtype``."""
+    """Layer normalization (Ba et al. 2016) of float32 [..., E]; the result is in ``dtype``."""
 
     def __init__(
         self, eps: float, dtype: torch.dtype, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
@@ -53,7 +53,7 @@ NORM_KINDS: dict[Norm, Callable[..., nn.Module]] = {Norm.RMS: RMSNorm, Norm.LAYE
 
 
 def make_norm(weights: Weights, name: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The normalization ``name`` of the model, given out in ``dtype``."""
+    """The model's normalization ``name``, with results in ``dtype``. Raises MissingTensor where a tensor is absent."""
     architecture = config.architecture
     learned = architecture.norm.value if architecture.norm_weights else ()
     tensors: Mapping[str, torch.Tensor] = {tensor: weights.take(f"{name}.{tensor}") for tensor, _ in learned}

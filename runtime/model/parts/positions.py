@@ -1,7 +1,7 @@
-"""How tokens learn their positions: what is added to their embeddings, and what rotates queries and keys.
+"""How positions enter the model: vectors added to token embeddings, or rotations of queries and keys.
 
 Each kind is a module with the methods of NoPositions, made from a model's weights, its configuration, a function that
-brings a host tensor to the device, and what that device wants. A token's position is its slot minus its row's offset.
+moves a host tensor to the device, and that device's form. A token's position is its slot minus its row's offset.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 
 
 class NoPositions(nn.Module):
-    """What a kind of positions may do, done for none."""
+    """The interface of a kind of positions; this one adds and rotates nothing."""
 
     def added(self, slots: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the tokens' embeddings, [B, T, E] in float32, for ``slots`` [T] and ``offsets`` [B]."""
+        """Float32 [B, T, E] to add to the token embeddings, for ``slots`` [T] and ``offsets`` [B]; None for nothing."""
         return None
 
     def rotary(self, slots: torch.Tensor, offsets: torch.Tensor) -> Rotary | None:
-        """What queries and keys are rotated by."""
+        """cos and sin [B, T, D] of the angles by which queries and keys are rotated; None for no rotation."""
         return None
 
 
@@ -49,7 +49,7 @@ class RotaryPositions(NoPositions):
 
 
 class LearnedPositions(NoPositions):
-    """A table of learned vectors, in which the first position's stands ``position_offset`` rows from the top."""
+    """A table of learned vectors; position 0 is in row ``position_offset``."""
 
     def __init__(self, weights: Weights, config: ModelConfig, place: Place, form: Form) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LearnedPositions(NoPositions):
         self.register_buffer("table", weights.take(config.architecture.prefix + POSITIONS.name))  # [P, E]
 
     def added(self, slots: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        positions = (slots[None] - offsets[:, None]).clamp(min=0)  # [B, T]; before a row's begin any will do
+        positions = (slots[None] - offsets[:, None]).clamp(min=0)  # [B, T]; before a row's start any will do
         return nn.functional.embedding(positions + self.offset, self.table).float()
 
 

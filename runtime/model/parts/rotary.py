@@ -15,7 +15,7 @@ def cos_and_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> Rotary:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + D / 2) of the last axis, in float32: Hugging Face's order of rows."""
+    """Rotate pairs (i, i + D / 2) of x's last axis [..., D], in float32: Hugging Face's order of rows."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return (x.float() * cos + rotated * sin).to(x.dtype)
