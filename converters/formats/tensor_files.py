@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.console.errors import DuplicateTensor, InputError
-from converters.files.mapped import file_offset, mappings
+from converters.files.memory_maps import file_offset, mappings
 from converters.files.streams import StreamReader
 from converters.files.text_path import text_path
 from converters.formats.legacy_pickle import check_byte_order, is_zip, mapped_tensors

@@ -82,9 +82,9 @@ class XLABackend:
         self.tiled = kind == "CPU"
         if self.tiled:
             self.cache_type = _StretchKVCache
-            by_vectors = partial(attend_by_vectors, chips=chips, keep=self._keep)
+            by_vectors = partial(attend_by_vectors, chips=chips, materialize=self._materialize)
             self.form = Form(
-                self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._keep
+                self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._materialize
             )
         else:
             self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
@@ -164,7 +164,7 @@ class XLABackend:
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
         return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._ones_of)
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _materialize(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, divided by ones so that XLA:CPU computes it once: it would recompute sines in every kernel that
         uses them, but considers a division too expensive for that.
         """

@@ -34,7 +34,7 @@ def test_one_token_against_a_loop(
 ) -> None:
     """Chip by chip, and where there would be too many vectors."""
     monkeypatch.setattr(forms, "_MOST_VECTORS", most)
-    form = partial(attend_by_vectors, chips=chips, keep=lambda tensor: tensor)
+    form = partial(attend_by_vectors, chips=chips, materialize=lambda tensor: tensor)
     _hold_against_a_loop(form, cache_dtype, 1)
 
 

@@ -13,11 +13,11 @@ import torch
 from invoke import invoke
 from models import make_model
 from safetensors.torch import load_file
-from test_mapped import resident_kb
+from test_memory_maps import resident_kb
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
-from converters.files.mapped import file_offset
+from converters.files.memory_maps import file_offset
 from converters.formats.tensor_files import PickleFile
 
 _SHARED = torch.randn(12, 6)

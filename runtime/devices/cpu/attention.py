@@ -25,18 +25,18 @@ def attend_by_vectors(
     cached: Sequence[torch.Tensor],
     mask: torch.Tensor,
     chips: int,
-    keep: Callable[[torch.Tensor], torch.Tensor],
+    materialize: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """For one token per row (T = 1) on XLA:CPU: the keys are multiplied by one vector for each query head.
 
     XLA:CPU converts the keys inside that product's loop (linears/tiled.py); for several vectors as a matrix it would
-    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``. ``keep`` is
+    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``. ``materialize`` is
     ``Form.materialize``.
     """
     rows, _, heads, group, _ = q.shape
     if rows * (heads // chips) * group > _MOST_VECTORS:
         return attend(q, cached, mask)
-    vectors = keep(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
+    vectors = materialize(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
     keys = cached[0].unflatten(1, (chips, -1))  # [B, C, H / C, S, D]
     products = [
         [

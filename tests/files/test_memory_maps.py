@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from converters.console.errors import InputError
-from converters.files.mapped import file_offset, mappings
+from converters.files.memory_maps import file_offset, mappings
 from converters.formats.tensor_files import PickleFile
 
 
