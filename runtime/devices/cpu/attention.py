@@ -30,8 +30,8 @@ def attend_by_vectors(
     """For one token per row (T = 1) on XLA:CPU: the keys are multiplied by one vector for each query head.
 
     XLA:CPU converts the keys inside that product's loop (linears/tiled.py); for several vectors as a matrix it would
-    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``. ``materialize`` is
-    ``Form.materialize``.
+    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``.
+    ``materialize`` is ``Form.materialize``.
     """
     rows, _, heads, group, _ = q.shape
     if rows * (heads // chips) * group > _MOST_VECTORS:
