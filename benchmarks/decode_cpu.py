@@ -203,7 +203,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(kept) + "\n", "utf-8")
     for peer in options.methods.split(","):
         if peer in lacking:
-            print(f"Not run: {peer}, for want of {lacking[peer]}; --help says where it comes from.")
+            print(f"Not run: {peer}, {lacking[peer]} is missing; --help says where it comes from.")
 
 
 def _in_turns(methods: list[str], setting: Setting, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

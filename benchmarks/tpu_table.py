@@ -29,7 +29,7 @@ from typing import Any
 from converters.model.families.presets import PRESETS
 from quantize.shards.stored import Scheme
 from quantize.slices import find_slice
-from runtime.plan.latency import PUBLISHED, Point, fit_hop_ms, foretold_ms
+from runtime.plan.latency import PUBLISHED, Point, fit_hop_ms, predicted_ms
 from runtime.plan.plan import Workload
 
 SLOTS = 256  # the post's max_seq_len
@@ -98,7 +98,7 @@ def published(compiled: Compiled) -> Iterator[list[str]]:
     points = [_fresh(point, compiled(Case(point.model, "bf16", point.target, 1))) for point in PUBLISHED]
     errors = []
     for point in points:
-        predicted = foretold_ms(point, points)
+        predicted = predicted_ms(point, points)
         ratio = predicted / point.published_ms
         errors.append(abs(ratio - 1))
         roofline = compiled(Case(point.model, "bf16", point.target, 1))["roofline_ms"]

@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Quantize CHECKPOINT (default: checkpoint/) and split it into one file per chip.
 
-    CHECKPOINT may also be a directory of shards: then these are split anew for another number of chips.
+    CHECKPOINT may also be a directory of shards: then it is re-sharded for another number of chips.
 
     \b
     llama-quantize --int8                        one chip

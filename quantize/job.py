@@ -105,7 +105,7 @@ def _check_scheme(wanted: Scheme, shards: Shards) -> None:
         have = shards.manifest.scheme
         flags = f"--{have.name}" + (" --quantize-lm-head" if have.quantize_lm_head else "")
         raise InputError(
-            f"{shards.directory} holds shards made with {flags}; they can only be split anew with the same."
+            f"{shards.directory} holds shards made with {flags}; they can only be re-sharded with the same."
         )
 
 

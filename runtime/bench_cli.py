@@ -92,7 +92,7 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Measure only the first N layers.")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Where to write.")
-@click.option("--force", is_flag=True, help="Measure anew what --out holds of an earlier bench.")
+@click.option("--force", is_flag=True, help="Measure again what --out holds of an earlier bench.")
 @click.option("--json", "as_json", is_flag=True, help="Print bench.json in place of the tables.")
 @click.version_option(package_name=DISTRIBUTION)
 def command(

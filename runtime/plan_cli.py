@@ -183,7 +183,7 @@ def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tu
         raise InputError(f"--{asked} contradicts {directory}, whose shards were made with --{scheme.name}.")
     if target is not None and target.chips != shards.chips:
         raise InputError(
-            f"{directory} has shards for {shards.chips} chips and {target.name} has {target.chips}. Split them anew: "
+            f"{directory} has shards for {shards.chips} chips and {target.name} has {target.chips}. Re-shard them: "
             f"llama-quantize {directory} --{scheme.name} --target {target.name} --out OTHER."
         )
     return shards.config, scheme, shards.chips

@@ -92,7 +92,7 @@ def _examine_unfinished(out: Path, begun: Record, force: bool) -> Found:
         return Found(State.UNFINISHED, _as_left(out, record), frozenset(record.files) | set(record.replaced))
     _check_command(out, record, begun)
     if not record.same_output(begun):
-        return _replace(out, f"was begun with {_difference(record, begun)}", begun, record.names, force)
+        return _replace(out, f"was started with {_difference(record, begun)}", begun, record.names, force)
     if not force:
         raise _refusal(out, f"was begun for other files ({_shown(set(record.wanted) - set(begun.wanted))})")
     return _keep_whole(begun, record, {name: file for name, file in record.files.items() if (out / name).is_file()})
@@ -108,7 +108,7 @@ def _examine_written(out: Path, begun: Record, force: bool) -> Found:
     if force:
         return _keep_whole(begun, record, {name: file for name, file in present.items() if name not in problems})
     for name, problem in problems.items():
-        raise InputError(f"{out / name} {problem}. Give --force to make it anew, or another --out.")
+        raise InputError(f"{out / name} {problem}. Give --force to make it again, or another --out.")
     if present.keys() >= set(begun.wanted):
         return Found(State.FINISHED, record, record.names)
     return Found(State.UNFINISHED, replace(begun, files=present, state=record.state), record.names)

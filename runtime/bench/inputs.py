@@ -83,8 +83,8 @@ def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
         )
     if other.chips != shards.chips:
         raise InputError(
-            f"{request.bf16_shards} is for {other.chips} chips and {request.shards} for {shards.chips}. Split one of "
-            "them anew with llama-quantize --chips."
+            f"{request.bf16_shards} is for {other.chips} chips and {request.shards} for {shards.chips}. Re-shard one "
+            "of them with llama-quantize --chips."
         )
     return _digest(request.bf16_shards)
 

@@ -97,11 +97,11 @@ def _runs(lines: list[bytes], descriptor: int, path: Path, wanted: dict[str, Any
         if record is not None:
             records.append(record)
         elif number < len(lines):
-            raise InputError(f"{path} is damaged in line {number}. Give --force to measure anew, or another --out.")
+            raise InputError(f"{path} is damaged in line {number}. Give --force to measure again, or another --out.")
     if len(records) > 1 and records[0] != {"format_version": FORMAT_VERSION, "arguments": wanted}:
         raise InputError(
-            f"{path.parent} was begun with {_difference(records[0], wanted)}. Give the same, --force to measure anew, "
-            "or another --out."
+            f"{path.parent} was started with {_difference(records[0], wanted)}. Give the same, --force to measure "
+            "again, or another --out."
         )
     os.ftruncate(descriptor, sum(map(len, lines[: len(records)])))
     os.lseek(descriptor, 0, os.SEEK_END)

@@ -140,7 +140,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{settings['cpus']} CPU cores, {settings['machine']}.",
         *([NOT_TPU] if report["cpu"] else []),
         "",
-        "Per-token latency is T/L, throughput B*L/T; prefill, loading and compiling stand apart. Every run is a "
+        "Per-token latency is T/L, throughput B*L/T; prefill, loading and compiling are not part of it. Every run is a "
         f"process of its own and decodes up to {settings['max_new_tokens']} tokens. Medians, with the smallest and the "
         "largest value in brackets.",
     ]

@@ -74,7 +74,7 @@ class XLABackend:
             present = xr.global_runtime_device_count()
         if present != chips:
             raise InputError(
-                f"The shards are for {chips} chips and this slice has {present}. Split them anew: llama-quantize "
+                f"The shards are for {chips} chips and this slice has {present}. Re-shard them: llama-quantize "
                 f"SHARDS --chips {present} --out OTHER, with the --int8 or --bf16 they were made with."
             )
         self.chips = chips

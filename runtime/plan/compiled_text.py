@@ -69,13 +69,13 @@ def _gap(estimated_ms: float, roofline_ms: float) -> tuple[str, str, str]:
 
 def _prediction(prediction: Prediction, target: Slice) -> str:
     model = latency_model()
-    computation = "the estimate" if chip_of(target).clock_hz else "the roofline, for want of an estimate,"
+    computation = "the estimate" if chip_of(target).clock_hz else "the roofline, since there is no estimate,"
     elsewhere = (
         "" if target.generation == FITTED_GENERATION else f", all of {FITTED_GENERATION}, not of this generation"
     )
     return (
         f"Prediction: {prediction.ms:.2f} ms a step, {computation} and {prediction.collectives_ms:.2f} ms of "
-        f"collectives. Of the {len(PUBLISHED)} published times{elsewhere}, each left out of the fit in turn, this "
-        f"foretells {model.mean_error:.0%} off in the mean and {model.worst_error:.0%} at worst; the model's form was "
-        "chosen on these same times."
+        f"collectives. The {len(PUBLISHED)} published times{elsewhere}, each left out of the fit in turn, are "
+        f"predicted with an error of {model.mean_error:.0%} on average and {model.worst_error:.0%} at worst; the form "
+        "of the model was chosen on these same times."
     )

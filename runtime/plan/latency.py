@@ -82,7 +82,7 @@ def fit_hop_ms(points: Sequence[Point]) -> float:
     return max(0.0, numerator / sum((p.exchanges / p.published_ms) ** 2 for p in points))
 
 
-def foretold_ms(point: Point, points: Sequence[Point] = PUBLISHED) -> float:
+def predicted_ms(point: Point, points: Sequence[Point] = PUBLISHED) -> float:
     """The time of ``point``, in ms, predicted by a model fitted on the other ``points``."""
     hop = fit_hop_ms([other for other in points if other != point])
     return point.estimated_ms + hop * point.exchanges
@@ -91,5 +91,5 @@ def foretold_ms(point: Point, points: Sequence[Point] = PUBLISHED) -> float:
 @lru_cache(maxsize=1)
 def latency_model() -> LatencyModel:
     """The model fitted on every published point, with its leave-one-out errors."""
-    errors = [abs(foretold_ms(point) / point.published_ms - 1) for point in PUBLISHED]
+    errors = [abs(predicted_ms(point) / point.published_ms - 1) for point in PUBLISHED]
     return LatencyModel(fit_hop_ms(PUBLISHED) / 1000, fmean(errors), max(errors))

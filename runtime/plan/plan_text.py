@@ -98,7 +98,7 @@ def _on_chips(plan: Plan) -> list[str]:
         verdict = f"at least {plan.placement.roofline_ms(each):.2f} ms a decode step"
         lines.append(f"  {each.name}: {verdict if plan.placement.fits(each) else 'does not fit'}")
     if not matching:
-        lines.append("No slice has so many chips; llama-quantize splits shards anew for another number.")
+        lines.append("No slice has so many chips; llama-quantize re-shards for another number.")
     return lines
 
 

@@ -239,7 +239,7 @@ def test_other_shards_are_noticed(root: Path, tmp_path: Path) -> None:
     edit_json(tmp_path / "shards" / "shards.json", lambda content: content.update(source_fingerprint="other"))
     done = subprocess.run(_command(tmp_path, tmp_path / "out"), check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "begun with other shards (shards)" in done.stderr
+    assert "started with other shards (shards)" in done.stderr
 
 
 def test_without_transformers_the_rows_say_what_to_install(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from runtime.plan.latency import PUBLISHED, Point, exchanges, fit_hop_ms, foretold_ms, latency_model
+from runtime.plan.latency import PUBLISHED, Point, exchanges, fit_hop_ms, latency_model, predicted_ms
 
 
 def _solved(points: list[Point]) -> float:
@@ -29,12 +29,12 @@ def test_a_point_does_not_foretell_itself() -> None:
         others = [*PUBLISHED[:place], *PUBLISHED[place + 1 :]]
         changed = Point(point.model, point.target, point.chips, 99.0, point.estimated_ms, point.collectives)
         expected = point.estimated_ms + _solved(others) * point.collectives * math.log2(point.chips)
-        assert foretold_ms(point) == pytest.approx(expected)
-        assert foretold_ms(changed, [*others, changed]) == pytest.approx(expected)
+        assert predicted_ms(point) == pytest.approx(expected)
+        assert predicted_ms(changed, [*others, changed]) == pytest.approx(expected)
 
 
 def test_errors_are_those_of_points_left_out() -> None:
-    errors = [abs(foretold_ms(point) / point.published_ms - 1) for point in PUBLISHED]
+    errors = [abs(predicted_ms(point) / point.published_ms - 1) for point in PUBLISHED]
     model = latency_model()
     assert model.mean_error == pytest.approx(sum(errors) / 9)
     assert model.worst_error == max(errors)
@@ -48,7 +48,7 @@ def test_known_times_are_found_again() -> None:
         for chips, count in ((4, 60), (8, 60), (32, 90))
     ]
     assert fit_hop_ms(made) == pytest.approx(0.012)
-    assert foretold_ms(made[0], made) == pytest.approx(made[0].published_ms)
+    assert predicted_ms(made[0], made) == pytest.approx(made[0].published_ms)
 
 
 def test_one_chip_has_nobody_to_wait_for() -> None:

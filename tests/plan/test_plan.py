@@ -299,7 +299,7 @@ def test_smallest_slices_are_the_smallest() -> None:
         (("--shards", "shards4", "--bf16"), "--bf16 contradicts shards4, whose shards were made with --int8"),
         (
             ("--shards", "shards4", "--target", "v4-16"),
-            "shards4 has shards for 4 chips and v4-16 has 8. Split them anew: llama-quantize shards4 --int8",
+            "shards4 has shards for 4 chips and v4-16 has 8. Re-shard them: llama-quantize shards4 --int8",
         ),
         (("--config", "7B", "--batch-size", "0"), "--batch-size"),
         (("--config", "7B", "--max-seq-len", "9" * 30), "--max-seq-len"),

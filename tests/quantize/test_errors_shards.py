@@ -221,7 +221,7 @@ def test_tensors_of_a_file(kind: type[InputError], out: Path) -> None:
 
 def test_other_scheme(out: Path) -> None:
     for flags in (("--bf16",), ("--int8", "--quantize-lm-head")):
-        refuse(out.parent, quantize, out, *flags, "--out", out.parent / "new", says=["--int8", "split anew"])
+        refuse(out.parent, quantize, out, *flags, "--out", out.parent / "new", says=["--int8", "re-sharded"])
 
 
 def test_report_missing(out: Path) -> None:
