@@ -42,7 +42,7 @@ class Conversion:
     keep_int8: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep_int8 and not isinstance(self.source, QuantizedSource):
+        if self.keep_int8 and not (isinstance(self.source, QuantizedSource) and self.source.format == "int8"):
             raise InputError(
                 "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."

@@ -245,13 +245,13 @@ def _take(piece: _Piece, writers: dict[int, SafetensorsWriter], later: Later, so
     """Append a piece's part of the first tensor to its files; ``later`` gathers the others until the first one ends."""
     step = piece.step
     first, *others = (each.part.suffix for each in step.stored.tensors)
-    source.passed(step.stored, step.start, piece.block)
     for chip, part in zip(step.chips, piece.parts, strict=True):
         writers[chip].append(part[first])
         for suffix in others:
             later[chip].setdefault(suffix, []).append(part[suffix])
             if step.ends_tensor:
                 writers[chip].append(torch.cat(later[chip].pop(suffix)))
+    source.passed(step.stored, step.start, piece.block)
 
 
 def _take_columns(values: torch.Tensor, segments: Sequence[Segment], fill: float) -> torch.Tensor:

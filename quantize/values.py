@@ -99,9 +99,9 @@ class Quantizer:
         assert self._quantized is not None
         tensors = {}
         for each in stored.tensors:
-            rows = self._quantized.stored_rows(each.name, start, stop)
+            rows = self._quantized.stored_rows(each.name, start, stop).to(each.torch_dtype)
             _check_finite(rows, each.name)
-            tensors[each.part.suffix] = rows.to(each.torch_dtype)
+            tensors[each.part.suffix] = rows
         nothing = torch.zeros(stop - start, dtype=torch.float64)
         return Block(tensors, RowErrors(nothing, nothing, nothing))
 

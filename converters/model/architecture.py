@@ -1,15 +1,16 @@
 """What sets one architecture of decoders apart from another, as data: the kinds of its parts, the names of its tensors.
 
 The parameter table (parameters.py) and the decoder are built from this. Each kind of part is a member of an enum here
-and a class of the decoder: in runtime/model/norms.py, positions.py or feed_forward.py.
+and a class of the decoder: in norms.py, positions.py or feed_forward.py of runtime/model/parts/.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
 
 
+@unique
 class Norm(Enum):
     """How activations are normalized: the tensors that it learns, each with the value that changes nothing."""
 

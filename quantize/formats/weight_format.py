@@ -21,7 +21,7 @@ class Part:
     suffix: str
     dtype: str  # of torch
     inputs: int | None = 1  # how many inputs one element stands for; None: all of them
-    fill: float = 0.0  # what stands in padding
+    fill: float = 0.0  # what stands in padding; must decode to zeros
     is_shared: bool = False  # whether chips that hold some of an element's inputs each may all have the element
 
     def width(self, inputs: int) -> int:
@@ -54,7 +54,10 @@ class WeightFormat(Protocol):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Its tensors in the order of the files."""
+        """Its tensors in the order of the files, the values first.
+
+        A format that doesn't quantize has one, with the suffix "".
+        """
         ...
 
     @property

@@ -78,6 +78,7 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
     sound = (
         type(chips) is int
         and 1 <= chips <= MAX_CHIPS
+        and isinstance(scheme, str)
         and scheme in FORMATS
         and isinstance(quantized_lm_head, bool)
         and isinstance(files, dict)

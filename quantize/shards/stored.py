@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
@@ -39,7 +39,7 @@ class Scheme:
     @property
     def alignment(self) -> int:
         """The inputs that must stay on one chip: each chip's part of a feed-forward layer is a multiple of this."""
-        return max(1 if part.is_shared or part.inputs is None else part.inputs for part in self.format.parts)
+        return lcm(*(1 if part.is_shared else part.inputs or 1 for part in self.format.parts))
 
     def floating_dtype(self, config: ModelConfig) -> str:
         """The dtype of what is not quantized."""
@@ -93,7 +93,13 @@ class StoredTensor:
         """What each chip holds along its shard axis, which it must have."""
         axis = self.parameter.row.axes[self.shard]
         alignment = 1 if axis is Axis.VOCAB else self.alignment
-        return axis_split(config, axis, chips, alignment, self.part.inputs if self.shard == 1 else 1)
+        found = axis_split(config, axis, chips, alignment, self.part.inputs if self.shard == 1 else 1)
+        if found.repeat > 1 and not self.part.is_shared:
+            raise InputError(
+                f"{self.name} can't be split over {chips} chips: {self.part.inputs} inputs are stored as one element, "
+                "and chips would begin or end within them. Give another number of chips, or another format."
+            )
+        return found
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
         """Of the part that each chip holds, padding included."""

@@ -113,24 +113,20 @@ def decoder_parameters(
     Weights are fused where the result has at most ``fuse_bytes`` of values on each chip; None sets no limit.
     """
     stored = {each.name: each for each in stored_parameters(config, scheme)}
-    done: set[str] = set()
     found = []
     for name, parameter in stored.items():
-        if name in done:
-            continue
         linear, _, kind = name.rpartition(".")
         linears = _of_same_input(linear, config)
         if len(linears) == 1:
             found.append(DecoderParameter(name, (parameter,)))
             continue
-        names = [f"{each}.{kind}" for each in linears]
-        done.update(names)
+        first = f"{linears[0]}.{kind}"
         values = [stored[f"{each}.weight"].tensors[0] for each in linears]  # biases go with their weights
-        if fuse_bytes is None or sum(each.spec(config, chips).nbytes for each in values) <= fuse_bytes:
-            members = tuple(stored[each] for each in names)
-            found.append(DecoderParameter(f"{_fused_name(linears)}.{kind}", members, name))
-        else:
-            found += [DecoderParameter(each, (stored[each],), name) for each in names]
+        if fuse_bytes is not None and sum(each.spec(config, chips).nbytes for each in values) > fuse_bytes:
+            found.append(DecoderParameter(name, (parameter,), first))
+        elif name == first:
+            members = tuple(stored[f"{each}.{kind}"] for each in linears)
+            found.append(DecoderParameter(f"{_fused_name(linears)}.{kind}", members, first))
     return found
 
 
@@ -153,11 +149,12 @@ def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTenso
 
 
 def _of_same_input(linear: str, config: ModelConfig) -> list[str]:
-    """This linear and those after it that take the same input; itself alone where it isn't the first of several."""
-    for first, *others in same_input(config.architecture):
-        if linear.endswith("." + first):
-            prefix = linear.removesuffix(first)
-            return [linear, *(prefix + other for other in others)]
+    """All linears that take the same input as this one, itself among them, in the order of the files."""
+    for names in same_input(config.architecture):
+        for name in names:
+            if linear.endswith("." + name):
+                prefix = linear.removesuffix(name)
+                return [prefix + each for each in names]
     return [linear]
 
 

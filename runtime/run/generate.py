@@ -125,7 +125,7 @@ class Generator:
 
         None allows for the longest rows that fit.
         """
-        self._warm_up_sections(self._score, longest_row or self.max_seq_len + 1, copies=2)
+        self._warm_up_sections(self._score, self.max_seq_len + 1 if longest_row is None else longest_row, copies=2)
         self._backend.wait()
 
     def generate(
@@ -141,6 +141,7 @@ class Generator:
         self._backend.wait()
         filled = time.perf_counter()
         rows, first = self._decode(min(max_new_tokens, decoding.room))
+        self._decoding = None
         done = time.perf_counter()
         return Generation(
             token_ids=[self._until_end([step[row] for step in rows]) for row in range(self.batch_size)],
@@ -193,6 +194,7 @@ class Generator:
 
     def _begin(self, prompts: Sequence[Sequence[int]], controls: Controls | None) -> _Decoding:
         """Write the prompts to the cache, except their last tokens; returns the first decode step's inputs."""
+        self._decoding = None  # an interrupted batch can't be continued: its cache is being overwritten
         place = self._backend.replicate
         rows, offsets = _aligned(prompts)
         length = rows.shape[1]

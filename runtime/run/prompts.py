@@ -74,7 +74,7 @@ def check_scored(config: ModelConfig, rows: Sequence[Sequence[int]], max_seq_len
         _check_ids(config, row)
         if len(row) > max_seq_len + 1:
             raise InputError(
-                f"A row to be scored is {len(row)} tokens long, and the cache holds {max_seq_len} and one behind them. "
+                f"A row to be scored is {len(row)} tokens long; it may have one more than the cache's {max_seq_len}. "
                 "Raise max_seq_len, or score it in pieces."
             )
 

@@ -11,12 +11,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from converters.console.errors import InputError
+from converters.console.errors import InputError, shown
 from converters.console.progress import progress, spinner
 from converters.model.config import ModelConfig
 from quantize.shards.reading import Shards
 from quantize.shards.stored import stored_tensors
 from runtime.devices.backend import Backend
+from runtime.model.decoder_tensors import DecoderParameters
 from runtime.model.sampling import Sampling
 from runtime.run.buckets import DEFAULT_BUCKETS, are_buckets
 from runtime.run.generate import Generation, Generator
@@ -51,8 +52,9 @@ class SessionOptions:
         for name, dtype, known in (("dtype", self.dtype, _DTYPES), ("kv_cache_dtype", self.cache_dtype, _CACHE_DTYPES)):
             if dtype not in known:
                 raise InputError(f"{name} can't be {dtype}; give one of {', '.join(map(str, known))}.")
-        if self.batch_size < 1 or self.max_seq_len < 1:
-            raise InputError("batch_size and max_seq_len are counts; give 1 or more.")
+        for name, count in (("batch_size", self.batch_size), ("max_seq_len", self.max_seq_len)):
+            if type(count) is not int or count < 1:
+                raise InputError(f"{name} is {shown(count)}; give a whole number from 1 on.")
         if not are_buckets(self.buckets):
             raise InputError(f"buckets {self.buckets}: give ascending prompt lengths like {DEFAULT_BUCKETS}.")
         if self.compile_cache is not None and self.backend == "eager":
@@ -73,7 +75,7 @@ def open_session(
     max_seq_len: int = 256,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     layers: int | None = None,
-    compile_cache: Path | None = None,
+    compile_cache: Path | str | None = None,
     sampled: bool = False,
 ) -> Session:
     """Open the shards in ``path``, a directory that llama-quantize wrote. Use the session in ``with``, or close it.
@@ -81,8 +83,9 @@ def open_session(
     The other arguments are those of ``SessionOptions``, and llama-run's options of the same names. Raises InputError
     for bad shards, options or devices before any tensor is read, except for missing chips' files.
     """
+    cache = None if compile_cache is None else Path(compile_cache)
     options = SessionOptions(
-        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, compile_cache, sampled
+        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, cache, sampled
     )
     return Session(open_model(Path(path), max_seq_len, layers), options)
 
@@ -134,11 +137,16 @@ class Session:
             raise ValueError("this session has released its decoder; open another")
         return self._generator
 
+    def _check_longest(self, tokens: int | None, most: int) -> None:
+        if tokens is not None and not 1 <= tokens <= most:
+            raise InputError(f"A row of {tokens} tokens can't be compiled for; give 1 to {most}, or None for any.")
+
     @torch.no_grad()
     def warm_up(self, longest_prompt: int | None = None) -> None:
         """Compile the graphs of ``generate``, ``prefill`` and ``step``, for prompts of up to ``longest_prompt`` tokens
         or, by default, of any length.
         """
+        self._check_longest(longest_prompt, self.options.max_seq_len)
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up(longest_prompt)
@@ -147,6 +155,7 @@ class Session:
     @torch.no_grad()
     def warm_up_scores(self, longest_row: int | None = None) -> None:
         """Compile the graphs of ``score``, for rows of up to ``longest_row`` tokens or, by default, of any length."""
+        self._check_longest(longest_row, self.options.max_seq_len + 1)
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up_scores(longest_row)
@@ -158,8 +167,8 @@ class Session:
 
         Raises ValueError for ``sampling`` with a temperature in a session that was opened without ``sampled``.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {max_new_tokens} asks for nothing; give 1 or more.")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {shown(max_new_tokens)}; give a whole number from 1 on.")
         return self.generator.generate(self._prompts(prompts), max_new_tokens, sampling)
 
     @torch.no_grad()
@@ -181,7 +190,7 @@ class Session:
         It doesn't stop at end tokens. Raises ValueError without a started batch, after another use of the session since
         then, and when the cache is full.
         """
-        return self.generator.step().cpu().flatten()
+        return self.generator.step().cpu().flatten().clone()  # on the host it is the next step's input
 
     @torch.no_grad()
     def score(self, tokens: Rows) -> Tensor:
@@ -215,7 +224,11 @@ class Session:
                 f"The session is for {self.options.batch_size} rows and was given {len(rows)}. Give as many, or open "
                 f"one with batch_size={len(rows)}."
             )
-        return rows.tolist() if isinstance(rows, Tensor) else rows
+        found = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+        for row in found:
+            if not isinstance(row, list | tuple) or any(type(token) is not int for token in row):
+                raise InputError(f"A row is {shown(row)}; give a list of whole numbers for each, the token ids.")
+        return found
 
 
 def _backend(shards: Shards, options: SessionOptions) -> Backend:
@@ -228,7 +241,7 @@ def _backend(shards: Shards, options: SessionOptions) -> Backend:
     return HostBackend(options.backend, options.compile_cache)
 
 
-def _load(model: StoredModel, backend: Backend) -> tuple[dict[str, Tensor], int]:
+def _load(model: StoredModel, backend: Backend) -> tuple[DecoderParameters, int]:
     """The decoder's tensors, and the bytes of parameters that each chip holds."""
     config, scheme = model.config, model.shards.manifest.scheme
     total = sum(stored.spec(config, backend.chips).nbytes for stored in stored_tensors(config, scheme))

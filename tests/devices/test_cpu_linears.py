@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from quantize.formats.floating import Floating
 from quantize.formats.int8 import Int8
 from runtime.devices.capture import capture
-from runtime.model.linears.linear import Linear, LinearWeight
+from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight
 from runtime.model.linears.packed import KERNEL_ROWS, LOOP_ROWS, PackedLinear
 from runtime.model.linears.tiled import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
 
@@ -142,6 +142,14 @@ def test_rows_are_made_before_inductors_loop(activations: torch.dtype) -> None:
     loops = code.split("for(int64_t x0=")
     kinds = [("Vectorized<int8_t>" in loop, ".erf()" in loop) for loop in loops]
     assert sorted(kind for kind in kinds if any(kind)) == [(False, True), (True, False)]
+
+
+def test_a_format_without_a_linear_of_its_own_is_decoded() -> None:
+    """Also a square weight with one scale for each output channel, which loading gives as [out]."""
+    case = _case(96, 96, torch.int8)
+    x = _rows(3, 96, torch.float32)
+    exact = x.double() @ case.exact.T
+    torch.testing.assert_close(DecodedLinear(held(case.weight, case.scale))(x).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_forms_hold_no_second_weight() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
+from converters.model.config import ModelConfig
+from converters.model.families.llama import LLAMA
 from quantize.formats.table import FORMATS
 from quantize.job import QuantizeRequest, quantize
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, padding_bytes
+from quantize.shards.stored import Scheme, chip_specs, padding_bytes
 
 CHIPS = 3  # which divide neither the 5 heads, nor the 7 groups of the feed-forward layer's inputs
 SIZES = {"heads": 5, "kv_heads": 5, "hidden": 160, "head_dim": 32, "ffn": 224, "vocab": 517}
@@ -113,6 +116,16 @@ def test_logits_are_those_of_the_decoded_weights(checkpoint: Path, tmp_path: Pat
     ours = torch.tensor(result["logits"][0][0])
     assert relative(ours, logits_after(model, PROMPT)[-1]) < 1e-4
     assert relative(ours, exact) > 1e-2  # what 4 bits change would be seen
+
+
+def test_values_that_would_lie_on_two_chips_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight values to an element, heads of 4 dimensions on chips of their own."""
+    packed = replace(Toy.parts[0], inputs=8)
+    monkeypatch.setattr(Toy, "parts", (packed, Toy.parts[1]))
+    config = ModelConfig("small", 32, 64, 1, 8, 8, 4, vocab_size=64, architecture=LLAMA.architecture)
+    assert chip_specs(config, Scheme(Toy.name), 4)
+    with pytest.raises(InputError, match=r"o_proj\.weight_packed can't be split over 8 chips: 8 inputs"):
+        chip_specs(config, Scheme(Toy.name), 8)
 
 
 def test_inputs_that_are_no_multiple_of_a_group_are_refused(tmp_path: Path) -> None:

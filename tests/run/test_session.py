@@ -165,11 +165,52 @@ def test_the_cache_ends_generating(folder: Path) -> None:
 def test_a_step_needs_a_batch_of_its_own(folder: Path) -> None:
     prompts = drawn(5)
     with opened(folder) as session:
-        for other in (lambda: None, lambda: session.logits(prompts), lambda: session.score(prompts), session.warm_up):
+        uses = (
+            lambda: None,
+            lambda: session.logits(prompts),
+            lambda: session.score(prompts),
+            lambda: session.generate(prompts, 2),
+            session.warm_up,
+        )
+        for other in uses:
             other()
             with pytest.raises(ValueError, match="prefill"):
                 session.step()
             session.prefill(prompts)
+            session.step()
+
+
+def test_a_step_s_tokens_are_the_caller_s(folder: Path) -> None:
+    """Written over, they change nothing of what comes."""
+    with opened(folder) as session:
+        found = []
+        for change in (False, True):
+            session.prefill(drawn(5))
+            tokens = []
+            for _ in range(4):
+                token = session.step()
+                tokens.append(token.item())
+                if change:
+                    token.fill_(7)
+            found.append(tokens)
+    assert found[0] == found[1]
+
+
+def test_an_interrupted_batch_is_not_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(folder) as session:
+        session.prefill(drawn(5))
+        generator, run_section, left = session.generator, session.generator._run_section, [1]
+
+        def interrupted(*arguments: Any) -> Any:
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return run_section(*arguments)
+
+        monkeypatch.setattr(generator, "_run_section", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.logits(drawn(30))  # of two sections
+        with pytest.raises(ValueError, match="prefill"):
             session.step()
 
 
@@ -191,7 +232,8 @@ def test_a_closed_session_holds_nothing(folder: Path) -> None:
         ({"backend": "cuda"}, "xla, inductor, eager"),
         ({"dtype": torch.int8}, "dtype can't be torch.int8"),
         ({"kv_cache_dtype": torch.float16}, "kv_cache_dtype can't be torch.float16"),
-        ({"batch_size": 0}, "give 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_seq_len": 1.5}, "max_seq_len is 1.5"),
         ({"buckets": [16, 8]}, "ascending"),
         ({"buckets": []}, "ascending"),
         ({"compile_cache": Path("cache")}, "leave out compile_cache"),
@@ -248,5 +290,14 @@ def test_rows_are_refused(folder: Path) -> None:
         ):
             with pytest.raises(InputError, match=says):
                 session.score(rows)
-        with pytest.raises(InputError, match="give 1 or more"):
-            session.generate(drawn(3, 4), 0)
+        for rows in ([3, 4], ["ab", "cd"], torch.tensor([[3.5, 4], [5, 6]]), [[3, True], [4, 5]]):
+            for use in (session.score, session.logits):
+                with pytest.raises(InputError, match="list of whole numbers"):
+                    use(rows)
+        for count in (0, 2.5):
+            with pytest.raises(InputError, match="max_new_tokens"):
+                session.generate(drawn(3, 4), count)
+        for warm_up, longest in ((session.warm_up, SLOTS + 1), (session.warm_up_scores, SLOTS + 2)):
+            for tokens in (0, longest):
+                with pytest.raises(InputError, match="can't be compiled for"):
+                    warm_up(tokens)

@@ -48,7 +48,7 @@ def from_hf(fields: Any, name: str = "") -> ModelConfig:
     if not isinstance(fields, dict):
         raise InputError("config.json does not hold a JSON object; it is no Hugging Face configuration.")
     family, fields = _completed(fields)
-    absent = [field for field in (*_REQUIRED, *family.required) if field not in fields]
+    absent = [field for field in (_REQUIRED[0], *family.required, *_REQUIRED[1:]) if field not in fields]
     if absent:
         raise InputError(f"config.json lacks {', '.join(absent)}; it is no {family.title} configuration.")
     return ModelConfig(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from converters.formats.compressed_tensors import SCALE_SUFFIX
 from quantize.formats.weight_format import WeightFormat
 
 
@@ -25,7 +26,7 @@ class LinearWeight:
     @property
     def scale(self) -> torch.Tensor | None:
         """The scale of each output channel, [out]; None for a format without."""
-        return self.tensors.get("_scale")
+        return self.tensors.get(SCALE_SUFFIX)
 
 
 MakeLinear = Callable[[LinearWeight], nn.Module]
@@ -56,8 +57,12 @@ class DecodedLinear(nn.Module):
         super().__init__()
         self._format = weight.format
         self._names = {suffix: f"weight{suffix}" for suffix in weight.tensors}
+        columns = {
+            part.suffix for part in weight.format.parts if part.inputs is None
+        }  # held as [out], stored as [out, 1]
         for suffix, name in self._names.items():
-            self.register_buffer(name, weight.tensors[suffix])
+            tensor = weight.tensors[suffix]
+            self.register_buffer(name, tensor[:, None] if suffix in columns else tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         decoded = self._format.decode({suffix: getattr(self, name) for suffix, name in self._names.items()})
