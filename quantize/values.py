@@ -87,19 +87,20 @@ class Quantizer:
             note(f"Dequantized from the source's {source.format} to {config.dtype}: {_listed(held - wanted)}.{hint}")
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        if stored.name in self._held and stored.format.name == self._quantized.format:
-            return self._as_it_is(stored, start, stop)
+        source = self._quantized
+        if source is not None and stored.name in self._held and stored.format.name == source.format:
+            return self._as_it_is(source, stored, start, stop)
         encoded = stored.format.encode(self._source.rows(stored.name, start, stop))
         for tensor in encoded.tensors.values():
             _check_finite(tensor, stored.name)
         return Block(*encoded)
 
-    def _as_it_is(self, stored: StoredParameter, start: int, stop: int) -> Block:
+    @staticmethod
+    def _as_it_is(source: QuantizedSource, stored: StoredParameter, start: int, stop: int) -> Block:
         """Rows that the source holds in the wanted format, unchanged."""
-        assert self._quantized is not None
         tensors = {}
         for each in stored.tensors:
-            rows = self._quantized.stored_rows(each.name, start, stop).to(each.torch_dtype)
+            rows = source.stored_rows(each.name, start, stop).to(each.torch_dtype)
             _check_finite(rows, each.name)
             tensors[each.part.suffix] = rows
         nothing = torch.zeros(stop - start, dtype=torch.float64)

@@ -57,9 +57,8 @@ class DecodedLinear(nn.Module):
         super().__init__()
         self._format = weight.format
         self._names = {suffix: f"weight{suffix}" for suffix in weight.tensors}
-        columns = {
-            part.suffix for part in weight.format.parts if part.inputs is None
-        }  # held as [out], stored as [out, 1]
+        # The device holds them as [out]; the format knows them as the shards have them, [out, 1].
+        columns = {part.suffix for part in weight.format.parts if part.inputs is None}
         for suffix, name in self._names.items():
             tensor = weight.tensors[suffix]
             self.register_buffer(name, tensor[:, None] if suffix in columns else tensor)
