@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke, invoke_error, refuse_source
-from models import edit_json, make_model, make_opt, snapshot
+from models import assert_same_bits, edit_json, make_model, make_opt, snapshot
 from parity import count_greedy, decode, logits_after, reference, relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTForCausalLM
@@ -45,13 +45,6 @@ FIELDS = (
     *("max_position_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "model_type"),
     *("layer_norm_elementwise_affine", "activation_function", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
 )
-
-
-def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("variety", VARIETIES)

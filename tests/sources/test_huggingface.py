@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from invoke import invoke
-from models import make_model, random_tensors, snapshot, stored, write_hf
+from models import assert_same_bits, make_model, random_tensors, snapshot, stored, write_hf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -51,13 +51,6 @@ def generate(model: LlamaForCausalLM) -> list[int]:
     prompt = torch.tensor([[1, 5, 9, 3]])
     made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
     return made[0, 4:].tolist()
-
-
-def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype
-        assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("variety", VARIETIES)
