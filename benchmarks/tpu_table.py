@@ -89,7 +89,7 @@ class Compiled:
         workload = Workload(config, Scheme(case.scheme), case.batch_size, SLOTS)
         slice_ = find_slice(case.target)
         content = compile_plan(workload, slice_, least_rows=case.rows).to_json()
-        return content | {"roofline_ms": workload.on(slice_.chips).roofline_ms(slice_)}
+        return content | {"roofline_ms": workload.on(slice_.devices).roofline_ms(slice_)}
 
 
 def published(compiled: Compiled) -> Iterator[list[str]]:

@@ -14,9 +14,15 @@ from converters.console.command import DISTRIBUTION, run
 @click.option("--int8", "scheme", flag_value="int8", help="Linear layers in int8, one scale per output channel.")
 @click.option("--bf16", "scheme", flag_value="bf16", help="Everything in bfloat16: shards without quantizing.")
 @click.option(
-    "--chips", type=click.IntRange(min=1, max=4096), help="Files to make, one per chip. [default: 1, or the target's]"
+    "--chips",
+    type=click.IntRange(min=1, max=4096),
+    help="Files to make, one per chip (tpu7x: two per chip). [default: 1, or the target's]",
 )
-@click.option("--target", metavar="SLICE", help="A TPU slice (v4-16 has 8 chips) in place of --chips.")
+@click.option(
+    "--target",
+    metavar="SLICE",
+    help="A TPU slice in place of --chips: v4-16 has 8 chips, tpu7x-8 has 8 devices on 4 chips.",
+)
 @click.option(
     "--only-chip",
     "only_chips",
@@ -72,15 +78,18 @@ def command(
 
 def _chip_count(chips: int | None, target: str | None) -> int:
     from converters.console.errors import InputError
-    from quantize.slices import target_chips
+    from converters.console.notes import note
+    from quantize.slices import find_slice
 
     if target is None:
         return chips or 1
-    if chips not in (None, target_chips(target)):
-        raise InputError(
-            f"--chips {chips} contradicts --target {target}, which has {target_chips(target)}. Give one of them."
-        )
-    return target_chips(target)
+    slice_ = find_slice(target)
+    if chips not in (None, slice_.devices):
+        has = slice_.devices if slice_.devices_per_chip == 1 else slice_.size
+        raise InputError(f"--chips {chips} contradicts --target {target}, which has {has}. Give one of them.")
+    if slice_.devices_per_chip > 1:
+        note(f"{slice_.name} is {slice_.size}: every device gets a file of its own and is counted as a chip here.")
+    return slice_.devices
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""TPU slices by name, as --target takes them: generation, chips and how these are wired up."""
+"""TPU slices by name, as --target takes them: generation, chips and how these are wired up.
+
+What holds a shard is a device, as XLA counts them: a whole chip, but in tpu7x one of a chip's two halves.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ from dataclasses import dataclass
 from math import prod
 
 from converters.console.errors import InputError
+from converters.console.units import plural
 
-# What the number in a slice's name counts, per chip: TensorCores in v4 and v5p, chips in v5e and v6e
-# (cloud.google.com/tpu/docs: v4, v5p, v5e, v6e).
-_NAME_UNITS_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
-# Default shapes (docs: supported TPU configurations): v4 and v5p a 3D mesh, from 4x4x4 on a torus; v5e and v6e 2D. v5p
-# goes on to 6144 chips, more than shards can be made for.
+# What the number in a slice's name counts, per chip: TensorCores in v4, v5p and tpu7x, chips in v5e and v6e
+# (cloud.google.com/tpu/docs: v4, v5p, v5e, v6e, tpu7x).
+_NAME_UNITS_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1, "tpu7x": 2}
+# The two TensorCores of v4 and v5p are one device with one memory; each of tpu7x's has its own half of the chip's
+# memory (cloud.google.com/tpu/docs/tpu7x: dual-chiplet architecture).
+_DEVICES_PER_CHIP = {"v4": 1, "v5p": 1, "v5e": 1, "v6e": 1, "tpu7x": 2}
+# Default shapes (docs: supported TPU configurations): v4, v5p and tpu7x a 3D mesh, from 4x4x4 on a torus; v5e and v6e
+# 2D. v5p goes on to 6144 chips and tpu7x to 9216, more than shards can be made for.
 _SHAPES_3D = (
     (2, 2, 1),
     (2, 2, 2),
@@ -26,7 +33,13 @@ _SHAPES_3D = (
     (16, 16, 16),
 )
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_SHAPES = {"v4": _SHAPES_3D, "v5p": _SHAPES_3D, "v5e": _SHAPES_2D, "v6e": _SHAPES_2D}
+_SHAPES = {
+    "v4": _SHAPES_3D,
+    "v5p": _SHAPES_3D,
+    "v5e": _SHAPES_2D,
+    "v6e": _SHAPES_2D,
+    "tpu7x": ((1, 1, 1), *_SHAPES_3D[:-1]),  # 16x16x16 would be 8192 devices
+}
 GENERATIONS = tuple(_SHAPES)
 # The TPU API's own name of v5e.
 _ALIASES = {"v5litepod": "v5e"}
@@ -42,6 +55,21 @@ class Slice:
     @property
     def chips(self) -> int:
         return prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """The number of XLA devices, and so of shards: that of the chips, or twice as many."""
+        return self.chips * self.devices_per_chip
+
+    @property
+    def devices_per_chip(self) -> int:
+        return _DEVICES_PER_CHIP[self.generation]
+
+    @property
+    def size(self) -> str:
+        """``8 chips``; ``8 devices on 4 chips`` where a chip is two devices."""
+        chips = plural(self.chips, "chip")
+        return chips if self.devices_per_chip == 1 else f"{plural(self.devices, 'device')} on {chips}"
 
     @property
     def name(self) -> str:
@@ -68,6 +96,6 @@ def find_slice(name: str) -> Slice:
     raise InputError(f"Unknown slice {name[:40]!r}; give one of {', '.join(each.name for each in SLICES)}.")
 
 
-def target_chips(target: str) -> int:
-    """``v4-16`` -> 8. Raises InputError for a name that isn't a slice's."""
-    return find_slice(target).chips
+def device_word(generation: str) -> str:
+    """What holds a shard in slices of a generation: ``chip``, or ``device`` where that is only a part of a chip."""
+    return "chip" if _DEVICES_PER_CHIP[generation] == 1 else "device"

@@ -181,9 +181,10 @@ def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tu
     scheme = shards.manifest.scheme
     if asked not in (None, scheme.name):
         raise InputError(f"--{asked} contradicts {directory}, whose shards were made with --{scheme.name}.")
-    if target is not None and target.chips != shards.chips:
+    if target is not None and target.devices != shards.chips:
+        has = target.devices if target.devices_per_chip == 1 else target.size
         raise InputError(
-            f"{directory} has shards for {shards.chips} chips and {target.name} has {target.chips}. Re-shard them: "
+            f"{directory} has shards for {shards.chips} chips and {target.name} has {has}. Re-shard them: "
             f"llama-quantize {directory} --{scheme.name} --target {target.name} --out OTHER."
         )
     return shards.config, scheme, shards.chips

@@ -120,7 +120,7 @@ class CompiledPlan:
         """The prediction of the step's time; None where the step doesn't compile."""
         if self.step.program is None:
             return None
-        collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.chips)
+        collectives_s = latency_model().collectives_s(self.step.collective_count, self.target.devices)
         return Prediction(self.step.estimated_ms or 1000 * self.step.roofline_s, 1000 * collectives_s)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def compile_plan(
     compiler, slots = TPUCompiler(target), workload.max_seq_len
 
     def compiled(make: MakeGraph, tokens: int, seen: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
-        graph = trace_graph(workload, target.chips, make, tokens, least_rows)
+        graph = trace_graph(workload, target.devices, make, tokens, least_rows)
         return _compile(compiler, graph, replace(workload, max_seq_len=seen), target)
 
     step = compiled(greedy_graph, 1, slots, least_rows)
@@ -189,7 +189,7 @@ def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, targ
         priced if chip.clock_hz else None,
         {name: (each.count, each.nbytes) for name, each in priced.collectives.items()},
         dequantized_weights(module),
-        roofline_s=workload.on(target.chips).decode_bytes / chip.hbm_bandwidth,
+        roofline_s=workload.on(target.devices).decode_bytes / chip.hbm_bandwidth,
     )
 
 

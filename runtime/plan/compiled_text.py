@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.console.units import format_bytes, plural
-from quantize.slices import Slice
+from quantize.slices import Slice, device_word
 from runtime.plan.chips import chip_of
 from runtime.plan.columns import columns
 from runtime.plan.compiled_plan import CompiledGraph, CompiledPlan, Prediction
@@ -13,7 +13,7 @@ from runtime.plan.latency import FITTED_GENERATION, PUBLISHED, latency_model
 def compiled_lines(compiled: CompiledPlan) -> list[str]:
     """The decode step's verdict and the prediction of its time, then a verdict for each bucket."""
     target, prediction = compiled.target, compiled.prediction
-    lines = [f"The TPU's compiler, asked for {target.name} (no TPU was used), per chip:"]
+    lines = [f"The TPU's compiler, asked for {target.name} (no TPU was used), per {device_word(target.generation)}:"]
     lines += _graph("decode step", compiled.step, target)
     lines += [f"    {line}" for line in _times(compiled.step, prediction, target)]
     if prediction is not None:

@@ -1,4 +1,7 @@
-"""What a model needs from a TPU, before any of its weights exist: sizes, whether a slice holds it, the roofline."""
+"""What a model needs from a TPU, before any of its weights exist: sizes, whether a slice holds it, the roofline.
+
+A chip is here what holds one shard: a device, of which tpu7x's chips have two (``quantize/slices.py``).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from converters.console.units import format_bytes
 from converters.model.config import ModelConfig
 from quantize.shards.partition import MAX_CHIPS, check_chips
 from quantize.shards.stored import Scheme
-from quantize.slices import GENERATIONS, Slice
+from quantize.slices import GENERATIONS, Slice, device_word
 from runtime.model.sizing import (
     BFLOAT16_BYTES,
     cache_bytes_per_chip,
@@ -98,8 +101,8 @@ class Workload:
     def smallest_slice(self, generation: str) -> Slice | None:
         """The smallest slice of a generation that holds it; None where none does."""
         fewest = self.min_chips(generation)
-        candidates = (each for each in slices_of(generation) if each.chips >= fewest)
-        return next((each for each in candidates if self.on(each.chips).fits(each)), None)
+        candidates = (each for each in slices_of(generation) if each.devices >= fewest)
+        return next((each for each in candidates if self.on(each.devices).fits(each)), None)
 
     def smallest_slices(self) -> list[Slice]:
         """The smallest slice of every generation that holds it, leaving out generations that have none."""
@@ -110,7 +113,7 @@ class Workload:
         """Raise InputError, saying what would be needed, where no slice holds it."""
         if self.smallest_slices():
             return
-        needs = ", ".join(f"{self.min_chips(each)} chips of {each}" for each in GENERATIONS)
+        needs = ", ".join(f"{self.min_chips(each)} {device_word(each)}s of {each}" for each in GENERATIONS)
         parameters, cache = format_bytes(self.unsplit.parameter_bytes), format_bytes(self.unsplit.cache_bytes)
         raise InputError(
             f"No slice holds {self.config.name} with batch size {self.batch_size} and {self.max_seq_len} tokens: "
@@ -134,7 +137,7 @@ class Plan:
 
     @cached_property
     def placement(self) -> Placement | None:
-        chips = self.target.chips if self.target else self.chips
+        chips = self.target.devices if self.target else self.chips
         return None if chips is None else self.workload.on(chips)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from converters.console.units import format_bytes, plural
+from quantize.slices import device_word
 from runtime.plan.chips import GB, describe
 from runtime.plan.columns import columns
 from runtime.plan.plan import DEFAULT_GENERATION, Plan, Workload
@@ -55,9 +56,10 @@ def overview(plans: Sequence[Plan]) -> str:
 
 
 def overview_on(plans: Sequence[Plan]) -> str:
-    """Several models and schemes on one slice: what each chip holds, and the roofline."""
+    """Several models and schemes on one slice: what each device holds, and the roofline."""
     target = plans[0].target
-    rows = [("model", "scheme", "parameters per chip", "cache per chip", "fits", "decode step at least")]
+    word = device_word(target.generation)
+    rows = [("model", "scheme", f"parameters per {word}", f"cache per {word}", "fits", "decode step at least")]
     for plan in plans:
         held = plan.placement
         rows.append(

@@ -72,8 +72,10 @@ class TPUCompiler:
             raise InputError(f"libtpu can't compile for {target.name}: {_first_line(error)}") from None
         self._devices = topology.devices
         self.target = target
-        if len(self._devices) != target.chips:
-            raise InputError(f"libtpu gives {target.name} {len(self._devices)} devices; {target.chips} were expected.")
+        if len(self._devices) != target.devices:
+            raise InputError(
+                f"libtpu gives {target.name} {len(self._devices)} devices; {target.devices} were expected."
+            )
 
     def compile(self, graph: TracedGraph) -> CompiledProgram:
         """Compile a traced graph, split over the slice's chips. Raises OutOfMemory where no chip could hold it."""

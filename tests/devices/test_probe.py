@@ -22,8 +22,8 @@ from runtime.devices.xla import PROBE_SIZE, Tracer, read_repeatedly
 found = {}
 for name in sys.argv[2:]:
     target = find_slice(name)
-    tracer = Tracer(target.chips)
-    values = tracer.zeros((target.chips, PROBE_SIZE, PROBE_SIZE), torch.bfloat16, 0)
+    tracer = Tracer(target.devices)
+    values = tracer.zeros((target.devices, PROBE_SIZE, PROBE_SIZE), torch.bfloat16, 0)
     graph = tracer.trace(read_repeatedly, (values, []), 1)
     traced = xla_client.XlaComputation(graph.hlo).as_hlo_text()
     found[name] = {"traced": traced} | asdict(TPUCompiler(target).compile(graph))

@@ -23,17 +23,17 @@ for each in SLICES:
     described[each.name] = [len(devices), extent, devices[0].device_kind]
 print(json.dumps(described))
 """
-KINDS = {"v4": "TPU v4", "v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+KINDS = {"v4": "TPU v4", "v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 
 def test_libtpu_knows_every_slice() -> None:
-    """A device for each chip, wired up as the table has it."""
+    """A device for each chip, or two (tpu7x), wired up as the table has it."""
     done = subprocess.run([sys.executable, "-c", DESCRIBE], check=True, capture_output=True, text=True, timeout=300)
     described = json.loads(done.stdout)
-    assert len(SLICES) == 38
+    assert len(SLICES) == 49
     for each in SLICES:
         shape = [*each.shape, *[1] * (3 - len(each.shape))]
-        assert described[each.name] == [each.chips, shape, KINDS[each.generation]], each.name
+        assert described[each.name] == [each.devices, shape, KINDS[each.generation]], each.name
 
 
 @pytest.mark.slow
@@ -46,3 +46,16 @@ def test_a_slice_of_one_chip_is_compiled_for(target: str) -> None:
     assert found["compiled"]["fits"]
     assert found["compiled"]["argument_bytes"] == pytest.approx(held, rel=0.01)
     assert found["compiled"]["collectives"] == {}
+
+
+@pytest.mark.slow
+def test_a_chip_of_two_devices_is_compiled_for() -> None:
+    """A shard on each half of the chip, and their sums exchanged: two a layer, and what embedding and head need."""
+    wanted = ("--config", "tiny", "--int8", "--target", "tpu7x-2", "--compile", "--json", "-")
+    found = json.loads(invoke(plan, *wanted).stdout)
+    held = found["per_chip"]["parameter_bytes"] + found["per_chip"]["cache_bytes"]
+    assert found["chips"] == 2
+    assert found["compiled"]["fits"]
+    assert found["compiled"]["argument_bytes"] == pytest.approx(held, rel=0.01)
+    assert found["compiled"]["all_reduce"] == 2 * 4 + 3
+    assert found["compiled"]["estimated_ms"] is None  # the clock isn't published

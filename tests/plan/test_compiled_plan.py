@@ -31,7 +31,7 @@ def compile_step(name: str, scheme: str, target: str, rows: int) -> tuple[Compil
 @pytest.mark.parametrize(("name", "scheme", "target"), [("7B", "int8", "v4-8"), ("7B", "bf16", "v4-8")])
 def test_memory_is_that_of_the_files(name: str, scheme: str, target: str) -> None:
     step, workload = compile_step(name, scheme, target, 1)
-    held = workload.on(find_slice(target).chips)
+    held = workload.on(find_slice(target).devices)
     assert step.program.argument_bytes == pytest.approx(held.held_bytes, rel=0.01)
     assert step.program.alias_bytes == held.cache_bytes
     assert step.program.temp_bytes < 0.2e9

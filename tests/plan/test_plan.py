@@ -16,8 +16,9 @@ from converters.model.config import ModelConfig
 from converters.model.families.llama import LLAMA
 from converters.model.families.presets import PRESETS
 from quantize.cli import command as quantize
+from quantize.shards.partition import MAX_CHIPS
 from quantize.shards.stored import Scheme
-from quantize.slices import GENERATIONS, SLICES, find_slice, target_chips
+from quantize.slices import GENERATIONS, SLICES, find_slice
 from runtime.plan.chips import CHIPS, chip_of, libtpu_topology
 from runtime.plan.plan import Plan, Workload
 from runtime.plan_cli import command as plan
@@ -66,18 +67,37 @@ def planned(*args: object) -> dict:
     ],
 )
 def test_slices(name: str, chips: int, topology: str) -> None:
-    assert target_chips(name) == chips
+    assert find_slice(name).devices == find_slice(name).chips == chips
     assert libtpu_topology(find_slice(name))[0] == topology
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "chips", "topology", "size"),
+    [
+        ("tpu7x-2", 2, 1, "tpu7x:1x1x1", "2 devices on 1 chip"),
+        ("tpu7x-8", 8, 4, "tpu7x:2x2x1", "8 devices on 4 chips"),
+        ("TPU7x-16", 16, 8, "tpu7x:2x2x2", "16 devices on 8 chips"),
+        ("tpu7x-128", 128, 64, "tpu7x:4x4x4", "128 devices on 64 chips"),
+        ("tpu7x-4096", 4096, 2048, "tpu7x:8x16x16", "4096 devices on 2048 chips"),
+    ],
+)
+def test_slices_whose_chips_are_two_devices(name: str, devices: int, chips: int, topology: str, size: str) -> None:
+    slice_ = find_slice(name)
+    assert (slice_.devices, slice_.chips, slice_.size) == (devices, chips, size)
+    assert libtpu_topology(slice_)[0] == topology
 
 
 def test_the_table_of_slices_is_in_order() -> None:
     assert len({each.name for each in SLICES}) == len(SLICES)
     for generation in GENERATIONS:
-        counts = [each.chips for each in SLICES if each.generation == generation]
+        counts = [each.devices for each in SLICES if each.generation == generation]
         assert counts == sorted(set(counts))
+        assert counts[-1] <= MAX_CHIPS
         assert generation in CHIPS
     assert chip_of(find_slice("v4-16")).hbm_bytes == 32e9  # as the post counts
     assert chip_of(find_slice("v4-16")).hbm_bandwidth == 1.2e12
+    assert 2 * chip_of(find_slice("tpu7x-8")).hbm_bytes == 192e9  # a device has half a chip's
+    assert 2 * chip_of(find_slice("tpu7x-8")).hbm_bandwidth == 7.38e12
 
 
 # --- JSON
@@ -102,6 +122,24 @@ def test_json_of_a_target() -> None:
     assert found["per_chip"] == {"parameter_bytes": per_chip, "cache_bytes": cache, "hbm_bytes": 32_000_000_000}
     read = per_chip - 2 * (v // 8) * d + 2 * d + cache  # one row of the embedding in place of its part
     assert found["roofline_ms"] == pytest.approx(1000 * read / 1.2e12, rel=1e-12)
+
+
+def test_json_where_a_chip_is_two_devices() -> None:
+    """65B in int8 on the 8 devices of a tpu7x-8's 4 chips, with bytes added up here."""
+    found = planned("--config", "65B", "--int8", "--target", "tpu7x-8")
+    assert set(found) == KEYS
+    assert (found["target"], found["chips"], found["fits"], found["min_chips"]) == ("tpu7x-8", 8, True, 1)
+    d, f, layers, v = 8192, 22016, 80, 32000
+    matrices = layers * (4 * d * d + 3 * d * f)
+    whole = layers * 2 * d  # outputs of o and down, whose scales every device holds
+    scales, norms = 4 * (layers * (5 * d + 2 * f) - whole), 2 * (layers * 2 * d + d)
+    per_device = (matrices + scales + 4 * v * d) // 8 + 4 * whole + norms
+    cache = layers * 2 * 256 * d * 2 // 8
+    assert found["per_chip"] == {"parameter_bytes": per_device, "cache_bytes": cache, "hbm_bytes": 96_000_000_000}
+    read = per_device - 2 * (v // 8) * d + 2 * d + cache  # one row of the embedding in place of its part
+    assert found["roofline_ms"] == pytest.approx(1000 * read / 3.69e12, rel=1e-12)
+    assert planned("--config", "175B", "--target", "tpu7x-2")["min_chips"] == 4  # 350.7 GB over 96 GB
+    assert planned("--config", "175B", "--target", "tpu7x-2")["fits"] is False
 
 
 def test_json_of_llama_3_405b() -> None:
@@ -206,6 +244,7 @@ def test_shards_in_text(root: Path) -> None:
     assert "9 query and 3 KV heads take 12 and 4 places" in text
     for name in ("v4-8", "v5p-8", "v5e-4", "v6e-4"):
         assert f"  {name}: at least" in text
+    assert "tpu7x" not in text  # none has 4 devices
     assert "No slice has so many chips" in invoke(plan, "--shards", root / "shards3").stdout
 
 
@@ -221,10 +260,28 @@ def test_text_of_a_target_shows_the_padding() -> None:
     assert lines[-1].startswith("A decode step takes 3.52 ms at least")
 
 
+def test_text_of_a_target_whose_chips_are_two_devices() -> None:
+    """Shards are of devices, and the words say so; those of v4's chips stay chips."""
+    lines = invoke(plan, "--config", "175B", "--int8", "--target", "tpu7x-8").stdout.splitlines()
+    assert "devices at least          2              11  total / HBM: tpu7x of 96.00 GB a device" in lines[6]
+    assert lines[8:] == [
+        "tpu7x-8: 8 devices on 4 chips, interconnect 2x2x1, each 96.00 GB of HBM at 3.69 TB/s",
+        "Each device holds 21.96 GB of parameters and 150.99 MB of cache, 22.11 GB together.",
+        "Fits, with 73.89 GB of each device's HBM left for XLA's temporaries, which are not counted.",
+        "A decode step takes 5.97 ms at least: 22.01 GB read by each device at 3.69 TB/s.",
+    ]
+    table = invoke(plan, "--int8", "--target", "tpu7x-2").stdout.splitlines()
+    assert table[0].startswith("tpu7x-2: 2 devices on 1 chip, interconnect 1x1x1, each 96.00 GB")
+    assert "parameters per device" in table[1]
+    assert "more than a device has." in invoke(plan, "--config", "175B", "--target", "tpu7x-2").stdout
+    v4 = invoke(plan, "--config", "175B", "--int8", "--target", "v4-16").stdout
+    assert "v4-16: 8 chips, interconnect 2x2x2, each 32.00 GB of HBM at 1.20 TB/s\nEach chip holds" in v4
+
+
 def test_text_of_a_target_that_is_too_small_names_others() -> None:
     text = invoke(plan, "--config", "175B", "--target", "v4-16").stdout
     assert "Does not fit: 11.84 GB more than a chip has." in text
-    assert "smallest slices that hold it: v4-32, v5p-8, v5e-32, v6e-16." in text
+    assert "smallest slices that hold it: v4-32, v5p-8, v5e-32, v6e-16, tpu7x-8." in text
     assert "No slice holds it." in invoke(plan, "--config", "7B", "--target", "v4-8", "--batch-size", 10**7).stdout
 
 
@@ -236,7 +293,9 @@ def test_text_without_a_target_shows_formula_fact_and_chip_counts() -> None:
     for chips, heads, padding in (("4", "52/52", "none"), ("8", "56/56", "818.26"), ("16", "64/64", "2.45")):
         assert rows[chips].split()[1:3] == [heads, padding]
     assert rows["1"].count("too small") == 2
-    assert rows["8"].split()[-3:] == ["v6e-8", "2.58", "ms"]
+    assert rows["8"].split()[-6:] == ["v6e-8", "2.58", "ms", "tpu7x-8", "1.15", "ms"]
+    assert rows["2"].split()[-5:] == ["-", "-", "tpu7x-2", "4.47", "ms"]
+    assert lines[-2] == "tpu7x: a chip is two devices, each counted as one of the chips here."
     assert "1, 2, 4, 13, 26, 52 chips" in lines[-1]
 
 
@@ -254,7 +313,7 @@ def test_table_of_presets() -> None:
         row[:11] for row in rows
     ]
     (row,) = (row for row in rows if row[:2] == ["175B", "int8"])
-    assert row[-4:] == ["v4-16", "v5p-8", "v5e-16", "v6e-8"]
+    assert row[-5:] == ["v4-16", "v5p-8", "v5e-16", "v6e-8", "tpu7x-2"]
     other = invoke(plan, "--batch-size", 2).stdout
     assert "130,000" not in other
     huge = (line.split() for line in invoke(plan, "--batch-size", 10**7).stdout.splitlines())
@@ -271,9 +330,9 @@ def test_smallest_slices_are_the_smallest() -> None:
     for config in (*PRESETS.values(), ODD):
         for scheme in ("int8", "bf16"):
             workload = Workload(config, Scheme(scheme), 4, 1024)
-            holding = [each for each in SLICES if workload.on(each.chips).fits(each)]
+            holding = [each for each in SLICES if workload.on(each.devices).fits(each)]
             expected = [
-                min((each for each in holding if each.generation == generation), key=lambda each: each.chips)
+                min((each for each in holding if each.generation == generation), key=lambda each: each.devices)
                 for generation in GENERATIONS
             ]
             assert workload.smallest_slices() == expected
@@ -301,9 +360,14 @@ def test_smallest_slices_are_the_smallest() -> None:
             ("--shards", "shards4", "--target", "v4-16"),
             "shards4 has shards for 4 chips and v4-16 has 8. Re-shard them: llama-quantize shards4 --int8",
         ),
+        (
+            ("--shards", "shards4", "--target", "tpu7x-8"),
+            "for 4 chips and tpu7x-8 has 8 devices on 4 chips. Re-shard them: llama-quantize shards4 --int8 --target",
+        ),
         (("--config", "7B", "--batch-size", "0"), "--batch-size"),
         (("--config", "7B", "--max-seq-len", "9" * 30), "--max-seq-len"),
-        (("--config", "7B", "--batch-size", "10000000"), "need 41944 chips of v4"),
+        (("--config", "7B", "--batch-size", "10000000"), "need 41944 chips of v4, "),
+        (("--config", "7B", "--batch-size", "10000000"), "13982 devices of tpu7x at least"),
         (("--config", "7B", "--batch-size", "10000000", "--json", "-"), "No slice holds 7B"),
         (("--config", "7B", "--json", "no/folder.json"), "--json no/folder.json can't be written"),
         (("--config", "7B", "--json", "hf"), "--json hf can't be written"),
@@ -342,6 +406,18 @@ def test_compile_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     line = invoke_error(plan, "--config", "7B", "--target", "v4-8", "--compile")
     assert "libtpu is not installed" in line
     assert "pip install 'llama-tpu-toolchain[tpu]'" in line
+
+
+@pytest.mark.parametrize(("target", "word"), [("v4-8", "chip"), ("tpu7x-8", "device")])
+def test_a_verdict_says_what_its_figures_are_of(target: str, word: str) -> None:
+    from runtime.plan.compiled_plan import CompiledGraph, CompiledPlan
+    from runtime.plan.compiled_text import compiled_lines
+
+    refused = CompiledGraph(None, None, {}, 0, "Ran out of memory")
+    assert compiled_lines(CompiledPlan(find_slice(target), refused, {}, None)) == [
+        f"The TPU's compiler, asked for {target} (no TPU was used), per {word}:",
+        "  decode step: does not compile: Ran out of memory",
+    ]
 
 
 def test_a_verdict_has_the_same_keys_in_every_case() -> None:

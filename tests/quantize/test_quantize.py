@@ -193,6 +193,20 @@ def test_target_names_its_chips(checkpoint: Path, tmp_path: Path) -> None:
     assert "v4-7" in invoke_error(quantize, checkpoint, "--int8", "--target", "v4-7", "--out", tmp_path / "out")
 
 
+def test_target_whose_chips_are_two_devices_gets_a_file_for_each(checkpoint: Path, tmp_path: Path) -> None:
+    """The same files as for 8 chips, and a note that says why there are 8 for 4 chips."""
+    said = invoke(quantize, checkpoint, "--int8", "--target", "tpu7x-8", "--out", tmp_path / "out")
+    assert said.stderr.splitlines() == [
+        "Note: tpu7x-8 is 8 devices on 4 chips: every device gets a file of its own and is counted as a chip here."
+    ]
+    plain = invoke(quantize, checkpoint, "--int8", "--chips", 8, "--out", tmp_path / "plain")
+    assert plain.stderr == ""
+    names = sorted(path.name for path in (tmp_path / "out").glob("chip-*"))
+    assert names == [f"chip-{chip:02}-of-08.safetensors" for chip in range(8)]
+    for name in (*names, "shards.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
 def test_same_command_again_finds_it_complete(checkpoint: Path, shards: dict[int, Path]) -> None:
     before = _files(shards[4])
     result = invoke(quantize, checkpoint, "--int8", "--chips", 4, "--out", shards[4])
