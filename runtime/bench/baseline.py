@@ -129,13 +129,12 @@ class _LazyXLA:
     """One XLA device under LazyTensor."""
 
     def __init__(self) -> None:
-        import os
+        from runtime.devices.tracing import lazy_compilations, lazy_device, lazy_sync
+        from runtime.devices.xla import choose_device
 
-        from runtime.devices.xla import compiled_graphs, lazy_device, lazy_sync
-
-        self.device = lazy_device()
-        self.kind = os.environ["PJRT_DEVICE"].lower()
-        self.sync, self.compilations = lazy_sync, compiled_graphs
+        kind = choose_device()
+        self.device, self.kind = lazy_device(kind), kind.lower()
+        self.sync, self.compilations = lazy_sync, lazy_compilations
 
 
 @dataclass(frozen=True)

@@ -32,21 +32,30 @@ class Backend(Protocol):
     form: Form  # this device's variants of parts of the computation
     fuse_bytes: int | None  # the most bytes per chip of a weight fused from several; None for no limit
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
-        """A tensor on the device, joined over the chips. Raises InputError for missing files."""
+    def load(self, shards: Shards, tensor: DecoderTensor) -> Any:
+        """A tensor for a decoder to hold, joined over the chips. Raises InputError for missing files."""
         ...
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
-        """A tensor of zeros on the device, split over the chips along ``axis``."""
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor for a decoder to hold, copied whole to every chip."""
         ...
 
-    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor copied whole to every chip."""
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> Any:
+        """Zeros on the device, split over the chips along ``axis``, as an input of compiled functions."""
+        ...
+
+    def replicate(self, tensor: torch.Tensor) -> Any:
+        """A host tensor copied whole to every chip, as an input of compiled functions."""
+        ...
+
+    def fetch(self, tensor: Any) -> torch.Tensor:
+        """A compiled function's result on the host. Waits for it."""
         ...
 
     def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
         """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
+        It takes, and gives, this backend's inputs and results, which need not be torch's tensors.
         The last results replace, in order, the tensors of the argument with index ``donates``. They may be written over
         those tensors, which must not be used again. With ``exact``, float32 matrix products are computed in float32
         even on a device that would round their inputs to bfloat16.
@@ -55,6 +64,10 @@ class Backend(Protocol):
 
     def wait(self) -> None:
         """Block until the device has finished all launched work."""
+        ...
+
+    def release(self) -> None:
+        """Free what decoders hold. They can't be compiled any more."""
         ...
 
     def compilations(self) -> int:

@@ -59,6 +59,11 @@ class HostBackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
 
+    hold = replicate
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
     def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
         """``exact`` has no effect: PyTorch computes float32 products exactly by default, on CUDA too."""
         return function if self._mode == "eager" else capture(function, "inductor")
@@ -66,6 +71,9 @@ class HostBackend:
     def wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Do nothing: tensors are freed with the last reference to them."""
 
     def compilations(self) -> int:
         from torch._dynamo.utils import counters

@@ -177,7 +177,7 @@ class Generator:
         decoding = self._begin(prompts, None)
         self._decoding = None
         [logits] = self._run(self._logits, decoding.tokens, decoding.slots, decoding.offsets)
-        return logits.cpu()
+        return self._backend.fetch(logits)
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities of every token except each row's first, given those before: float32 [B, T - 1] on the host.
@@ -188,7 +188,8 @@ class Generator:
         tokens, offsets = _aligned(rows)  # [B, T]
         plan = self.plan(tokens.shape[1])
         found = [self._run_section(self._score, section, offsets, tokens[:, :-1], tokens[:, 1:]) for section in plan]
-        parts = [scores.cpu()[:, : section.length] for section, [scores] in zip(plan, found, strict=True)]
+        fetch = self._backend.fetch
+        parts = [fetch(scores)[:, : section.length] for section, [scores] in zip(plan, found, strict=True)]
         before_begin = torch.arange(tokens.shape[1] - 1) < offsets[:, None]
         return torch.cat(parts, dim=1).masked_fill(before_begin, float("nan"))
 
@@ -222,7 +223,7 @@ class Generator:
                     continue
             elif len(rows) == len(launched):
                 break
-            rows.append(launched[len(rows)].cpu().flatten().tolist())
+            rows.append(self._backend.fetch(launched[len(rows)]).flatten().tolist())
             first = first or time.perf_counter()
             open_rows -= {row for row in open_rows if rows[-1][row] in self._config.eos_token_ids}
         return rows, first
@@ -250,11 +251,7 @@ class Generator:
             self._run_section(graphs, Section(1, 0, self._buckets[-1]), offsets, *nothing)
 
     def _run_section(self, graphs: _Sections, section: Section, offsets: Tensor, *rows: Tensor) -> list[Tensor]:
-        """Run a section on ``rows`` [B, T] padded to its bucket: the tokens, then any further inputs of these graphs.
-
-        Host tensors are placed again for every call: torch_xla can't trace a graph over a tensor that an earlier graph
-        has used.
-        """
+        """Run a section on ``rows`` [B, T] padded to its bucket: the tokens, then any further inputs of these graphs."""
         slots = torch.arange(section.start, section.start + section.bucket)
         tokens, *more = (self._padded(each, section) for each in rows)
         placed = map(self._backend.replicate, (tokens, slots, offsets, *more))

@@ -17,7 +17,7 @@ from runtime.model.kv_cache import HEAD_AXIS, KVCache
 from runtime.model.sizing import cache_shape
 
 if TYPE_CHECKING:
-    from runtime.devices.xla import Tracer
+    from runtime.devices.xla import TPUForm
 
 
 def load_decoder(
@@ -50,15 +50,15 @@ def load_tensors(
 
 
 def make_decoder(
-    config: ModelConfig, dtype: torch.dtype, backend: Backend | Tracer, parameters: DecoderParameters
+    config: ModelConfig, dtype: torch.dtype, backend: Backend | TPUForm, parameters: DecoderParameters
 ) -> Decoder:
     """The decoder over parameters that are already on the device, as ``collect`` returns them."""
     heads = plan_heads(config.num_heads, config.num_kv_heads, backend.chips)
-    return Decoder(config, heads, dtype, parameters, backend.replicate, backend.form).eval()
+    return Decoder(config, heads, dtype, parameters, backend.hold, backend.form).eval()
 
 
 def make_cache(
-    config: ModelConfig, backend: Backend | Tracer, batch_size: int, max_seq_len: int, dtype: torch.dtype
+    config: ModelConfig, backend: Backend | TPUForm, batch_size: int, max_seq_len: int, dtype: torch.dtype
 ) -> KVCache:
     """An empty cache on the device, split over the chips by KV heads; ``dtype`` may be int8."""
     shape = cache_shape(config, backend.chips, batch_size, max_seq_len)

@@ -190,7 +190,7 @@ class Session:
         It doesn't stop at end tokens. Raises ValueError without a started batch, after another use of the session since
         then, and when the cache is full.
         """
-        return self.generator.step().cpu().flatten().clone()  # on the host it is the next step's input
+        return self.backend.fetch(self.generator.step()).flatten().clone()  # on the host it is the next step's input
 
     @torch.no_grad()
     def score(self, tokens: Rows) -> Tensor:
@@ -207,11 +207,13 @@ class Session:
     def release(self) -> None:
         """Free the decoder, its graphs and its cache. The weights stay on the device."""
         self._generator = None
+        self.backend.wait()  # it may keep what the last graph gave until then
 
     def close(self) -> None:
         """Free the weights as well."""
         self.release()
         self.tensors = {}
+        self.backend.release()
 
     def _prompts(self, prompts: Rows) -> Sequence[Sequence[int]]:
         rows = self._rows(prompts)

@@ -18,25 +18,25 @@ import ctypes
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-XLA_FLAGS = {
-    "xla_cpu_prefer_vector_width": "512",
-    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
+_DISABLED_PASSES = "xla_disable_hlo_passes"
+_OPTIONS = {"xla_cpu_prefer_vector_width": 512, _DISABLED_PASSES: "gemv-rewriter"}
+_ONE_THREAD_OPTIONS = {
+    _DISABLED_PASSES: "gemv-rewriter,cpu-parallel-task-assigner",
+    "xla_cpu_multi_thread_eigen": False,
 }
-ONE_THREAD_FLAGS = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner", "xla_cpu_multi_thread_eigen": "false"}
 _ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _LARGEST_INT = 2**31 - 1
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-def prepare_cpu_process(chips: int = 1) -> None:
-    """Set up this process for ``chips`` virtual chips. Call it before importing torch_xla or starting a thread."""
+def prepare_cpu_process() -> None:
+    """Set up this process. Call it before starting XLA or a thread."""
     threads = available_cpus()
-    flags = XLA_FLAGS | (ONE_THREAD_FLAGS if chips >= threads else {})
-    os.environ["XLA_FLAGS"] = with_defaults(os.environ.get("XLA_FLAGS", ""), flags)
     if not any(os.environ.get(name) for name in (*_ALLOCATOR_VARIABLES, "GLIBC_TUNABLES")):
         _keep_freed_memory()
     os.environ.setdefault("NPROC", str(threads))  # the size of XLA's thread pools
@@ -44,10 +44,11 @@ def prepare_cpu_process(chips: int = 1) -> None:
         torch.set_num_threads(threads)
 
 
-def with_defaults(given: str, flags: dict[str, str]) -> str:
-    """The flags in ``given``, followed by those of ``flags`` that it doesn't name."""
-    named = {flag.lstrip("-").split("=")[0] for flag in given.split()}
-    return " ".join([*given.split(), *(f"--{name}={value}" for name, value in flags.items() if name not in named)])
+def compiler_options(chips: int) -> dict[str, Any]:
+    """XLA's settings for programs on ``chips`` virtual chips, but for those that the user names in XLA_FLAGS."""
+    options = _OPTIONS | (_ONE_THREAD_OPTIONS if chips >= available_cpus() else {})
+    named = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in options.items() if name not in named}
 
 
 def available_cpus() -> int:

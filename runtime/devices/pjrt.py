@@ -1,0 +1,290 @@
+"""The only module that uses jax, for PJRT: devices, arrays on them, and programs compiled for them.
+
+The devices are those of this process or slice, or those of a topology, which need not be present: they are compiled
+for alike, but only the former run anything. All interfaces used here are jax's public ones. One of them is used in a
+way that its authors had not in mind: a program that wasn't written in jax takes the place of one that was exported
+from it (``_exported``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from runtime.devices.tracing import TracedGraph, TracedTensor
+
+_AXIS = "tp"  # of the mesh: tensor parallel
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
+_INTEGERS = {1: torch.int8, 2: torch.int16}  # by size, for dtypes that numpy lacks
+
+
+def start(platform: str, chips: int | None = None) -> list[Any]:
+    """This process's devices and, on a slice of several hosts, those of the others: jax's ``Device`` objects.
+
+    ``platform`` is jax's name of a kind of device: cpu, tpu, cuda. On the CPU ``chips`` virtual ones are made where jax
+    has not started yet. Raises RuntimeError where there is no such device.
+    """
+    import jax
+
+    jax.config.update("jax_enable_x64", True)  # token ids and slots are torch's int64
+    with suppress(RuntimeError):  # of a jax that has started already, which has the devices that it has
+        jax.config.update("jax_platforms", platform)
+        if chips is not None:
+            jax.config.update("jax_num_cpu_devices", chips)
+    _count_compilations()
+    return jax.devices(platform)
+
+
+def topology_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
+    """The devices of a TPU slice, to compile for, by libtpu's name for it. No device is opened."""
+    import jax
+    from jax.experimental import topologies
+
+    with suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")  # a plan must not occupy this machine's TPU, if it has one
+    jax.config.update("jax_enable_x64", True)
+    return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
+
+
+def compilations() -> int:
+    """Programs that XLA has compiled so far in this process, whoever asked for them."""
+    return _count_compilations()[0]
+
+
+@cache
+def _count_compilations() -> list[int]:
+    """A list with the number of programs compiled since the first call."""
+    import jax
+
+    count = [0]
+
+    def hear(event: str, seconds: float, **_: Any) -> None:
+        count[0] += event == _COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    return count
+
+
+def versions() -> dict[str, str]:
+    """The versions of what compiles, by package; without those that are not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("jax", "jaxlib", "libtpu"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+class OutOfMemory(Exception):
+    """The compiler could not fit a program into a chip's memory; the message is the first line of the compiler's."""
+
+
+class Program:
+    """A program compiled for a mesh, with bytes per chip."""
+
+    def __init__(self, compiled: Any, order: Sequence[int]) -> None:
+        self._compiled, self._order = compiled, order
+        memory = compiled.memory_analysis()
+        self.argument_bytes: int = memory.argument_size_in_bytes
+        self.output_bytes: int = memory.output_size_in_bytes
+        self.alias_bytes: int = memory.alias_size_in_bytes  # the part of the outputs that is written over arguments
+        self.temp_bytes: int = memory.temp_size_in_bytes
+
+    @property
+    def text(self) -> str:
+        """The optimized HLO; a TPU's compiler adds its cost model's cycles."""
+        return self._compiled.as_text()
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """The results for ``inputs``, arrays in the order of the graph's. Those that it donates are used up."""
+        return self._compiled(*[inputs[place] for place in self._order])
+
+    def serialize(self) -> tuple[Any, ...]:
+        """What ``Mesh.load`` makes the program of again."""
+        from jax.experimental import serialize_executable
+
+        return serialize_executable.serialize(self._compiled)
+
+
+class Mesh:
+    """Chips in the order of the shards' files, over which programs are split."""
+
+    def __init__(self, devices: Sequence[Any], platform: str) -> None:
+        """``platform`` is jax's name of the devices' kind: cpu, tpu, cuda."""
+        import jax
+        import numpy as np
+
+        self.devices, self.platform = list(devices), platform
+        self._mesh = jax.sharding.Mesh(np.array(self.devices), (_AXIS,))
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices)
+
+    @property
+    def kind(self) -> str:
+        """The devices' model, as the compiler names it."""
+        return self.devices[0].device_kind
+
+    @property
+    def local_chips(self) -> list[int]:
+        """The chips that this process feeds: all of them on one host, its own on a slice of several hosts."""
+        import jax
+
+        return [chip for chip, device in enumerate(self.devices) if device.process_index == jax.process_index()]
+
+    def place(self, parts: Sequence[torch.Tensor], axis: int | None) -> Any:
+        """The local chips' parts, in the order of ``local_chips``, as one array split on ``axis`` (None: copied).
+
+        A CPU's chips use the tensors' own memory where they can, so the tensors must not be changed afterwards.
+        """
+        import jax
+
+        shape = list(parts[0].shape)
+        if axis is not None:
+            shape[axis] *= self.chips
+        devices = [self.devices[chip] for chip in self.local_chips]
+        arrays = [jax.device_put(_to_numpy(part), device) for part, device in zip(parts, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(tuple(shape), self._sharding(axis, len(shape)), arrays)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int | None) -> Any:
+        """An array of zeros, made on the chips."""
+        import jax.numpy as jnp
+
+        return jnp.zeros(tuple(shape), _dtype(dtype), device=self._sharding(axis, len(shape)))
+
+    def compile(self, graph: TracedGraph, options: Mapping[str, Any] | None = None) -> Program:
+        """The graph compiled for these chips; ``options`` are settings of XLA's. Raises OutOfMemory."""
+        import jax
+
+        exported, order = _exported(graph, self.platform), _donated_last(graph)
+        kept = len(order) - len(graph.donated)
+
+        def run(*inputs: Any) -> list[Any]:
+            by_index = dict(zip(order, inputs, strict=True))
+            constants = {index: _to_numpy(value) for index, value in graph.constants.items()}
+            return exported.call(*[(by_index | constants)[index] for index in range(len(graph.inputs))])
+
+        lowered = jax.jit(
+            run,
+            in_shardings=tuple(self._sharding_of(graph.inputs[index]) for index in order),
+            out_shardings=[self._sharding_of(result) for result in graph.results],
+            donate_argnums=tuple(range(kept, len(order))),
+            keep_unused=True,
+        ).lower(*[_shape(graph.inputs[index]) for index in order])
+        try:
+            compiled = lowered.compile(compiler_options=dict(options) if options else None)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise OutOfMemory(first_line(error)) from None
+            raise
+        return Program(compiled, order)
+
+    def load(self, serialized: tuple[Any, ...], graph: TracedGraph) -> Program:
+        """A program that ``Program.serialize`` gave, for the same graph. It can do whatever it likes to this process:
+        load none from strangers.
+        """
+        from jax.experimental import serialize_executable
+
+        payload, in_tree, out_tree = serialized
+        client = self.devices[0].client
+        compiled = serialize_executable.deserialize_and_load(
+            payload, in_tree, out_tree, backend=client, execution_devices=self.devices
+        )
+        return Program(compiled, _donated_last(graph))
+
+    def peak_bytes(self) -> int | None:
+        """The most bytes that one of the local chips has used; None where they keep no account."""
+        found = [self.devices[chip].memory_stats() for chip in self.local_chips]
+        peaks = [stats["peak_bytes_in_use"] for stats in found if stats and "peak_bytes_in_use" in stats]
+        return max(peaks, default=None)
+
+    def _sharding(self, axis: int | None, rank: int) -> Any:
+        import jax
+
+        spec = [None] * rank if axis is None else [None] * axis + [_AXIS]
+        return jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(*spec))
+
+    def _sharding_of(self, tensor: TracedTensor) -> Any:
+        return self._sharding(tensor.axis, len(tensor.shape))
+
+
+def wait(arrays: Any) -> None:
+    """Block until these arrays are computed: any structure of them."""
+    import jax
+
+    jax.block_until_ready(arrays)
+
+
+def describe(array: Any) -> TracedTensor:
+    """What a program takes such an array as: one that ``Mesh`` placed, or a program's result."""
+    spec = array.sharding.spec
+    axis = next((place for place, name in enumerate(spec) if name is not None), None)
+    return TracedTensor(array.shape, getattr(torch, str(array.dtype)), axis)
+
+
+def to_host(array: Any) -> torch.Tensor:
+    """An array that is whole on every chip, as a tensor on the host. Waits for it."""
+    import numpy as np
+
+    values = np.asarray(array.addressable_data(0))
+    name = str(values.dtype)
+    if values.dtype.isbuiltin == 1:
+        return torch.from_numpy(np.require(values, requirements="W"))
+    return torch.from_numpy(values.view(f"int{8 * values.itemsize}").copy()).view(getattr(torch, name))
+
+
+def _to_numpy(tensor: torch.Tensor) -> Any:
+    """The tensor's own memory, as numpy and jax see it."""
+    tensor = tensor.detach().contiguous()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16, float8: numpy has them by the package ml_dtypes
+        return tensor.view(_INTEGERS[tensor.itemsize]).numpy().view(_dtype(tensor.dtype))
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.dtype(str(dtype).removeprefix("torch."))
+
+
+def _shape(tensor: TracedTensor) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(tensor.shape, _dtype(tensor.dtype))
+
+
+def _donated_last(graph: TracedGraph) -> list[int]:
+    """The graph's inputs but for its constants, those that it donates last, in the order of the results.
+
+    jax writes a result over the first donated input that is like it and that no result before it has taken.
+    """
+    kept = [index for index in range(len(graph.inputs)) if index not in graph.donated and index not in graph.constants]
+    return kept + list(graph.donated)
+
+
+def _exported(graph: TracedGraph, platform: str) -> Any:
+    """The graph as something that jax calls: an exported function of the same inputs and results, whose program is
+    replaced by the graph's.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def stand_in(*inputs: Any) -> list[Any]:
+        return [jnp.zeros(result.shape, _dtype(result.dtype)) for result in graph.results]
+
+    shapes = map(_shape, graph.inputs)
+    exported = jax.export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
+    return replace(exported, mlir_module_serialized=graph.module)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n", 1)[0]
