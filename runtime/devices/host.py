@@ -19,7 +19,7 @@ from runtime.devices.cpu.process import prepare_cpu_process
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.linear import LinearWeight, Operations
 from runtime.model.linears.table import Device, linear_kind
 
 
@@ -51,7 +51,7 @@ class HostBackend:
         return tensor.join(parts).to(self._device)
 
     def _make_linear(self, weight: LinearWeight) -> nn.Module:
-        return linear_kind(weight.format, self._kind).make(weight, torch.ones)
+        return linear_kind(weight.format, self._kind).make(weight, Operations())
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

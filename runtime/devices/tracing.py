@@ -225,6 +225,34 @@ def _as_float(bits: Any) -> Any:
     return bits.bitcast({xb.Type.S16: xb.Type.BF16, xb.Type.S32: xb.Type.F32}[bits.shape().dtype])
 
 
+def product_in_float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T as float32 [..., R, out], for x [..., R, in] and a weight [..., out, in] of the same dtype, which may be
+    bfloat16: torch's own product would give its result that dtype.
+    """
+    from torch_xla import _XLAC
+
+    batch, last = list(range(x.dim() - 2)), x.dim() - 1
+    dimensions = (([last], [last]), (batch, batch) if batch else ())
+    return _XLAC._xla_dot_general(x, weight, dimensions, preferred_element_type=torch.float32)
+
+
+def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """Numbers that bfloat16 represents exactly, converted to it: as their float32's upper half, since XLA:CPU takes
+    twice as long to round.
+    """
+    if values.dtype == torch.bfloat16:
+        return values
+    bits = _operation(_as_bits)(values.float())
+    return _operation(_as_float)((bits >> 16).to(torch.int16))
+
+
+def _as_bits(floats: Any) -> Any:
+    """The bits of float32 numbers, as int32."""
+    import torch_xla.core.xla_builder as xb
+
+    return floats.bitcast(xb.Type.S32)
+
+
 def lazy_device(kind: str) -> torch.device:
     """One XLA device as LazyTensor provides it by default: without SPMD, and with every step traced again.
 

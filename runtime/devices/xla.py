@@ -27,11 +27,11 @@ from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
 from runtime.devices.cpu.process import compiler_options, prepare_cpu_process
-from runtime.devices.tracing import StretchKVCache, TracedTensor, Tracer
+from runtime.devices.tracing import StretchKVCache, TracedTensor, Tracer, product_in_float32, to_bfloat16
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
-from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.linear import LinearWeight, Operations
 from runtime.model.linears.table import Device, linear_kind
 from runtime.model.linears.tiled import Tiles, cut
 from runtime.model.parts.attention import attend_exactly
@@ -104,6 +104,7 @@ class XLABackend:
         self.leader = 0 in self._mesh.local_chips
         self._pending: Any = []  # the results of the last launch
         self._ones: dict[int, torch.Tensor] = {}  # by length
+        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16)
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
@@ -180,7 +181,7 @@ class XLABackend:
         return Tiles([self._hold([part[None] for part in tile], 0) for tile in tiles])
 
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
-        return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._ones_of)
+        return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._operations)
 
     def _materialize(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, divided by ones so that XLA:CPU computes it once: it would recompute sines in every kernel that

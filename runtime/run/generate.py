@@ -251,7 +251,7 @@ class Generator:
             self._run_section(graphs, Section(1, 0, self._buckets[-1]), offsets, *nothing)
 
     def _run_section(self, graphs: _Sections, section: Section, offsets: Tensor, *rows: Tensor) -> list[Tensor]:
-        """Run a section on ``rows`` [B, T] padded to its bucket: the tokens, then any further inputs of these graphs."""
+        """Run a section on ``rows`` [B, T] padded to its bucket: the tokens, then any further inputs of the graphs."""
         slots = torch.arange(section.start, section.start + section.bucket)
         tokens, *more = (self._padded(each, section) for each in rows)
         placed = map(self._backend.replicate, (tokens, slots, offsets, *more))

@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from quantize.formats.floating import Floating
 from quantize.formats.int8 import Int8
 from runtime.devices.capture import capture
-from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight
+from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import KERNEL_ROWS, LOOP_ROWS, PackedLinear
 from runtime.model.linears.tiled import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
 
@@ -73,7 +73,7 @@ def _check(found: torch.Tensor, x: torch.Tensor, case: Case) -> None:
 def test_tiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
     case = _case(*shape, dtype)
     for weight in (Tiles([part.contiguous() for part in cut(case.weight)]), case.weight):
-        linear = TiledLinear(held(weight, case.scale), torch.ones(shape[1]))
+        linear = TiledLinear(held(weight, case.scale), Operations())
         for rows in ROWS:
             for activations in (torch.float32, torch.bfloat16):
                 x = _rows(rows, shape[1], activations)
@@ -86,7 +86,7 @@ def test_tiled_with_its_inputs_on_several_chips(chips: int, local: int) -> None:
     case = _case(11, chips * local, torch.int8)
     parts = [cut(part) for part in case.weight.chunk(chips, dim=1)]
     linear = TiledLinear(
-        held(Tiles([torch.stack(tile) for tile in zip(*parts, strict=True)]), case.scale), torch.ones(local)
+        held(Tiles([torch.stack(tile) for tile in zip(*parts, strict=True)]), case.scale), Operations()
     )
     for rows in ROWS:
         x = _rows(rows, chips * local, torch.float32)
@@ -155,7 +155,7 @@ def test_a_format_without_a_linear_of_its_own_is_decoded() -> None:
 def test_forms_hold_no_second_weight() -> None:
     case = _case(64, 1600, torch.int8)
     tiles = Tiles([part.contiguous() for part in cut(case.weight)])
-    for linear in (TiledLinear(held(tiles, case.scale), torch.ones(1600)), PackedLinear(held(case.weight, case.scale))):
+    for linear in (TiledLinear(held(tiles, case.scale), Operations()), PackedLinear(held(case.weight, case.scale))):
         kept = [*linear.parameters(), *linear.buffers()]
         assert sum(t.nbytes for t in kept if t.dtype == torch.int8) == case.weight.nbytes
         assert sum(t.nbytes for t in kept if t.dtype != torch.int8) <= 8 * len(case.weight) + 4 * 1600

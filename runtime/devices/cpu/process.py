@@ -23,7 +23,11 @@ from typing import Any
 import torch
 
 _DISABLED_PASSES = "xla_disable_hlo_passes"
-_OPTIONS = {"xla_cpu_prefer_vector_width": 512, _DISABLED_PASSES: "gemv-rewriter"}
+_OPTIONS = {
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    _DISABLED_PASSES: "gemv-rewriter",
+}
 _ONE_THREAD_OPTIONS = {
     _DISABLED_PASSES: "gemv-rewriter,cpu-parallel-task-assigner",
     "xla_cpu_multi_thread_eigen": False,

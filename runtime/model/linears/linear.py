@@ -32,6 +32,21 @@ class LinearWeight:
 MakeLinear = Callable[[LinearWeight], nn.Module]
 
 
+def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in float32 [..., R, out], for x [..., R, in] and a weight [..., out, in] of the same dtype."""
+    return x.float() @ weight.float().mT
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a linear's form asks of its device; these are torch's own."""
+
+    ones: Callable[[int], torch.Tensor] = torch.ones  # a vector of ones of that length, for linears to hold
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
+    # Numbers that bfloat16 represents exactly, converted to it.
+    to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+
+
 class Linear(nn.Module):
     """y = x W^T, without a bias, for x [..., in] and values [out, in], floating or int8 with a scale [out].
 

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from quantize.formats.floating import Floating
 from quantize.formats.int8 import Int8
 from quantize.formats.weight_format import WeightFormat
-from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight
+from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import PackedLinear
-from runtime.model.linears.tiled import TiledLinear, inputs_of
+from runtime.model.linears.tiled import TiledLinear
 
 
 class Device(Enum):
@@ -26,16 +25,16 @@ class Device(Enum):
 
 
 class LinearKind(NamedTuple):
-    """``make`` takes a weight and a function that returns a vector of ones of a given length on the device."""
+    """How a linear is made of a weight, with its device's operations."""
 
-    make: Callable[[LinearWeight, Callable[[int], torch.Tensor]], nn.Module]
+    make: Callable[[LinearWeight, Operations], nn.Module]
     in_tiles: bool = False  # whether the weight's values are loaded as ``Tiles``
 
 
-_PLAIN = LinearKind(lambda weight, ones: Linear(weight))
-_TILED = LinearKind(lambda weight, ones: TiledLinear(weight, ones(inputs_of(weight))), in_tiles=True)
-_PACKED = LinearKind(lambda weight, ones: PackedLinear(weight))
-_DECODED = LinearKind(lambda weight, ones: DecodedLinear(weight))
+_PLAIN = LinearKind(lambda weight, operations: Linear(weight))
+_TILED = LinearKind(TiledLinear, in_tiles=True)
+_PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
+_DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
 _LINEARS: dict[tuple[type[WeightFormat], Device], LinearKind] = {
     (Int8, Device.ANY): _PLAIN,
     (Int8, Device.XLA_CPU): _TILED,
@@ -53,4 +52,4 @@ def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
 
 def make_linear(weight: LinearWeight) -> nn.Module:
     """The linear for a weight on a device of kind ``ANY``."""
-    return linear_kind(weight.format, Device.ANY).make(weight, torch.ones)
+    return linear_kind(weight.format, Device.ANY).make(weight, Operations())

@@ -1,21 +1,21 @@
-"""Linears that XLA:CPU runs at memory speed: the weight is cut into tiles along its inputs, each row is a vector.
+"""Linears that XLA:CPU runs at memory speed: the weight is cut into tiles along its inputs.
 
-XLA:CPU has a fast loop for a matrix times a vector: it reads int8, converts on the way, and goes over [out, in] in the
-order of the files. XLA uses that loop only where the product's result is a vector, the input vector has less than
-16 KB, and the product isn't added to something directly (XLA would then call a library routine, which needs the
-weight transposed and converted in memory at every step). So
+A single row is a vector. XLA:CPU has a fast loop for a matrix times a vector: it reads int8, converts on the way, and
+goes over [out, in] in the order of the files. XLA uses that loop only where the product's result is a vector, the input
+vector has less than 16 KB, and the product isn't added to something directly (XLA would then call a library routine,
+which needs the weight converted in memory at every step). So
 
 - weights are cut along ``in`` when they are loaded, into separate tensors: slices taken in the graph run at a third of
   the speed. The compiler fully unrolls a loop over 512 inputs, which makes it half as fast again as a longer one;
-- a few rows become as many products, one after the other while the tile is in the cache;
+- two rows become two products, one after the other while the tile is in the cache;
 - every product is multiplied by its scale before the sum; a weight without a scale is given ones;
 - the vector is divided by ones that the compiler can't know to be ones: it would move a cheap computation of the vector
   into the loop and repeat it for every output, but it considers a division too expensive to repeat. The divisor is a
   whole vector: with a single one, the division would be done in whatever shape the input had before it became a row,
   and the loop would compute indices into that shape for every input.
 
-More rows use a matrix product on each tile, converted once, or on the whole of a small weight; on the whole of a large
-one it takes four times as long. The weight is the left operand there: on the right, XLA would transpose it.
+More rows use a matrix product on each tile, which is converted to the activations' dtype while it is in the cache. The
+processor multiplies bfloat16 by itself where the product asks for its sums in float32.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.linear import LinearWeight, Operations
 
 TILE = 512  # inputs of a tile, approximately
-VECTOR_ROWS = 8  # the most rows multiplied as vectors; each is a kernel to compile
-_SMALL = 1 << 22  # a weight with fewer elements is joined for a matrix product
+VECTOR_ROWS = 2  # the most rows multiplied as vectors
 _VECTOR_INPUTS = 4095  # the most float32 inputs for which XLA:CPU uses the loop
 _LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
 
@@ -66,10 +65,10 @@ def inputs_of(weight: LinearWeight) -> int:
 
 
 class TiledLinear(nn.Module):
-    """y = x W^T, without a bias, for x [..., in] and a weight in tiles; computed in float32, returned in x's dtype."""
+    """y = x W^T, without a bias, for x [..., in] and a weight in tiles; summed in float32, returned in x's dtype."""
 
-    def __init__(self, weight: LinearWeight, ones: torch.Tensor) -> None:
-        """``ones`` is a vector of ones on the device, float32 [``inputs_of(weight)``]; a scale is float32 [out].
+    def __init__(self, weight: LinearWeight, operations: Operations) -> None:
+        """A weight's scale is float32 [out].
 
         A weight [out, in] that isn't in tiles, such as an embedding that is also the output head, is read as it is.
         """
@@ -77,25 +76,21 @@ class TiledLinear(nn.Module):
         values = weight.tensors[""]
         parts = values.parts if isinstance(values, Tiles) else [values]
         self.tiles = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
+        self.operations = operations
         self.register_buffer("scale", weight.scale)
-        self.register_buffer("ones", ones)
-        self._is_small = sum(part.numel() for part in parts) < _SMALL
+        self.register_buffer("ones", operations.ones(inputs_of(weight)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()  # [R, in]
+        rows = x.reshape(-1, x.shape[-1])  # [R, in]
         tiles = self._tiles()
         split = tiles[0].dim() == 3
         if split:
-            rows = rows.unflatten(-1, (tiles[0].shape[0], -1))  # [R, chips, in / chips]
-        rows = rows / self.ones
-        few = len(rows) <= VECTOR_ROWS
-        if not few and self._is_small:
-            tiles = [torch.cat([tile.float() for tile in tiles], dim=-1)]
-        inputs = rows.split([tile.shape[-1] for tile in tiles], dim=-1)
-        multiply = _vector_products if few else _matrix_product
-        y = multiply(tiles, inputs, self.ones[:1] if self.scale is None else self.scale)  # [R, out] or [R, chips, out]
+            rows = rows.unflatten(-1, (tiles[0].shape[0], -1)).transpose(0, 1)  # [chips, R, in / chips]
+        widths = [tile.shape[-1] for tile in tiles]
+        multiply = self._vector_products if rows.shape[-2] <= VECTOR_ROWS else self._matrix_product
+        y = multiply(tiles, rows, widths)  # float32 [R, out] or [chips, R, out]
         if split:
-            y = y.sum(1)
+            y = y.sum(0)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def _tiles(self) -> Sequence[torch.Tensor]:
@@ -103,22 +98,28 @@ class TiledLinear(nn.Module):
             return list(self.tiles)
         return cut(self.tiles[0])
 
+    def _vector_products(
+        self, tiles: Sequence[torch.Tensor], rows: torch.Tensor, widths: Sequence[int]
+    ) -> torch.Tensor:
+        inputs = (rows.float() / self.ones).split(widths, dim=-1)
+        scale = self.ones[:1] if self.scale is None else self.scale
+        sums = []
+        for row in range(rows.shape[-2]):
+            products = [times_vector(tile, part[..., row, :]) * scale for tile, part in zip(tiles, inputs, strict=True)]
+            sums.append(sum(products[1:], products[0]))
+        return torch.stack(sums, dim=-2)
 
-def _vector_products(
-    tiles: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], scale: torch.Tensor
-) -> torch.Tensor:
-    sums = []
-    for row in range(len(inputs[0])):
-        products = [times_vector(tile, part[row]) * scale for tile, part in zip(tiles, inputs, strict=True)]
-        sums.append(sum(products[1:], products[0]))
-    return torch.stack(sums)
+    def _matrix_product(self, tiles: Sequence[torch.Tensor], rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        inputs, product = rows.split(widths, dim=-1), self.operations.product
+        if rows.dtype == torch.bfloat16 and tiles[0].dtype != torch.float32:
+            convert = self.operations.to_bfloat16
+        else:
+            inputs, convert = [part.float() for part in inputs], torch.Tensor.float
+        products = [product(part, convert(tile)) for tile, part in zip(tiles, inputs, strict=True)]
+        y = sum(products[1:], products[0])
+        return y if self.scale is None else y * self.scale
 
 
 def times_vector(tile: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The product [..., out] of a tile [..., out, width] and x [..., width]."""
     return (tile.float() @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _matrix_product(tiles: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-    products = [tile.float() @ part.movedim(0, -1) for tile, part in zip(tiles, inputs, strict=True)]
-    return sum(products[1:], products[0]).movedim(-1, 0) * scale
