@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,14 @@ class Shards:
         """The part of a tensor that ``chip`` holds, padding included."""
         file = self._open(chip)
         return file.rows(name, 0, file.shape(name)[0])
+
+    def local_blocks(self, name: str, chip: int, nbytes: int) -> Iterator[torch.Tensor]:
+        """``local``, some rows after the other, of about ``nbytes`` together."""
+        file = self._open(chip)
+        count, *others = file.shape(name)
+        rows = max(1, nbytes // max(1, prod(others) * self.tensors[name].torch_dtype.itemsize))
+        for start in range(0, count, rows):
+            yield file.rows(name, start, min(start + rows, count))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor as it was before the split."""

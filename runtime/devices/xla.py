@@ -10,7 +10,7 @@ import glob
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
 from runtime.model.linears.linear import LinearWeight, Operations
 from runtime.model.linears.table import Device, linear_kind
-from runtime.model.linears.tiled import Tiles, cut
+from runtime.model.linears.tiled import Tiles, copy_tiles
 from runtime.model.parts.attention import attend_exactly
 
 TPU_LEAST_ROWS = 2  # the fewest rows for the matrix unit; a single row goes to the vector unit
@@ -41,6 +41,7 @@ TPU_FUSE_BYTES = 24_000_000  # a larger weight is not prefetched into on-chip me
 PROBE_SIZE = 11520  # side of a square bfloat16 matrix, 253 MiB on each chip: more than on-chip memories hold
 PROBE_READS = 16  # reads per program, enough that it runs far longer than its launch takes
 _PROBE_ROWS = 8
+_BLOCK_BYTES = 1 << 24  # read at once of a weight that is cut into tiles
 _PROBE_RUNS, _PROBE_REPEATS = 4, 5  # programs launched back to back per timing, and timings
 
 
@@ -109,9 +110,11 @@ class XLABackend:
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         chips = self._mesh.local_chips
-        parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
         if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).in_tiles:
-            return self._hold_tiles(parts, tensor.shard)
+            rows = tensor.local_shape(shards.config, self.chips)[0]
+            tiles = [copy_tiles(_blocks(shards, tensor, chip), rows) for chip in chips]
+            return self._hold_tiles(tiles, tensor.shard)
+        parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
         return self._hold(parts, tensor.shard)
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -173,12 +176,12 @@ class XLABackend:
         self._pending = array
         return self._tracer.placeholder(array.shape, parts[0].dtype, axis, stands_for=array)
 
-    def _hold_tiles(self, parts: Sequence[torch.Tensor], axis: int | None) -> Tiles:
-        """The local chips' parts of a weight [out, in], each cut into tiles separately."""
-        tiles = zip(*(cut(part) for part in parts), strict=True)
+    def _hold_tiles(self, tiles: Sequence[Sequence[torch.Tensor]], axis: int | None) -> Tiles:
+        """The tiles of every local chip's part of a weight [out, in]."""
+        by_place = zip(*tiles, strict=True)
         if axis != 1 or self.chips == 1:
-            return Tiles([self._hold(tile, axis) for tile in tiles])
-        return Tiles([self._hold([part[None] for part in tile], 0) for tile in tiles])
+            return Tiles([self._hold(parts, axis) for parts in by_place])
+        return Tiles([self._hold([part[None] for part in parts], 0) for parts in by_place])
 
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
         return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._operations)
@@ -228,6 +231,12 @@ class _Compiled:
             return pytree.tree_unflatten(backend._pending, trace.structure)
 
         return call
+
+
+def _blocks(shards: Shards, tensor: DecoderTensor, chip: int) -> Iterator[torch.Tensor]:
+    """One chip's part of a tensor, as blocks of rows."""
+    for part in tensor.parts:
+        yield from shards.local_blocks(part.name, chip, _BLOCK_BYTES)
 
 
 def read_repeatedly(values: torch.Tensor, _: list[torch.Tensor]) -> torch.Tensor:

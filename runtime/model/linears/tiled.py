@@ -20,7 +20,7 @@ processor multiplies bfloat16 by itself where the product asks for its sums in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,28 @@ class Tiles:
         return sum(part.shape[-1] for part in self.parts)
 
 
+def tile_width(inputs: int) -> int:
+    """The number of inputs of every tile but the last."""
+    count = max(1, round(inputs / TILE))
+    return -(-inputs // (count * _LANES)) * _LANES
+
+
 def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A weight [out, in] as views [out, width] of about ``TILE`` inputs, all of one width except the last."""
-    inputs = weight.shape[1]
-    count = max(1, round(inputs / TILE))
-    width = -(-inputs // (count * _LANES)) * _LANES
-    return weight.split(width, dim=1)
+    return weight.split(tile_width(weight.shape[1]), dim=1)
+
+
+def copy_tiles(blocks: Iterable[torch.Tensor], out: int) -> list[torch.Tensor]:
+    """The tiles of a weight [out, in] that comes as ``blocks`` of its rows, so that no two of it are in memory."""
+    tiles: list[torch.Tensor] = []
+    begin = 0
+    for block in blocks:
+        pieces = cut(block)
+        tiles = tiles or [piece.new_empty(out, piece.shape[1]) for piece in pieces]
+        for tile, piece in zip(tiles, pieces, strict=True):
+            tile[begin : begin + len(piece)] = piece
+        begin += len(block)
+    return tiles
 
 
 def inputs_of(weight: LinearWeight) -> int:
