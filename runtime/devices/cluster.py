@@ -160,9 +160,9 @@ def _listen(cluster: Cluster) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(
-            f"Process 0 can't listen on port {port} ({os.strerror(error.errno) if error.errno else error}). Choose another port in --coordinator, "
-            "for all processes."
+            f"Process 0 can't listen on port {port} ({reason}). Give all processes another in --coordinator."
         ) from error
 
 

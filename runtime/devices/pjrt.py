@@ -19,7 +19,7 @@ import torch
 
 from converters.console.errors import InputError
 from runtime.devices.cluster import WAIT_S, Cluster, meet
-from runtime.devices.processes import MESSAGE_BYTES, Processes, expect_aborts
+from runtime.devices.processes import Processes, expect_aborts
 from runtime.devices.tracing import TracedGraph, TracedTensor
 
 _AXIS = "tp"  # of the mesh: tensor parallel
@@ -47,8 +47,8 @@ def start(platform: str, chips: int | None = None, cluster: Cluster | None = Non
             jax.config.update("jax_num_cpu_devices", cluster.virtual_chips(chips) if cluster else chips)
     if cluster is not None:
         _join(cluster)
-    elif platform == "tpu" and _has_several_hosts():
-        _initialize()
+    elif platform == "tpu":
+        _join_slice()
     _count_compilations()
     return jax.devices(platform)
 
@@ -86,33 +86,27 @@ def _initialize(**cluster: Any) -> None:
             shutdown_timeout_seconds=_SHUTDOWN_S,
             **cluster,
         )
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise InputError(
             f"jax can't bring this process together with the others ({first_line(error)}). Open the first session "
-            "before any other use of jax, and give every process --coordinator, --processes and --process-id."
+            "before any other use of jax."
         ) from error
 
 
-def _has_several_hosts() -> bool:
-    """Whether the environment of a TPU's host lists several, as jax reads it."""
-    names = next((os.environ[name] for name in _HOST_VARIABLES if name in os.environ), "")
-    return "," in names
-
-
-def processes() -> Processes:
-    """The processes whose chips ``start`` has returned."""
-    import jax
-
-    return Processes(jax.process_index(), jax.process_count(), _gather)
-
-
-def _gather(message: bytes) -> list[bytes]:
-    """The messages of all processes, in their order: MESSAGE_BYTES of each."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    found = multihost_utils.process_allgather(np.frombuffer(message, np.uint8))
-    return [each.tobytes() for each in found.reshape(-1, MESSAGE_BYTES)]
+def _join_slice() -> None:
+    """Join the other hosts of a TPU slice, where jax finds some: in the environment, or by a TPU VM's metadata."""
+    hosts = next((os.environ[name] for name in _HOST_VARIABLES if name in os.environ), None)
+    if hosts is not None and "," not in hosts:
+        return
+    try:
+        _initialize()
+    except (ValueError, ImportError, OSError) as error:
+        if hosts is not None:
+            raise InputError(
+                f"jax can't find the slice of this host ({first_line(error)}). Check TPU_WORKER_HOSTNAMES and "
+                "TPU_WORKER_ID, or give --coordinator, --processes and --process-id."
+            ) from error
+        # no metadata either: this host is alone
 
 
 def topology_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
@@ -214,6 +208,30 @@ class Mesh:
 
         return [chip for chip, device in enumerate(self.devices) if device.process_index == jax.process_index()]
 
+    def processes(self) -> Processes:
+        """The processes whose chips these are, connected to each other: the chips of all have computed together once.
+
+        gloo connects the CPUs when they first do, and gives up after half a minute: so not when one still compiles.
+        """
+        import jax
+
+        found = Processes(jax.process_index(), jax.process_count(), self._gather)
+        found.agree({})
+        return found
+
+    def _gather(self, message: bytes) -> list[bytes]:
+        """The messages of all processes, equally long, in their order."""
+        import jax
+        import numpy as np
+
+        row = np.frombuffer(message, np.uint8)[None]
+        local = [jax.device_put(row, self.devices[chip]) for chip in self.local_chips]
+        split, whole = self._sharding(0, 2), self._sharding(None, 2)
+        rows = jax.make_array_from_single_device_arrays((self.chips, len(message)), split, local)
+        gathered = np.asarray(jax.jit(_same, out_shardings=whole)(rows).addressable_data(0))
+        by_process = {device.process_index: gathered[chip].tobytes() for chip, device in enumerate(self.devices)}
+        return [by_process[process] for process in sorted(by_process)]
+
     def place(self, parts: Sequence[torch.Tensor], axis: int | None) -> Any:
         """The local chips' parts, in the order of ``local_chips``, as one array split on ``axis`` (None: copied).
 
@@ -288,6 +306,10 @@ class Mesh:
 
     def _sharding_of(self, tensor: TracedTensor) -> Any:
         return self._sharding(tensor.axis, len(tensor.shape))
+
+
+def _same(array: Any) -> Any:
+    return array
 
 
 def wait(arrays: Any) -> None:

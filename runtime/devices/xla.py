@@ -90,7 +90,7 @@ class XLABackend:
             self._options = compiler_options(chips)
             prepare_cpu_process()
         self._mesh = pjrt.Mesh(_devices(kind, chips, cluster), kind.lower())
-        self.processes = pjrt.processes()
+        self.processes = self._mesh.processes()
         self._tracer = Tracer()
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
@@ -230,6 +230,7 @@ class _Compiled:
             given = inputs.copy()
             for index, place in arguments:
                 given[index] = arrays[place]
+            backend._pending = []  # where the next line is interrupted, these may have been donated already
             backend._pending = program(given)
             return pytree.tree_unflatten(backend._pending, trace.structure)
 

@@ -144,6 +144,35 @@ def test_the_tokens_are_those_of_one_process(
     assert others == [Ended(0, "", "")] * (count - 1)
 
 
+LATE = """
+import time
+from runtime.cli import main
+from runtime.devices import pjrt
+
+compile_at_once = pjrt.Mesh.compile
+
+def compile_late(*args):
+    pjrt.Mesh.compile = compile_at_once
+    time.sleep(35)
+    return compile_at_once(*args)
+
+pjrt.Mesh.compile = compile_late
+main()
+"""
+
+
+def test_one_may_compile_for_longer_than_gloo_waits(shards: Path, start: Start, tmp_path: Path) -> None:
+    """30 seconds, when connections are made."""
+    port = _free_port()
+    processes = [
+        start(*program, "--shards", path, *_options(host, 2, port), *SIZES, *PROMPT)
+        for host, (path, program) in enumerate(zip(_hosts(shards, tmp_path, 2), (MAIN, ("-c", LATE)), strict=True))
+    ]
+    leader, other = _ended(processes)
+    assert json.loads(leader.stdout)["token_ids"] == _alone(start, shards, *PROMPT)["token_ids"], leader.stderr
+    assert other == Ended(0, "", "")
+
+
 def test_a_host_without_a_file_ends_all(shards: Path, start: Start, tmp_path: Path) -> None:
     hosts = _hosts(shards, tmp_path, 2)
     (hosts[1] / "chip-03-of-04.safetensors").unlink()
@@ -208,7 +237,7 @@ def test_the_others_end_with_one_that_is_killed(
     last = ended[1 - victim].stderr.splitlines()[-1]
     assert last.startswith("Error: Another process of this run has ended, or can't be reached any more")
     if status > 0:
-        assert ended[victim].line.startswith("Error: Interrupted.")
+        assert ended[victim].stderr.strip().startswith("Error: Interrupted.")  # after the end of the ^C's line
 
 
 def test_chips_that_processes_cannot_share(shards: Path, start: Start) -> None:
