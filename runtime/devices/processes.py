@@ -46,8 +46,9 @@ class Processes:
     def agree(self, facts: Mapping[str, object], fault: Exception | None = None) -> None:
         """Return once all processes have called this with the same facts, by name, and without a fault.
 
-        Else raise in all of them: each its own fault, or that of the first process with one, or InputError naming the
-        first process, and the facts, that differ from process 0. Facts are compared by ``repr``.
+        Else raise EndedTogether in all of them: with its own fault, or that of the first process with one, or naming
+        the first process that differs from process 0, and in what. Facts are compared by ``repr``. One process alone
+        raises its fault as it is.
         """
         if self.count == 1:
             if fault is not None:
@@ -67,7 +68,7 @@ class Processes:
         for process, each in enumerate(said):
             if differing := _differing(said[0]["facts"], each["facts"]):
                 raise EndedTogether(
-                    f"Process {process} and process 0 were not given the same {' and '.join(differing)}. "
+                    f"Process {process} and process 0 do not have the same {' and '.join(differing)}. "
                     "Start all processes with the same options, from the same shards."
                 )
 

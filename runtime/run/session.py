@@ -185,7 +185,9 @@ class Session:
             raise InputError(f"max_new_tokens is {shown(max_new_tokens)}; give a whole number from 1 on.")
         rows = self._prompts(prompts)
         self._agree(prompts=rows, max_new_tokens=max_new_tokens, sampling=sampling)
-        return self.generator.generate(rows, max_new_tokens, sampling)
+        generation = self.generator.generate(rows, max_new_tokens, sampling)
+        self._agree(generated_tokens=generation.token_ids)  # unlike processors may round differently
+        return generation
 
     @torch.no_grad()
     def logits(self, prompts: Rows) -> Tensor:

@@ -14,6 +14,7 @@ from models import write_hf
 from converters.console.errors import InputError
 from quantize.cli import command as quantize
 from runtime.cli import command as run
+from runtime.devices import pjrt
 from runtime.devices.cluster import Cluster, meet
 from runtime.devices.processes import MESSAGE_BYTES, EndedTogether, Processes
 from runtime.run.session import SessionOptions
@@ -145,6 +146,36 @@ def test_options(tmp_path: Path) -> None:
         SessionOptions(backend="inductor", cluster=Cluster("host:1", 2, 0))
 
 
+@pytest.mark.parametrize(
+    ("variables", "joins"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True),
+        ({}, True),
+    ],
+)
+def test_the_hosts_of_a_slice(variables: dict[str, str], joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the variables that jax reads; without them jax asks a TPU VM's metadata, which may not be there."""
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def find_nothing() -> None:
+        asked.append(True)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(pjrt, "_initialize", find_nothing)
+    if joins and variables:
+        with pytest.raises(InputError, match="jax can't find the slice of this host"):
+            pjrt._join_slice()
+    else:
+        pjrt._join_slice()
+    assert bool(asked) == joins
+
+
 def _agree(*given: tuple[dict[str, object], Exception | None]) -> list[Exception | None]:
     """What each of several processes raises that say these facts, or have these faults."""
     messages: list[bytes] = []
@@ -178,7 +209,7 @@ def test_what_differs_is_named_in_all() -> None:
     same, other = {"a": 1, "b": [2], "c": 3}, {"a": 1, "b": [3], "c": "3"}
     found = _agree((same, None), (same, None), (other, None))
     assert [str(error) for error in found] == [
-        "Process 2 and process 0 were not given the same b and c. Start all processes with the same options, from the "
+        "Process 2 and process 0 do not have the same b and c. Start all processes with the same options, from the "
         "same shards."
     ] * 3
 

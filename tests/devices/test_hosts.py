@@ -207,7 +207,7 @@ def test_disagreeing_processes_end(
     ended = _run(start, _hosts(shards, tmp_path, 2), PROMPT, (*options, *more))
     assert [each.status for each in ended] == [2, 2]
     assert ended[0].line == ended[1].line
-    assert f"Process 1 and process 0 were not given the same {named}." in ended[0].line
+    assert f"Process 1 and process 0 do not have the same {named}." in ended[0].line
 
 
 @pytest.mark.parametrize(
@@ -218,26 +218,44 @@ def test_the_others_end_with_one_that_is_killed(
     victim: int, end: signal.Signals, status: int, shards: Path, start: Start, tmp_path: Path
 ) -> None:
     """At work: jax's own report of many lines may come before ours, where it is faster than gloo."""
+    processes = _at_work(start, shards, tmp_path)
+    processes[victim].send_signal(end)
+    ended = _ended(processes)
+    assert ended[victim].status == status
+    _assert_lost(ended[1 - victim])
+    if status > 0:
+        assert ended[victim].stderr.strip().startswith("Error: Interrupted.")  # after the end of the ^C's line
+
+
+def test_the_others_end_without_one_that_is_stopped(shards: Path, start: Start, tmp_path: Path) -> None:
+    """Its connections stay open, as those of a host whose cable is cut: jax misses its signs of life."""
+    lost, stopped = _at_work(start, shards, tmp_path)
+    stopped.send_signal(signal.SIGSTOP)
+    [ended] = _ended([lost])
+    _assert_lost(ended)
+    assert stopped.poll() is None
+
+
+def _at_work(start: Start, shards: Path, root: Path) -> list[subprocess.Popen[str]]:
+    """Two processes that have begun to generate, and will not end."""
     port = _free_port()
-    begun = [tmp_path / "begun0", tmp_path / "begun1"]
+    begun = [root / "begun0", root / "begun1"]
     processes = [
         start(SUPPORT / "child_host.py", begun[host], "--shards", path, *_options(host, 2, port), *SIZES, *PROMPT)
-        for host, path in enumerate(_hosts(shards, tmp_path, 2))
+        for host, path in enumerate(_hosts(shards, root, 2))
     ]
     deadline = time.monotonic() + LIMIT_S
     while not all(path.exists() for path in begun):
         assert time.monotonic() < deadline
         assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.1)
-    processes[victim].send_signal(end)
-    ended = _ended(processes)
-    assert ended[victim].status == status
-    assert ended[1 - victim].status == 2
-    assert ended[1 - victim].stdout == ""
-    last = ended[1 - victim].stderr.splitlines()[-1]
+    return processes
+
+
+def _assert_lost(ended: Ended) -> None:
+    assert (ended.status, ended.stdout) == (2, "")
+    last = ended.stderr.splitlines()[-1]
     assert last.startswith("Error: Another process of this run has ended, or can't be reached any more")
-    if status > 0:
-        assert ended[victim].stderr.strip().startswith("Error: Interrupted.")  # after the end of the ^C's line
 
 
 def test_chips_that_processes_cannot_share(shards: Path, start: Start) -> None:
