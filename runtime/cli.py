@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from converters.console.command import DISTRIBUTION, run
 from converters.console.errors import shown
+from converters.console.standard_streams import keep_stdout_from_libraries
 from converters.console.units import parse_integers
 from runtime.run.buckets import DEFAULT_BUCKETS
+
+if TYPE_CHECKING:
+    from runtime.devices.cluster import Cluster
 
 
 def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -103,6 +108,11 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
     help="Keep compiled graphs here, for the next start to load.",
 )
 @click.option(
+    "--coordinator", metavar="HOST:PORT", help="Of several processes: where process 0 is, with a free port there."
+)
+@click.option("--processes", type=click.IntRange(min=1), metavar="N", help="How many processes run together.")
+@click.option("--process-id", type=click.IntRange(min=0), metavar="I", help="Which of them this one is, from 0.")
+@click.option(
     "--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - for stdout, in place of the table."
 )
 @click.version_option(package_name=DISTRIBUTION)
@@ -124,6 +134,9 @@ def command(
     backend: str,
     layers: int | None,
     compile_cache: Path | None,
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
     json_out: str | None,
 ) -> int:
     """Continue a prompt with the model in SHARDS, and report latency, throughput and memory.
@@ -148,6 +161,7 @@ def command(
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     if compile_cache is not None:
         check_folder(compile_cache)
+    cluster = _cluster(coordinator, processes, process_id, backend)
     sizes = parse_buckets(buckets)
     check_json_out(json_out)
     Shards(shards)  # report a bad directory before torch is loaded
@@ -158,6 +172,8 @@ def command(
     from runtime.run.run import run as run_shards
     from runtime.run.session import SessionOptions
 
+    if cluster is not None:
+        keep_stdout_from_libraries()
     output = _Stdout(json_out)
     done = run_shards(
         shards,
@@ -170,6 +186,7 @@ def command(
             buckets=sizes,
             layers=layers,
             compile_cache=compile_cache,
+            cluster=cluster,
         ),
         max_new_tokens,
         Sampling(temperature, top_k, top_p, seed),
@@ -224,6 +241,27 @@ def _answer(prompts: tuple[str, ...], token_ids: list[list[int]], text: list[str
     return "\n".join(f"{row}\n" for row in rows)
 
 
+def _cluster(coordinator: str | None, processes: int | None, process_id: int | None, backend: str) -> Cluster | None:
+    """The three options together; None without them."""
+    from converters.console.errors import InputError
+    from runtime.devices.cluster import Cluster
+
+    given = (coordinator, processes, process_id)
+    if given == (None, None, None):
+        return None
+    if coordinator is None or processes is None or process_id is None:
+        raise InputError("--coordinator, --processes and --process-id go together: give all three, or none.")
+    if backend != "xla":
+        raise InputError(f"--backend {backend} runs in one process; leave out --coordinator and what goes with it.")
+    return Cluster(coordinator, processes, process_id)
+
+
 def main() -> None:
     """The console script."""
-    run(command)
+    from runtime.devices.processes import leave
+
+    try:
+        run(command)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
+        raise

@@ -16,6 +16,23 @@ def prepare_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal can't show
 
 
+def keep_stdout_from_libraries() -> None:
+    """Leave stdout to Python: what C libraries print there from now on is dropped.
+
+    gloo, for one, announces every connection there, amid the JSON that a script reads.
+    """
+    try:
+        own = os.dup(sys.stdout.fileno())
+    except (OSError, ValueError):  # no file, as in tests
+        return
+    sys.stdout.flush()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(own, "w")), encoding, errors, line_buffering=os.isatty(own)
+    )
+
+
 def drop_unwritten_output() -> None:
     """Write what stdout still takes, and drop the rest, about which Python would complain at exit.
 

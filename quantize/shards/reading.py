@@ -50,6 +50,15 @@ class Shards:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise InputError(f"{self.directory} lacks {names}{more}. Fetch them, or write them with llama-quantize.")
 
+    def check(self, chips: Iterable[int]) -> None:
+        """Raise InputError where one of these chips' files is not there, or isn't what the manifest and config.json
+        say by its size and the tensors' names and shapes.
+        """
+        chips = list(chips)
+        self.require(chips)
+        for chip in chips:
+            self._open(chip)
+
     def paths(self) -> list[Path]:
         """The chips' files that the manifest lists."""
         return [self._path(chip) for chip in sorted(self.manifest.files)]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from quantize.shards.reading import Shards
+from runtime.devices.processes import Processes
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
@@ -26,11 +27,19 @@ class Backend(Protocol):
 
     platform: str  # device and backend: "cpu/xla"
     chips: int  # number over which tensors are split; 1 where they are whole
+    processes: Processes  # those that run together
     leader: bool  # whether this process writes the output for all of a multi-host slice
     steps_ahead: int  # decode steps to launch before reading the tokens of one; 0 where a launch waits for its end
     cache_type: type[KVCache]  # how a graph updates the cache
     form: Form  # this device's variants of parts of the computation
     fuse_bytes: int | None  # the most bytes per chip of a weight fused from several; None for no limit
+
+    def check_files(self, shards: Shards) -> None:
+        """Raise InputError where a file that this process loads from is not there or isn't what the manifest says.
+
+        No tensor is read.
+        """
+        ...
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> Any:
         """A tensor for a decoder to hold, joined over the chips. Raises InputError for missing files."""

@@ -16,6 +16,7 @@ from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
 from runtime.devices.cpu.attention import attend_fused
 from runtime.devices.cpu.process import prepare_cpu_process
+from runtime.devices.processes import Processes
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
@@ -28,6 +29,7 @@ class HostBackend:
 
     chips = 1
     leader = True
+    processes = Processes()
     cache_type = KVCache
     fuse_bytes = None
     steps_ahead = 0  # on a CPU a call returns when the step is done; on CUDA, reading waits for all launched work
@@ -45,6 +47,9 @@ class HostBackend:
         self._kind = Device.INDUCTOR_CPU if self.platform == "cpu/inductor" else Device.ANY
         on_cpu = Form(self._make_linear, attend_many=attend_fused)
         self.form = on_cpu if self._device.type == "cpu" else Form()
+
+    def check_files(self, shards: Shards) -> None:
+        shards.check(range(shards.chips))
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
         parts = [shards.rows(part.name, 0, part.shape[0]) for part in tensor.parts]

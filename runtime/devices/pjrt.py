@@ -8,6 +8,7 @@ from it (``_exported``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,18 +17,26 @@ from typing import Any
 
 import torch
 
+from converters.console.errors import InputError
+from runtime.devices.cluster import WAIT_S, Cluster, meet
+from runtime.devices.processes import Processes, expect_aborts
 from runtime.devices.tracing import TracedGraph, TracedTensor
 
 _AXIS = "tp"  # of the mesh: tensor parallel
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
+_HEARTBEAT_S = 20  # without a sign of life of a process, after which jax ends the others
+_SHUTDOWN_S = 60  # for which a process that has finished waits for the others
+_HOST_VARIABLES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # where jax looks for the hosts of a TPU slice
 _INTEGERS = {1: torch.int8, 2: torch.int16}  # by size, for dtypes that numpy lacks
 
 
-def start(platform: str, chips: int | None = None) -> list[Any]:
-    """This process's devices and, on a slice of several hosts, those of the others: jax's ``Device`` objects.
+def start(platform: str, chips: int | None = None, cluster: Cluster | None = None) -> list[Any]:
+    """This process's devices and those of the others that run with it: jax's ``Device`` objects.
 
-    ``platform`` is jax's name of a kind of device: cpu, tpu, cuda. On the CPU ``chips`` virtual ones are made where jax
-    has not started yet. Raises RuntimeError where there is no such device.
+    ``platform`` is jax's name of a kind of device: cpu, tpu, cuda. On the CPU ``chips`` virtual ones are made, in all
+    processes together, where jax has not started yet. The processes are those of ``cluster`` or, on a TPU slice of
+    several hosts, those that jax finds. Raises RuntimeError where there is no such device, and InputError where the
+    processes don't meet.
     """
     import jax
 
@@ -35,9 +44,69 @@ def start(platform: str, chips: int | None = None) -> list[Any]:
     with suppress(RuntimeError):  # of a jax that has started already, which has the devices that it has
         jax.config.update("jax_platforms", platform)
         if chips is not None:
-            jax.config.update("jax_num_cpu_devices", chips)
+            jax.config.update("jax_num_cpu_devices", cluster.virtual_chips(chips) if cluster else chips)
+    if cluster is not None:
+        _join(cluster)
+    elif platform == "tpu":
+        _join_slice()
     _count_compilations()
     return jax.devices(platform)
+
+
+def _join(cluster: Cluster) -> None:
+    import jax
+
+    if jax.distributed.is_initialized():  # by an earlier session; its processes stay together
+        if (jax.process_count(), jax.process_index()) == (cluster.processes, cluster.process_id):
+            return
+        raise InputError("This process runs together with others already; start new ones for another cluster.")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    meet(cluster)
+    _initialize(
+        coordinator_address=cluster.coordinator,
+        num_processes=cluster.processes,
+        process_id=cluster.process_id,
+        coordinator_bind_address=cluster.bind_address,
+        cluster_detection_method="deactivate",
+    )
+
+
+def _initialize(**cluster: Any) -> None:
+    """Start jax's service between the processes, which it has to find itself where they are not given."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
+    expect_aborts()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=WAIT_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+            **cluster,
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"jax can't bring this process together with the others ({first_line(error)}). Open the first session "
+            "before any other use of jax."
+        ) from error
+
+
+def _join_slice() -> None:
+    """Join the other hosts of a TPU slice, where jax finds some: in the environment, or by a TPU VM's metadata."""
+    hosts = next((os.environ[name] for name in _HOST_VARIABLES if name in os.environ), None)
+    if hosts is not None and "," not in hosts:
+        return
+    try:
+        _initialize()
+    except (ValueError, ImportError, OSError) as error:
+        if hosts is not None:
+            raise InputError(
+                f"jax can't find the slice of this host ({first_line(error)}). Check TPU_WORKER_HOSTNAMES and "
+                "TPU_WORKER_ID, or give --coordinator, --processes and --process-id."
+            ) from error
+        # no metadata either: this host is alone
 
 
 def topology_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
@@ -141,6 +210,30 @@ class Mesh:
 
         return [chip for chip, device in enumerate(self.devices) if device.process_index == jax.process_index()]
 
+    def processes(self) -> Processes:
+        """The processes whose chips these are, connected to each other: the chips of all have computed together once.
+
+        gloo connects the CPUs when they first do, and gives up after half a minute: so not when one still compiles.
+        """
+        import jax
+
+        found = Processes(jax.process_index(), jax.process_count(), self._gather)
+        found.agree({})
+        return found
+
+    def _gather(self, message: bytes) -> list[bytes]:
+        """The messages of all processes, equally long, in their order."""
+        import jax
+        import numpy as np
+
+        row = np.frombuffer(message, np.uint8)[None]
+        local = [jax.device_put(row, self.devices[chip]) for chip in self.local_chips]
+        split, whole = self._sharding(0, 2), self._sharding(None, 2)
+        rows = jax.make_array_from_single_device_arrays((self.chips, len(message)), split, local)
+        gathered = np.asarray(jax.jit(_same, out_shardings=whole)(rows).addressable_data(0))
+        by_process = {device.process_index: gathered[chip].tobytes() for chip, device in enumerate(self.devices)}
+        return [by_process[process] for process in sorted(by_process)]
+
     def place(self, parts: Sequence[torch.Tensor], axis: int | None) -> Any:
         """The local chips' parts, in the order of ``local_chips``, as one array split on ``axis`` (None: copied).
 
@@ -215,6 +308,10 @@ class Mesh:
 
     def _sharding_of(self, tensor: TracedTensor) -> Any:
         return self._sharding(tensor.axis, len(tensor.shape))
+
+
+def _same(array: Any) -> Any:
+    return array
 
 
 def wait(arrays: Any) -> None:

@@ -25,6 +25,7 @@ from quantize.shards.reading import Shards
 from runtime.devices import pjrt
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
+from runtime.devices.cluster import Cluster
 from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
 from runtime.devices.cpu.process import compiler_options, prepare_cpu_process
 from runtime.devices.tracing import StretchKVCache, TracedTensor, Tracer, product_in_float32, to_bfloat16
@@ -75,20 +76,22 @@ class XLABackend:
     steps_ahead = 4
     tiled = False  # whether weights are cut into tiles, for XLA:CPU; TPUs take them as they are
 
-    def __init__(self, chips: int, compile_cache: Path | None = None) -> None:
+    def __init__(self, chips: int, compile_cache: Path | None = None, cluster: Cluster | None = None) -> None:
         """Start XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
 
-        ``compile_cache`` is a folder in which compiled programs are kept for later processes.
+        ``compile_cache`` is a folder in which compiled programs are kept for later processes. With ``cluster`` the
+        chips are those of several processes, on the CPU as many virtual ones of each.
 
         Raises InputError where this machine's slice has another number of chips or lacks the device that PJRT_DEVICE
-        asks for.
+        asks for, and where the other processes don't come.
         """
         kind = choose_device()
         self._options = None
         if kind == "CPU":
             self._options = compiler_options(chips)
             prepare_cpu_process()
-        self._mesh = pjrt.Mesh(_devices(kind, chips), kind.lower())
+        self._mesh = pjrt.Mesh(_devices(kind, chips, cluster), kind.lower())
+        self.processes = self._mesh.processes()
         self._tracer = Tracer()
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
@@ -106,6 +109,10 @@ class XLABackend:
         self._pending: Any = []  # the results of the last launch
         self._ones: dict[int, torch.Tensor] = {}  # by length
         self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16)
+
+    def check_files(self, shards: Shards) -> None:
+        """Those of the chips of this process, which reads no others."""
+        shards.check(self._mesh.local_chips)
 
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
@@ -227,6 +234,7 @@ class _Compiled:
             given = inputs.copy()
             for index, place in arguments:
                 given[index] = arrays[place]
+            backend._pending = []  # where the next line is interrupted, these may have been donated already
             backend._pending = program(given)
             return pytree.tree_unflatten(backend._pending, trace.structure)
 
@@ -258,10 +266,12 @@ def _chip_form(least_rows: int) -> Form:
     return Form(least_rows=least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
 
 
-def _devices(kind: str, chips: int) -> list[Any]:
+def _devices(kind: str, chips: int, cluster: Cluster | None) -> list[Any]:
     """The devices of the mesh. Raises InputError where there is another number of them, or none of this kind."""
     try:
-        devices = pjrt.start(kind.lower(), chips)
+        devices = pjrt.start(kind.lower(), chips, cluster)
+    except InputError:
+        raise
     except Exception as error:
         if kind == "CPU":
             raise
@@ -269,6 +279,11 @@ def _devices(kind: str, chips: int) -> list[Any]:
             f"XLA can't use PJRT_DEVICE={kind} ({pjrt.first_line(error)}). Unset PJRT_DEVICE, or set it to CPU to run "
             "on this machine's CPU."
         ) from error
+    if kind == "CPU" and cluster is not None and len(devices) != chips:
+        raise InputError(
+            f"The shards are for {chips} chips, and all processes together have {len(devices)}: the others were given "
+            "shards for another number. Give all the same model, and open no other session before."
+        )
     if kind == "CPU" and len(devices) < chips:
         raise InputError(
             f"The shards are for {chips} chips, and this process has started XLA with {len(devices)} virtual ones, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converters.console.notes import note
 from quantize.shards.stored import padding_bytes
+from runtime.devices.processes import guarded
 from runtime.model.kv_cache import scale_bytes
 from runtime.model.sampling import Sampling
 from runtime.model.sizing import cache_bytes_per_chip, decode_bytes_per_chip
@@ -29,14 +30,17 @@ def run(
 
     ``tell`` is given every row's tokens, and their text if there is a tokenizer, as soon as they are generated, because
     later measurements may fail or end the process. Raises InputError for bad input before the device is started, except
-    for missing chips' files: only the device can tell which of them this host needs.
+    for missing chips' files: only the device can tell which of them this host needs. Of several processes all raise it
+    where one lacks a file, or they were not given the same.
     """
     model = open_model(shards, options.max_seq_len, options.layers)
     prompts = read_prompts(choice, model, options.max_seq_len)
     prompt_tokens = max(map(len, prompts))
-    with Session(model, replace(options, batch_size=len(prompts), sampled=not sampling.greedy)) as session:
+    options = replace(options, batch_size=len(prompts), sampled=not sampling.greedy)
+    plans = {"prompts": prompts, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    with guarded(), Session(model, options, plans) as session:
         session.warm_up(longest_prompt=prompt_tokens)
-        backend, options = session.backend, session.options
+        backend = session.backend
         cache_use = backend.cache_use() if options.compile_cache else None
         before = backend.compilations()
         generation = session.generate(prompts, max_new_tokens, sampling)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +17,7 @@ from converters.model.config import ModelConfig
 from quantize.shards.reading import Shards
 from quantize.shards.stored import stored_tensors
 from runtime.devices.backend import Backend
+from runtime.devices.cluster import Cluster
 from runtime.model.decoder_tensors import DecoderParameters
 from runtime.model.sampling import Sampling
 from runtime.run.buckets import DEFAULT_BUCKETS, are_buckets
@@ -28,6 +29,8 @@ from runtime.run.stored_model import StoredModel, open_model
 BACKENDS = ("xla", "inductor", "eager")
 _DTYPES = (torch.bfloat16, torch.float32)
 _CACHE_DTYPES = (*_DTYPES, torch.int8)
+
+_OWN_OPTIONS = ("compile_cache", "cluster")  # each of several processes has its own
 
 Rows = Sequence[Sequence[int]] | Tensor  # token ids of each row, or [B, T]
 
@@ -45,6 +48,7 @@ class SessionOptions:
     layers: int | None = None  # run only this many, the first ones; None: all
     compile_cache: Path | None = None  # a folder that keeps compiled graphs
     sampled: bool = False  # whether tokens may be drawn
+    cluster: Cluster | None = None  # this process among several; None: alone, or as a TPU slice's hosts are set up
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -59,6 +63,8 @@ class SessionOptions:
             raise InputError(f"buckets {self.buckets}: give ascending prompt lengths like {DEFAULT_BUCKETS}.")
         if self.compile_cache is not None and self.backend == "eager":
             raise InputError("The backend eager compiles nothing; leave out compile_cache.")
+        if self.cluster is not None and self.backend != "xla":
+            raise InputError(f"The backend {self.backend} runs in one process; leave out the cluster, or take xla.")
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -77,15 +83,18 @@ def open_session(
     layers: int | None = None,
     compile_cache: Path | str | None = None,
     sampled: bool = False,
+    cluster: Cluster | None = None,
 ) -> Session:
     """Open the shards in ``path``, a directory that llama-quantize wrote. Use the session in ``with``, or close it.
 
     The other arguments are those of ``SessionOptions``, and llama-run's options of the same names. Raises InputError
-    for bad shards, options or devices before any tensor is read, except for missing chips' files.
+    for bad shards, options or devices, and for missing chips' files, before any tensor is read.
+
+    Of several processes each must use its session alike, method for method; what was given to them is compared.
     """
     cache = None if compile_cache is None else Path(compile_cache)
     options = SessionOptions(
-        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, cache, sampled
+        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, cache, sampled, cluster
     )
     return Session(open_model(Path(path), max_seq_len, layers), options)
 
@@ -98,12 +107,15 @@ class Session:
     ``warm_up_scores``.
     """
 
-    def __init__(self, model: StoredModel, options: SessionOptions) -> None:
+    def __init__(self, model: StoredModel, options: SessionOptions, plans: Mapping[str, object] | None = None) -> None:
         """Start the device and load ``model``, which must have been opened with the ``max_seq_len`` and ``layers`` of
-        ``options``. Raises InputError where the device doesn't suit the shards or chips' files are missing.
+        ``options``. ``plans`` is what several processes have to agree on besides, by name.
+
+        Raises InputError where the device doesn't suit the shards, chips' files are missing, or processes disagree.
         """
         self.model, self.options = model, options
         self.backend = _backend(model.shards, options)
+        _agree(model, options, self.backend, plans or {})
         begin = time.perf_counter()
         self.tensors, self.parameter_bytes_per_chip = _load(model, self.backend)
         with torch.no_grad():
@@ -147,6 +159,7 @@ class Session:
         or, by default, of any length.
         """
         self._check_longest(longest_prompt, self.options.max_seq_len)
+        self._agree(longest_prompt=longest_prompt)
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up(longest_prompt)
@@ -156,6 +169,7 @@ class Session:
     def warm_up_scores(self, longest_row: int | None = None) -> None:
         """Compile the graphs of ``score``, for rows of up to ``longest_row`` tokens or, by default, of any length."""
         self._check_longest(longest_row, self.options.max_seq_len + 1)
+        self._agree(longest_row=longest_row)
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up_scores(longest_row)
@@ -169,19 +183,27 @@ class Session:
         """
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {shown(max_new_tokens)}; give a whole number from 1 on.")
-        return self.generator.generate(self._prompts(prompts), max_new_tokens, sampling)
+        rows = self._prompts(prompts)
+        self._agree(prompts=rows, max_new_tokens=max_new_tokens, sampling=sampling)
+        generation = self.generator.generate(rows, max_new_tokens, sampling)
+        self._agree(generated_tokens=generation.token_ids)  # unlike processors may round differently
+        return generation
 
     @torch.no_grad()
     def logits(self, prompts: Rows) -> Tensor:
         """Logits [B, V] after the last token of every prompt, in the activations' dtype, on the host."""
-        return self.generator.logits(self._prompts(prompts))
+        rows = self._prompts(prompts)
+        self._agree(prompts=rows)
+        return self.generator.logits(rows)
 
     @torch.no_grad()
     def prefill(self, prompts: Rows, sampling: Sampling | None = None) -> None:
         """Start a batch for ``step`` to continue, by writing the prompts to the cache; ``sampling`` as in
         ``generate``.
         """
-        self.generator.prefill(self._prompts(prompts), sampling)
+        rows = self._prompts(prompts)
+        self._agree(prompts=rows, sampling=sampling)
+        self.generator.prefill(rows, sampling)
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -202,6 +224,7 @@ class Session:
         """
         rows = self._rows(tokens)
         check_scored(self.config, rows, self.options.max_seq_len)
+        self._agree(tokens=rows)
         return self.generator.score(rows)
 
     def release(self) -> None:
@@ -214,6 +237,10 @@ class Session:
         self.release()
         self.tensors = {}
         self.backend.release()
+
+    def _agree(self, **facts: object) -> None:
+        """Raise InputError, in all of several processes, where they were not given the same."""
+        self.backend.processes.agree(facts)
 
     def _prompts(self, prompts: Rows) -> Sequence[Sequence[int]]:
         rows = self._rows(prompts)
@@ -237,10 +264,25 @@ def _backend(shards: Shards, options: SessionOptions) -> Backend:
     if options.backend == "xla":
         from runtime.devices.xla import XLABackend
 
-        return XLABackend(shards.chips, options.compile_cache)
+        return XLABackend(shards.chips, options.compile_cache, options.cluster)
     from runtime.devices.host import HostBackend
 
     return HostBackend(options.backend, options.compile_cache)
+
+
+def _agree(model: StoredModel, options: SessionOptions, backend: Backend, plans: Mapping[str, object]) -> None:
+    """Check this process's files, and that all processes have theirs and are to run the same."""
+    manifest = model.shards.manifest
+    facts: dict[str, object] = {
+        "model": (model.config, manifest.chips, manifest.scheme, manifest.source_fingerprint),
+        **{field.name: getattr(options, field.name) for field in fields(options) if field.name not in _OWN_OPTIONS},
+    }
+    fault: Exception | None = None
+    try:
+        backend.check_files(model.shards)
+    except (InputError, OSError) as error:
+        fault = error
+    backend.processes.agree(facts | plans, fault)
 
 
 def _load(model: StoredModel, backend: Backend) -> tuple[DecoderParameters, int]:

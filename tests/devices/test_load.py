@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +24,12 @@ class OneHostOfTwo(XLABackend):
     """A backend whose slice has four chips, two of them on this host; parts are kept in place of being placed."""
 
     chips = 4
-    local_chips = (2, 3)
 
     def __init__(self) -> None:
         """No device is brought up."""
+        self._mesh = SimpleNamespace(local_chips=(2, 3))
 
-    def _place(self, parts: list[torch.Tensor], axis: int | None) -> torch.Tensor:
+    def _hold(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
         return parts[0] if axis is None else torch.cat(list(parts), dim=axis)
 
 
