@@ -77,7 +77,7 @@ def test_rooms_are_imported_in_one_direction(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "module"), [("torch_xla", "runtime.devices.xla"), ("jax", "runtime.plan.tpu_compiler")]
+    ("library", "module"), [("torch_xla", "runtime.devices.tracing"), ("jax", "runtime.devices.pjrt")]
 )
 def test_an_unstable_library_has_one_module(library: str, module: str) -> None:
     names = {library, library + "lib"}

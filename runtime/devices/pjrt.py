@@ -88,8 +88,10 @@ class OutOfMemory(Exception):
 class Program:
     """A program compiled for a mesh, with bytes per chip."""
 
-    def __init__(self, compiled: Any, order: Sequence[int]) -> None:
+    def __init__(self, compiled: Any, order: Sequence[int], donated: int) -> None:
+        """``order`` has the graph's inputs as the program takes them, of which the last ``donated`` are donated."""
         self._compiled, self._order = compiled, order
+        self.donated = tuple(range(len(order) - donated, len(order)))  # by the numbers of the text's parameters
         memory = compiled.memory_analysis()
         self.argument_bytes: int = memory.argument_size_in_bytes
         self.output_bytes: int = memory.output_size_in_bytes
@@ -184,7 +186,7 @@ class Mesh:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise OutOfMemory(first_line(error)) from None
             raise
-        return Program(compiled, order)
+        return Program(compiled, order, len(graph.donated))
 
     def load(self, serialized: tuple[Any, ...], graph: TracedGraph) -> Program:
         """A program that ``Program.serialize`` gave, for the same graph. It can do whatever it likes to this process:
@@ -197,7 +199,7 @@ class Mesh:
         compiled = serialize_executable.deserialize_and_load(
             payload, in_tree, out_tree, backend=client, execution_devices=self.devices
         )
-        return Program(compiled, _donated_last(graph))
+        return Program(compiled, _donated_last(graph), len(graph.donated))
 
     def peak_bytes(self) -> int | None:
         """The most bytes that one of the local chips has used; None where they keep no account."""
@@ -276,12 +278,13 @@ def _exported(graph: TracedGraph, platform: str) -> Any:
     """
     import jax
     import jax.numpy as jnp
+    from jax import export
 
     def stand_in(*inputs: Any) -> list[Any]:
         return [jnp.zeros(result.shape, _dtype(result.dtype)) for result in graph.results]
 
     shapes = map(_shape, graph.inputs)
-    exported = jax.export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
+    exported = export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
     return replace(exported, mlir_module_serialized=graph.module)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from quantize.slices import Slice
-from runtime.devices.xla import TPU_LEAST_ROWS, TracedGraph, Tracer
+from runtime.devices.pjrt import OutOfMemory
+from runtime.devices.tracing import TracedGraph
+from runtime.devices.xla import TPU_LEAST_ROWS, TPUForm
 from runtime.model.decoder_tensors import collect, decoder_parameters
 from runtime.model.graphs import CACHE_ARGUMENT, MakeGraph, fill_graph, greedy_graph, later_fill_graph
 from runtime.plan.chips import chip_of
@@ -17,7 +19,7 @@ from runtime.plan.estimate import Estimate, estimate
 from runtime.plan.hlo import Module, parse_module
 from runtime.plan.latency import FITTED_GENERATION, latency_model
 from runtime.plan.plan import Workload
-from runtime.plan.tpu_compiler import CompiledProgram, OutOfMemory, TPUCompiler
+from runtime.plan.tpu_compiler import CompiledProgram, TPUCompiler
 from runtime.run.buckets import has_later_sections
 from runtime.run.load import make_cache, make_decoder
 
@@ -163,16 +165,16 @@ def trace_graph(
 ) -> TracedGraph:
     """Trace a graph of ``graphs.py`` for ``tokens`` tokens per row; ``dtype`` is that of activations and cache."""
     config, rows = workload.config, workload.batch_size
-    tracer = Tracer(chips, least_rows)
+    slice_ = TPUForm(chips, least_rows)
     with torch.no_grad():
-        wanted = decoder_parameters(config, workload.scheme, chips, tracer.fuse_bytes)
-        parameters = collect(wanted, lambda tensor: tracer.load(config, tensor))
-        decoder = make_decoder(config, dtype, tracer, parameters)
-        cache = make_cache(config, tracer, rows, workload.max_seq_len, dtype)
+        wanted = decoder_parameters(config, workload.scheme, chips, slice_.fuse_bytes)
+        parameters = collect(wanted, lambda tensor: slice_.load(config, tensor))
+        decoder = make_decoder(config, dtype, slice_, parameters)
+        cache = make_cache(config, slice_, rows, workload.max_seq_len, dtype)
         shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
-        arguments = [tracer.zeros(shape, torch.long, None) for shape in shapes]
-        graph, exact = make(decoder, tracer.cache_type), dtype == torch.float32
-        return tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact)
+        arguments = [slice_.zeros(shape, torch.long, None) for shape in shapes]
+        graph, exact = make(decoder, slice_.cache_type), dtype == torch.float32
+        return slice_.tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact).graph
 
 
 def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
@@ -182,8 +184,7 @@ def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, targ
     except OutOfMemory as error:
         return CompiledGraph(None, None, {}, 0, str(error))
     module, chip = parse_module(program.text), chip_of(target)
-    caches = frozenset(graph.aliases.values())
-    priced = estimate(module, chip, caches, workload.max_seq_len)
+    priced = estimate(module, chip, frozenset(program.donated), workload.max_seq_len)
     return CompiledGraph(
         program,
         priced if chip.clock_hz else None,

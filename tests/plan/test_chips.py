@@ -18,7 +18,7 @@ from quantize.slices import SLICES
 from runtime.plan.tpu_compiler import TPUCompiler
 described = {}
 for each in SLICES:
-    devices = TPUCompiler(each)._devices
+    devices = TPUCompiler(each).devices
     extent = [1 + max(device.coords[axis] for device in devices) for axis in range(3)]
     described[each.name] = [len(devices), extent, devices[0].device_kind]
 print(json.dumps(described))
