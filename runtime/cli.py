@@ -100,7 +100,7 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
     "--compile-cache",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Keep compiled graphs here, for the next start to load.",
+    help="Keep compiled graphs here, for the next start to load. Give none that others write to: they are run.",
 )
 @click.option(
     "--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - for stdout, in place of the table."
@@ -135,7 +135,8 @@ def command(
     from converters.console.errors import InputError
     from converters.console.units import plural
     from quantize.shards.reading import Shards
-    from runtime.json_out import check_folder, check_json_out, write_json_out
+    from runtime.devices.compile_cache import check_folder
+    from runtime.json_out import check_json_out, write_json_out
     from runtime.run.buckets import parse_buckets
 
     if prompts and prompt_ids is not None:
@@ -147,7 +148,7 @@ def command(
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     if compile_cache is not None:
-        check_folder(compile_cache)
+        check_folder(compile_cache, needs_writing=backend != "xla")
     sizes = parse_buckets(buckets)
     check_json_out(json_out)
     Shards(shards)  # report a bad directory before torch is loaded

@@ -14,7 +14,9 @@ from runtime.model.kv_cache import KVCache
 
 
 class CacheUse(NamedTuple):
-    """Numbers of compiled graphs that were loaded from the compile cache, missing in it, and failed to load."""
+    """Numbers of graphs whose programs were loaded from the compile cache, missing in it, and there but of no use, so that
+    they were compiled all the same.
+    """
 
     hits: int
     misses: int

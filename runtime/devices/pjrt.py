@@ -8,6 +8,7 @@ from it (``_exported``).
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -71,11 +72,11 @@ def _count_compilations() -> list[int]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what compiles, by package; without those that are not installed."""
+    """The versions of what traces and compiles, by package; without those that are not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("torch", "torch_xla", "jax", "jaxlib", "libtpu"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -107,11 +108,11 @@ class Program:
         """The results for ``inputs``, arrays in the order of the graph's. Those that it donates are used up."""
         return self._compiled(*[inputs[place] for place in self._order])
 
-    def serialize(self) -> tuple[Any, ...]:
+    def serialize(self) -> bytes:
         """What ``Mesh.load`` makes the program of again."""
         from jax.experimental import serialize_executable
 
-        return serialize_executable.serialize(self._compiled)
+        return pickle.dumps(serialize_executable.serialize(self._compiled))
 
 
 class Mesh:
@@ -133,6 +134,16 @@ class Mesh:
     def kind(self) -> str:
         """The devices' model, as the compiler names it."""
         return self.devices[0].device_kind
+
+    @property
+    def arrangement(self) -> list[Any]:
+        """What tells these devices from as many others of their kind, alike for a slice and for its topology: each one's
+        number and place; for others than TPUs also the runtime's version, and which of the devices are this process's.
+        """
+        if self.platform != "tpu":
+            own = [[device.id, device.process_index] for device in self.devices]
+            return [self.devices[0].client.platform_version, self.local_chips, *own]
+        return [[device.id, *device.coords, device.core_on_chip] for device in self.devices]
 
     @property
     def local_chips(self) -> list[int]:
@@ -188,13 +199,13 @@ class Mesh:
             raise
         return Program(compiled, order, len(graph.donated))
 
-    def load(self, serialized: tuple[Any, ...], graph: TracedGraph) -> Program:
+    def load(self, serialized: bytes, graph: TracedGraph) -> Program:
         """A program that ``Program.serialize`` gave, for the same graph. It can do whatever it likes to this process:
         load none from strangers.
         """
         from jax.experimental import serialize_executable
 
-        payload, in_tree, out_tree = serialized
+        payload, in_tree, out_tree = pickle.loads(serialized)
         client = self.devices[0].client
         compiled = serialize_executable.deserialize_and_load(
             payload, in_tree, out_tree, backend=client, execution_devices=self.devices
@@ -270,6 +281,12 @@ def _donated_last(graph: TracedGraph) -> list[int]:
     """
     kept = [index for index in range(len(graph.inputs)) if index not in graph.donated and index not in graph.constants]
     return kept + list(graph.donated)
+
+
+def donated_parameters(graph: TracedGraph) -> tuple[int, ...]:
+    """The numbers of the parameters, in the text of the graph's program, that results replace."""
+    count = len(_donated_last(graph))
+    return tuple(range(count - len(graph.donated), count))
 
 
 def _exported(graph: TracedGraph, platform: str) -> Any:

@@ -6,6 +6,7 @@ trace needs neither chips nor memory for its tensors, so llama-plan and llama-ru
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class TracedGraph:
     graph of torch_xla that ``lower`` holds is freed with this object.
     """
 
-    fingerprint: bytes  # torch_xla's of its graph; equal in all processes with the same torch and torch_xla
+    fingerprint: str  # sha256 of its HLO, the same in all processes with the same torch and torch_xla
     inputs: tuple[TracedTensor, ...]
     results: tuple[TracedTensor, ...]
     donated: tuple[int, ...]
@@ -107,7 +108,7 @@ class Tracer:
         tensors = [_placeholder(kind.shape, kind.dtype) for kind in kinds]
         results, result_structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
         keys, values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
-        fingerprint = _XLAC._get_graph_hash(results) + bytes([exact])  # the precision is not part of torch_xla's graph
+        fingerprint = _fingerprint(results, exact)
         found = [_described(result) for result in results]
 
         def lower() -> bytes:
@@ -136,6 +137,20 @@ class Tracer:
         )
         held = {index: placeholder.stands_for for index, placeholder in held.items()}
         return Trace(graph, arguments, held, result_structure)
+
+
+def _fingerprint(results: Sequence[torch.Tensor], exact: bool) -> str:
+    """The sha256 of the HLO that computes ``results``, which takes a fifth of the time that StableHLO does.
+
+    torch_xla's own hash of its graph would be quicker still, but doesn't tell all graphs apart: it is the same for
+    index_copy along one axis and another, and where operands are exchanged.
+    """
+    from torch_xla import _XLAC
+
+    lowering = _XLAC.lowering.LoweringContext("fingerprint")
+    with _precision(exact):
+        lowering.build(list(results))
+    return hashlib.sha256(lowering.hlo()).hexdigest()
 
 
 def _described(tensor: torch.Tensor, axis: int | None = None) -> TracedTensor:
