@@ -14,9 +14,7 @@ from runtime.model.kv_cache import KVCache
 
 
 class CacheUse(NamedTuple):
-    """Numbers of graphs whose programs were loaded from the compile cache, missing in it, and there but of no use, so that
-    they were compiled all the same.
-    """
+    """Numbers of graphs whose programs the compile cache had, lacked, and had in vain: those were compiled anew."""
 
     hits: int
     misses: int

@@ -42,12 +42,11 @@ if TYPE_CHECKING:
     from runtime.devices.pjrt import Mesh, Program
     from runtime.devices.tracing import TracedGraph, TracedTensor
 
-_MAGIC = b"llama-tpu program"[:16]
+_MAGIC = b"LLAMA-TPU-PROG\r\n"  # a transfer as text would change its end
 _FORMAT = 1  # another one for any change of the file or of what a key means
 _HEAD = struct.Struct(">16sIQ32s")
 _LENGTH = struct.Struct(">Q")
 _SUFFIX = ".program"
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 _THREADS = "NPROC"  # by which XLA:CPU cuts loops into parts
 _SIZES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -56,7 +55,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def check_folder(folder: Path, needs_writing: bool = False) -> None:
     """Make the folder of a compile cache, for this user alone, or check one that is there, and the programs in it.
 
-    Raises InputError where it can't be made, or where somebody else could have written what would be loaded from it; with
+    Raises InputError where it can't be made, or where others could have written what would be loaded from it; with
     ``needs_writing`` also where this process can't write into it.
     """
     try:
@@ -192,7 +191,7 @@ class CompileCache:
             except Exception as error:  # a full disk, a folder for reading only, a device that doesn't give programs
                 why = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n", 1)[0]
                 note(
-                    f"A compiled program could not be kept in {self._folder} ({why}); the next start compiles it again."
+                    f"A compiled program could not be kept in {self._folder} ({why}); the next start compiles it, too."
                 )
         return program, description
 
@@ -208,10 +207,9 @@ class CompileCache:
         for path in sorted(self._folder.glob(f"{_prefix(graph)}-*{_SUFFIX}")):
             with suppress(OSError, _Unusable):
                 other = _read(path, None).description
-                names = [part for part, value in self._circumstances.items() if other.get(part) != value]
-                found = "; ".join(
-                    f"{part}: {shown(other.get(part))}, now {shown(self._circumstances[part])}" for part in names
-                )
+                now = self._circumstances
+                names = [name for name in now if other.get(name) != now[name]]
+                found = "; ".join(f"{name}: {shown(other.get(name))}, now {shown(now[name])}" for name in names)
                 note(f"{self._folder} has such a program made under other circumstances, which is not loaded. {found}.")
                 return
 
@@ -220,12 +218,11 @@ def _circumstances(mesh: Mesh, options: Mapping[str, Any] | None) -> dict[str, A
     """All that a program depends on beside its graph, as JSON has it."""
     from runtime.devices import pjrt, tracing
 
-    variables = {name: os.environ[name].split() for name in _VARIABLES if os.environ.get(name)}
     found = {
         "device": mesh.kind,
         "devices": mesh.arrangement,
         "options": dict(options or {}),
-        "environment": variables,
+        "environment": pjrt.environment(),
         "versions": pjrt.versions(),
         # How programs are traced, and wrapped for the compiler, determines what they take in which order.
         "code": _digest([Path(module.__file__).read_text("utf-8") for module in (pjrt, tracing)]),

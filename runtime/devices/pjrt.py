@@ -8,6 +8,7 @@ from it (``_exported``).
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from runtime.devices.tracing import TracedGraph, TracedTensor
 
 _AXIS = "tp"  # of the mesh: tensor parallel
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 _INTEGERS = {1: torch.int8, 2: torch.int16}  # by size, for dtypes that numpy lacks
 
 
@@ -37,6 +39,7 @@ def start(platform: str, chips: int | None = None) -> list[Any]:
         jax.config.update("jax_platforms", platform)
         if chips is not None:
             jax.config.update("jax_num_cpu_devices", chips)
+    environment()
     _count_compilations()
     return jax.devices(platform)
 
@@ -46,10 +49,17 @@ def topology_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
+    environment()
     with suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")  # a plan must not occupy this machine's TPU, if it has one
     jax.config.update("jax_enable_x64", True)
     return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
+
+
+@cache
+def environment() -> dict[str, list[str]]:
+    """The variables by which a user alters programs, as they were at the first start: torch_xla adds to them later."""
+    return {name: os.environ[name].split() for name in _VARIABLES if os.environ.get(name)}
 
 
 def compilations() -> int:
@@ -137,8 +147,8 @@ class Mesh:
 
     @property
     def arrangement(self) -> list[Any]:
-        """What tells these devices from as many others of their kind, alike for a slice and for its topology: each one's
-        number and place; for others than TPUs also the runtime's version, and which of the devices are this process's.
+        """What tells these devices from others of their kind, and is the same for a slice and for its topology: each
+        one's number and place. For others than TPUs also the runtime's version, and which devices are this process's.
         """
         if self.platform != "tpu":
             own = [[device.id, device.process_index] for device in self.devices]

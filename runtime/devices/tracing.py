@@ -47,8 +47,8 @@ class TracedGraph:
 
     @cached_property
     def module(self) -> bytes:
-        """StableHLO as a portable artifact, which later versions of the compiler read as well. Takes longer to make than
-        the rest of a trace, and who has the program compiled already needs none.
+        """StableHLO as a portable artifact, which later versions of the compiler read as well. It takes longer to make
+        than the rest of a trace, and who has the program compiled needs none.
         """
         return self.lower()
 
