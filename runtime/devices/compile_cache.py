@@ -181,8 +181,8 @@ class CompileCache:
         begin = time.perf_counter()
         program = self._mesh.compile(graph, self._options)
         description = {"key": self._key(graph), "name": name, **self._circumstances}
-        description |= {size: getattr(program, size) for size in _SIZES}
         description["compile_s"] = time.perf_counter() - begin
+        description |= program.memory._asdict() if self._mesh.platform == "tpu" else {}
         if keeps:
             try:
                 text = zlib.compress(program.text.encode()) if self._mesh.platform == "tpu" else b""

@@ -13,8 +13,8 @@ import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,18 +96,33 @@ class OutOfMemory(Exception):
     """The compiler could not fit a program into a chip's memory; the message is the first line of the compiler's."""
 
 
+class Memory(NamedTuple):
+    """What a program needs, in bytes per chip."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # the part of the outputs that is written over arguments
+    temp_bytes: int
+
+
 class Program:
-    """A program compiled for a mesh, with bytes per chip."""
+    """A program compiled for a mesh."""
 
     def __init__(self, compiled: Any, order: Sequence[int], donated: int) -> None:
         """``order`` has the graph's inputs as the program takes them, of which the last ``donated`` are donated."""
         self._compiled, self._order = compiled, order
         self.donated = tuple(range(len(order) - donated, len(order)))  # by the numbers of the text's parameters
-        memory = compiled.memory_analysis()
-        self.argument_bytes: int = memory.argument_size_in_bytes
-        self.output_bytes: int = memory.output_size_in_bytes
-        self.alias_bytes: int = memory.alias_size_in_bytes  # the part of the outputs that is written over arguments
-        self.temp_bytes: int = memory.temp_size_in_bytes
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What the program needs. It takes tens of milliseconds to ask."""
+        found = self._compiled.memory_analysis()
+        return Memory(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+        )
 
     @property
     def text(self) -> str:

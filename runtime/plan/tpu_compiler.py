@@ -87,10 +87,7 @@ class TPUCompiler:
         seconds = time.perf_counter() - begin
         return CompiledProgram(
             text=program.text,
-            argument_bytes=program.argument_bytes,
-            output_bytes=program.output_bytes,
-            alias_bytes=program.alias_bytes,
-            temp_bytes=program.temp_bytes,
+            **program.memory._asdict(),
             compile_s=seconds,
             donated=program.donated,
         )
