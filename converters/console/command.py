@@ -25,13 +25,7 @@ TRACEBACK_VARIABLE = "LLAMA_TRACEBACK"
 _OWN_FAULT, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 _OUT_OF_MEMORY = "Out of memory. Ask for smaller sizes, or cut the model with --layers."
 # Optional packages, and the extra that installs them.
-_EXTRAS = {
-    "transformers": "bench",
-    "matplotlib": "bench",
-    "libtpu": "tpu",
-    "jax": "tpu",
-    "jaxlib": "tpu",
-}
+_EXTRAS = {"transformers": "bench", "matplotlib": "bench", "libtpu": "tpu"}
 _LONGEST_MESSAGE = 400
 _TRACEBACK = click.Option(
     ["--traceback"],

@@ -10,9 +10,10 @@ all published times there are, by least squares of the relative errors; leaving 
 such a model predicts a time that it has not seen. It stays a prediction: no TPU was available to measure on.
 
 That error is slightly optimistic: it was used to choose this form among 25 candidates on the same nine times (the
-roofline in place of the estimate, collectives by count, by bytes, by both, with and without log2(chips), ...). If the
-choice is repeated in every fold, the error is 5.0% on average and 10.5% at worst; benchmarks/README.md lists the
-others. The published programs also differ from these, and the fitted value absorbs that difference too.
+roofline in place of the estimate, collectives by count, by bytes, by both, with and without log2(chips), ...), with
+libtpu 0.0.21's estimates, which are within 0.2% of these. If the choice is repeated in every fold, the error is 5.0% on
+average and 10.5% at worst; benchmarks/README.md lists the others. The published programs also differ from these, and
+the fitted value absorbs that difference too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Point:
 
     Published times are in ms per token, from "The Path to Achieve Ultra-Low Inference Latency With LLaMA 65B on
     PyTorch/XLA": stated in its text (7B; 65B on v4-32) or read off the bars of its figures 1 and 5. ``estimated_ms``
-    and ``collectives`` come from llama-plan --compile with libtpu 0.0.21, as benchmarks/tpu_table.py prints them.
+    and ``collectives`` come from llama-plan --compile with libtpu 0.0.52, as benchmarks/tpu_table.py prints them.
     """
 
     model: str
@@ -47,14 +48,14 @@ class Point:
 
 PUBLISHED = (
     Point("7B", "v4-8", 4, 4.7, 3.222, 67),
-    Point("7B", "v4-16", 8, 3.8, 1.802, 67),
-    Point("33B", "v4-8", 4, 20.8, 17.160, 123),
-    Point("33B", "v4-16", 8, 10.9, 7.767, 123),
-    Point("65B", "v4-16", 8, 21.2, 16.194, 163),
-    Point("65B", "v4-32", 16, 14.5, 7.891, 163),
-    Point("65B", "v4-64", 32, 12.7, 4.424, 163),
-    Point("175B", "v4-32", 16, 33.3, 23.072, 195),
-    Point("175B", "v4-64", 32, 18.5, 10.507, 195),
+    Point("7B", "v4-16", 8, 3.8, 1.801, 67),
+    Point("33B", "v4-8", 4, 20.8, 17.163, 123),
+    Point("33B", "v4-16", 8, 10.9, 7.765, 123),
+    Point("65B", "v4-16", 8, 21.2, 16.200, 163),
+    Point("65B", "v4-32", 16, 14.5, 7.897, 163),
+    Point("65B", "v4-64", 32, 12.7, 4.429, 163),
+    Point("175B", "v4-32", 16, 33.3, 23.080, 195),
+    Point("175B", "v4-64", 32, 18.5, 10.515, 195),
 )
 FITTED_GENERATION = "v4"
 

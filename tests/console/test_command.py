@@ -59,7 +59,8 @@ ENDS = [
         "pip install 'llama-tpu-toolchain[bench]'.",
     ),
     (ImportError("undefined symbol"), 2, "pip install 'llama-tpu-toolchain'."),
-    (ImportError("no", name="jaxlib.xla"), 2, "pip install 'llama-tpu-toolchain[tpu]'."),
+    (ImportError("no", name="jaxlib.xla"), 2, "pip install 'llama-tpu-toolchain'."),
+    (ImportError("no", name="libtpu.sdk"), 2, "pip install 'llama-tpu-toolchain[tpu]'."),
     (OSError(5, "Input/output error", "a\udce9"), 2, "Error: a\\udce9: Input/output error. Check the path"),
     (InputError("The file is damaged."), 2, "Error: The file is damaged."),
 ]

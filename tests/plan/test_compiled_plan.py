@@ -91,12 +91,13 @@ def test_a_program_that_no_chip_holds_has_every_key(target: str) -> None:
     assert {key for key, value in fits["compiled"].items() if value is None} == {"out_of_memory"} | no_estimate
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the figures are of a later libtpu than Python 3.10's")
 def test_what_the_prediction_is_fitted_on_is_what_the_compiler_says() -> None:
     """The figures kept in latency.py against two graphs of full depth, compiled now."""
     for point in PUBLISHED[:2]:
         workload = Workload(PRESETS[point.model].with_dtype("bfloat16"), Scheme("bf16"), 1, 256)
         step = compile_plan(workload, find_slice(point.target)).step
-        assert step.estimated_ms == pytest.approx(point.estimated_ms, rel=0.002)
+        assert step.estimated_ms == pytest.approx(point.estimated_ms, abs=0.0006)  # as rounded
         assert step.collective_count == point.collectives
 
 

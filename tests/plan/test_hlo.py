@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from invoke import invoke
 from models import make_model, make_opt
-from parity import decode
 
 from quantize.cli import command as quantize
+from runtime.devices import pjrt
+from runtime.run.session import open_session
 
 LAYERS, CHIPS, SLOTS = 3, 4, 40
 INSTRUCTION = re.compile(r"^  (?:ROOT )?%\S+ = (\(?[a-z0-9]+\[[^=]*?) ([a-z-]+)\(", re.MULTILINE)
@@ -43,22 +45,21 @@ def opt_step(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def optimized_step(root: Path, dtype: str = "float32") -> str:
-    """What XLA makes of the decode step of ``root``/hf, as it writes it down itself."""
+    """What XLA makes of the decode step of ``root``/hf, as the compiled program says."""
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
-    job = {
-        "shards": root / "out",
-        "dtype": dtype,
-        "batches": [[[3, 4, 5]]],
-        "new_tokens": 2,
-        "max_seq_len": SLOTS,
-        "buckets": [16],
-    }
+    pjrt.start("cpu", 8)  # as other tests of this process
+    programs, compile_ = [], pjrt.Mesh.compile
+
+    def compile_and_note(*args: Any) -> pjrt.Program:
+        programs.append(compile_(*args))
+        return programs[-1]
+
+    kinds = {"dtype": getattr(torch, dtype), "kv_cache_dtype": getattr(torch, dtype)}
     with pytest.MonkeyPatch.context() as patch:
-        flags = f"--xla_dump_to={root / 'dump'} --xla_dump_hlo_as_text"
-        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
-        decode([job], root)
-    texts = [path.read_text() for path in (root / "dump").glob("*SyncTensorsGraph*cpu_after_optimizations.txt")]
-    [text] = [text for text in texts if _outputs(text) == 2 * LAYERS + 2]  # tokens, slot, caches
+        patch.setattr(pjrt.Mesh, "compile", compile_and_note)
+        with open_session(root / "out", **kinds, batch_size=1, max_seq_len=SLOTS, buckets=[16]) as session:
+            session.warm_up()
+    [text] = [each.text for each in programs if _outputs(each.text) == 2 * LAYERS + 2]  # tokens, slot, caches
     return text
 
 
