@@ -105,7 +105,7 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
     "--compile-cache",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Keep compiled graphs here, for the next start to load.",
+    help="Keep compiled graphs here, for the next start to load. Give none that others write to: they are run.",
 )
 @click.option(
     "--coordinator", metavar="HOST:PORT", help="Of several processes: where process 0 is, with a free port there."
@@ -148,7 +148,8 @@ def command(
     from converters.console.errors import InputError
     from converters.console.units import plural
     from quantize.shards.reading import Shards
-    from runtime.json_out import check_folder, check_json_out, write_json_out
+    from runtime.devices.compile_cache import check_folder
+    from runtime.json_out import check_json_out, write_json_out
     from runtime.run.buckets import parse_buckets
 
     if prompts and prompt_ids is not None:
@@ -160,7 +161,7 @@ def command(
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     if compile_cache is not None:
-        check_folder(compile_cache)
+        check_folder(compile_cache, needs_writing=backend != "xla")
     cluster = _cluster(coordinator, processes, process_id, backend)
     sizes = parse_buckets(buckets)
     check_json_out(json_out)

@@ -23,17 +23,6 @@ def check_json_out(json_out: str | None) -> None:
         raise InputError(f"--json {path} can't be written. Give a file in a folder that is there, or -.")
 
 
-def check_folder(path: Path) -> None:
-    """Create a folder for output. Raises InputError if it can't be created or written into."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise InputError(f"The folder {path} can't be made or written into. Give another.")
-
-
 def write_json_out(json_out: str, value: Any) -> None:
     """Write a value as one line of JSON, in UTF-8 whatever the locale: to stdout, or to the file that --json names.
 

@@ -46,6 +46,12 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
     help="Ask the TPU's own compiler, which needs no TPU (extra [tpu]); with --target.",
 )
 @click.option("--buckets", metavar="128,256", help="With --compile: prompt buckets to compile as well.")
+@click.option(
+    "--compile-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="With --compile: keep compiled programs here, for llama-run on that slice. Give none that others write to.",
+)
 @click.option("--json", "json_out", metavar="FILE|-", help="Write the plan as JSON; - for stdout, in place of text.")
 @click.version_option(package_name=DISTRIBUTION)
 def command(
@@ -58,6 +64,7 @@ def command(
     max_seq_len: int,
     compile_: bool,
     buckets: str | None,
+    compile_cache: Path | None,
     json_out: str | None,
 ) -> None:
     """Say how large a model is, what each chip of a slice holds of it, and what a decode step takes at least.
@@ -70,6 +77,7 @@ def command(
     """
     from converters.console.errors import InputError
     from quantize.slices import find_slice
+    from runtime.devices.compile_cache import check_folder
     from runtime.json_out import check_json_out
 
     if config_name is not None and shards is not None:
@@ -83,11 +91,15 @@ def command(
         raise InputError("--compile is for one model on one slice: give --config or --shards, and --target.")
     if buckets is not None and not compile_:
         raise InputError("--buckets are compiled prompts; give --compile with them.")
+    if compile_cache is not None:
+        if not compile_:
+            raise InputError("--compile-cache keeps compiled programs; give --compile with it.")
+        check_folder(compile_cache)
     sizes = _buckets(buckets, max_seq_len) if compile_ else None
     if config_name is None and shards is None:
         text, content = _presets(scheme, slice_, batch_size, max_seq_len)
     else:
-        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len, sizes)
+        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len, sizes, compile_cache)
     _put(text, content, json_out)
 
 
@@ -120,6 +132,7 @@ def _model(
     batch_size: int,
     max_seq_len: int,
     buckets: tuple[int, ...] | None,
+    compile_cache: Path | None,
 ) -> tuple[str, Any]:
     """Text and JSON of one model's plan, with the compiler's verdict where ``buckets`` (maybe none) are given."""
     from quantize.shards.stored import Scheme
@@ -137,14 +150,14 @@ def _model(
     if buckets is None:
         plan = Plan(workload, target, chips)
         return detail(plan), plan.to_json()
-    compiled = _compiled(workload, target, buckets)
+    compiled = _compiled(workload, target, buckets, compile_cache)
     plan = Plan(workload, target, chips, compiled.to_json())
     from runtime.plan.compiled_text import compiled_lines
 
     return "\n".join([detail(plan), "", *compiled_lines(compiled)]), plan.to_json()
 
 
-def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> CompiledPlan:
+def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...], compile_cache: Path | None) -> CompiledPlan:
     """The compiler's verdict. Raises InputError where it isn't installed, before anything slow is loaded."""
     from converters.console.progress import spinner
     from runtime.plan.tpu_compiler import require_libtpu
@@ -153,7 +166,7 @@ def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...]) -> Co
     from runtime.plan.compiled_plan import compile_plan
 
     with spinner(f"Compiling for {target.name}"):
-        return compile_plan(workload, target, buckets)
+        return compile_plan(workload, target, buckets, compile_cache=compile_cache)
 
 
 def _buckets(text: str | None, max_seq_len: int) -> tuple[int, ...]:

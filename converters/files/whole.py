@@ -37,10 +37,13 @@ def write_partial(path: Path, content: bytes) -> None:
         sync_file(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file whole in a user's folder, under a random temporary name: no other file there is touched."""
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a small file whole in a user's folder, under a random temporary name: no other file there is touched.
+
+    ``mode`` is the new file's, less what the process's umask takes away.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{token_hex(4)}{PARTIAL_SUFFIX}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
         try:
             file.write(content)
             file.flush()

@@ -15,7 +15,7 @@ from runtime.model.kv_cache import KVCache
 
 
 class CacheUse(NamedTuple):
-    """Numbers of compiled graphs that were loaded from the compile cache, missing in it, and failed to load."""
+    """Numbers of graphs whose programs the compile cache had, lacked, and had in vain: those were compiled anew."""
 
     hits: int
     misses: int

@@ -14,8 +14,9 @@ from quantize.shards.reading import Shards
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
+from runtime.devices.compile_cache import check_folder
 from runtime.devices.cpu.attention import attend_fused
-from runtime.devices.cpu.process import prepare_cpu_process
+from runtime.devices.cpu.process import keep_freed_memory, prepare_cpu_process
 from runtime.devices.processes import Processes
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
@@ -35,13 +36,18 @@ class HostBackend:
     steps_ahead = 0  # on a CPU a call returns when the step is done; on CUDA, reading waits for all launched work
 
     def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
-        """``compile_cache`` is the folder in which Inductor keeps its kernels; by default, torch chooses one."""
+        """``compile_cache`` is the folder in which Inductor keeps its kernels; by default, torch chooses one.
+
+        Raises InputError for a folder that others can write to.
+        """
         if compile_cache is not None:
+            check_folder(compile_cache, needs_writing=True)  # Inductor's files are run as well
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
         self._mode = mode
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             prepare_cpu_process()
+            keep_freed_memory()
         self.platform = f"{self._device.type}/{mode}"
         # On CUDA, Inductor fuses the weight's conversion into the product without help.
         self._kind = Device.INDUCTOR_CPU if self.platform == "cpu/inductor" else Device.ANY

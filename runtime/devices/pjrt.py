@@ -9,11 +9,12 @@ from it (``_exported``).
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax r
 _HEARTBEAT_S = 20  # without a sign of life of a process, after which jax ends the others
 _SHUTDOWN_S = 60  # for which a process that has finished waits for the others
 _HOST_VARIABLES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # where jax looks for the hosts of a TPU slice
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 _INTEGERS = {1: torch.int8, 2: torch.int16}  # by size, for dtypes that numpy lacks
 
 
@@ -49,6 +51,7 @@ def start(platform: str, chips: int | None = None, cluster: Cluster | None = Non
         _join(cluster)
     elif platform == "tpu":
         _join_slice()
+    environment()
     _count_compilations()
     return jax.devices(platform)
 
@@ -114,10 +117,17 @@ def topology_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
+    environment()
     with suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")  # a plan must not occupy this machine's TPU, if it has one
     jax.config.update("jax_enable_x64", True)
     return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
+
+
+@cache
+def environment() -> dict[str, list[str]]:
+    """The variables by which a user alters programs, as they were at the first start: torch_xla adds to them later."""
+    return {name: os.environ[name].split() for name in _VARIABLES if os.environ.get(name)}
 
 
 def compilations() -> int:
@@ -140,11 +150,11 @@ def _count_compilations() -> list[int]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what compiles, by package; without those that are not installed."""
+    """The versions of what traces and compiles, by package; without those that are not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("torch", "torch_xla", "jax", "jaxlib", "libtpu"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -154,18 +164,33 @@ class OutOfMemory(Exception):
     """The compiler could not fit a program into a chip's memory; the message is the first line of the compiler's."""
 
 
+class Memory(NamedTuple):
+    """What a program needs, in bytes per chip."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # the part of the outputs that is written over arguments
+    temp_bytes: int
+
+
 class Program:
-    """A program compiled for a mesh, with bytes per chip."""
+    """A program compiled for a mesh."""
 
     def __init__(self, compiled: Any, order: Sequence[int], donated: int) -> None:
         """``order`` has the graph's inputs as the program takes them, of which the last ``donated`` are donated."""
         self._compiled, self._order = compiled, order
         self.donated = tuple(range(len(order) - donated, len(order)))  # by the numbers of the text's parameters
-        memory = compiled.memory_analysis()
-        self.argument_bytes: int = memory.argument_size_in_bytes
-        self.output_bytes: int = memory.output_size_in_bytes
-        self.alias_bytes: int = memory.alias_size_in_bytes  # the part of the outputs that is written over arguments
-        self.temp_bytes: int = memory.temp_size_in_bytes
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What the program needs. It takes tens of milliseconds to ask."""
+        found = self._compiled.memory_analysis()
+        return Memory(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+        )
 
     @property
     def text(self) -> str:
@@ -176,11 +201,11 @@ class Program:
         """The results for ``inputs``, arrays in the order of the graph's. Those that it donates are used up."""
         return self._compiled(*[inputs[place] for place in self._order])
 
-    def serialize(self) -> tuple[Any, ...]:
+    def serialize(self) -> bytes:
         """What ``Mesh.load`` makes the program of again."""
         from jax.experimental import serialize_executable
 
-        return serialize_executable.serialize(self._compiled)
+        return pickle.dumps(serialize_executable.serialize(self._compiled))
 
 
 class Mesh:
@@ -202,6 +227,16 @@ class Mesh:
     def kind(self) -> str:
         """The devices' model, as the compiler names it."""
         return self.devices[0].device_kind
+
+    @property
+    def arrangement(self) -> list[Any]:
+        """What tells these devices from others of their kind, and is the same for a slice and for its topology: each
+        one's number and place. For others than TPUs also the runtime's version, and which devices are this process's.
+        """
+        if self.platform != "tpu":
+            own = [[device.id, device.process_index] for device in self.devices]
+            return [self.devices[0].client.platform_version, self.local_chips, *own]
+        return [[device.id, *device.coords, device.core_on_chip] for device in self.devices]
 
     @property
     def local_chips(self) -> list[int]:
@@ -281,13 +316,13 @@ class Mesh:
             raise
         return Program(compiled, order, len(graph.donated))
 
-    def load(self, serialized: tuple[Any, ...], graph: TracedGraph) -> Program:
+    def load(self, serialized: bytes, graph: TracedGraph) -> Program:
         """A program that ``Program.serialize`` gave, for the same graph. It can do whatever it likes to this process:
         load none from strangers.
         """
         from jax.experimental import serialize_executable
 
-        payload, in_tree, out_tree = serialized
+        payload, in_tree, out_tree = pickle.loads(serialized)
         client = self.devices[0].client
         compiled = serialize_executable.deserialize_and_load(
             payload, in_tree, out_tree, backend=client, execution_devices=self.devices
@@ -367,6 +402,12 @@ def _donated_last(graph: TracedGraph) -> list[int]:
     """
     kept = [index for index in range(len(graph.inputs)) if index not in graph.donated and index not in graph.constants]
     return kept + list(graph.donated)
+
+
+def donated_parameters(graph: TracedGraph) -> tuple[int, ...]:
+    """The numbers of the parameters, in the text of the graph's program, that results replace."""
+    count = len(_donated_last(graph))
+    return tuple(range(count - len(graph.donated), count))
 
 
 def _exported(graph: TracedGraph, platform: str) -> Any:

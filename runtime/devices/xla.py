@@ -26,9 +26,22 @@ from runtime.devices import pjrt
 from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cluster import Cluster
+from runtime.devices.compile_cache import CompileCache
 from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
-from runtime.devices.cpu.process import compiler_options, prepare_cpu_process
-from runtime.devices.tracing import StretchKVCache, TracedTensor, Tracer, product_in_float32, to_bfloat16
+from runtime.devices.cpu.process import (
+    compiler_options,
+    keep_freed_memory,
+    prepare_cpu_process,
+    return_freed_memory,
+)
+from runtime.devices.tracing import (
+    StretchKVCache,
+    TracedGraph,
+    TracedTensor,
+    Tracer,
+    product_in_float32,
+    to_bfloat16,
+)
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
@@ -92,6 +105,7 @@ class XLABackend:
             prepare_cpu_process()
         self._mesh = pjrt.Mesh(_devices(kind, chips, cluster), kind.lower())
         self.processes = self._mesh.processes()
+        self._compile_cache = CompileCache(compile_cache, self._mesh, self._options) if compile_cache else None
         self._tracer = Tracer()
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
@@ -152,10 +166,16 @@ class XLABackend:
 
     def compilations(self) -> int:
         """Programs compiled, or loaded from the compile cache, so far in this process."""
-        return pjrt.compilations()
+        return pjrt.compilations() + self.cache_use().hits
 
     def cache_use(self) -> CacheUse:
-        return CacheUse(0, 0, 0)
+        return self._compile_cache.use if self._compile_cache else CacheUse(0, 0, 0)
+
+    def program(self, graph: TracedGraph, name: str) -> pjrt.Program:
+        """The graph's program for these chips, compiled or loaded from the compile cache."""
+        if self._compile_cache:
+            return self._compile_cache.program(graph, name)
+        return self._mesh.compile(graph, self._options)
 
     def read_bandwidth(self) -> float:
         if self.tiled:  # virtual chips share the host's memory
@@ -226,7 +246,10 @@ class _Compiled:
     def _compile(self, kinds: Sequence[Any]) -> Callable[[list[Any]], Any]:
         backend = self._backend
         trace = backend._tracer.trace(self._function, kinds, self._donates, self._exact)
-        program = backend._mesh.compile(trace.graph, backend._options)
+        program = backend.program(trace.graph, getattr(self._function, "__name__", "graph"))
+        if backend.tiled:
+            keep_freed_memory()
+            return_freed_memory()
         inputs: list[Any] = [trace.held.get(index) for index in range(len(trace.graph.inputs))]
         arguments = list(trace.arguments.items())
 

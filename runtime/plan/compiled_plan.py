@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantize.slices import Slice
+from runtime.devices.backend import CacheUse
 from runtime.devices.pjrt import OutOfMemory
 from runtime.devices.tracing import TracedGraph
 from runtime.devices.xla import TPU_LEAST_ROWS, TPUForm
@@ -116,6 +118,7 @@ class CompiledPlan:
     step: CompiledGraph
     buckets: dict[int, CompiledGraph]
     later_section: CompiledGraph | None  # None without buckets, or if no prompt exceeds the largest
+    compile_cache: CacheUse | None = None  # None without one
 
     @property
     def prediction(self) -> Prediction | None:
@@ -133,26 +136,34 @@ class CompiledPlan:
             content["buckets"] = {str(size): each.to_json(hbm_bytes) for size, each in self.buckets.items()}
         if self.later_section:
             content["later_section"] = self.later_section.to_json(hbm_bytes)
+        if self.compile_cache:
+            content["compile_cache"] = self.compile_cache._asdict()
         return content
 
 
 def compile_plan(
-    workload: Workload, target: Slice, buckets: Sequence[int] = (), least_rows: int = TPU_LEAST_ROWS
+    workload: Workload,
+    target: Slice,
+    buckets: Sequence[int] = (),
+    least_rows: int = TPU_LEAST_ROWS,
+    compile_cache: Path | None = None,
 ) -> CompiledPlan:
     """Trace a workload's decode step and buckets as llama-run does, and compile them for ``target`` at full depth.
 
-    Raises InputError where the compiler isn't installed.
+    ``compile_cache`` is a folder in which the programs are kept and found. Raises InputError where the compiler isn't
+    installed.
     """
-    compiler, slots = TPUCompiler(target), workload.max_seq_len
+    compiler, slots = TPUCompiler(target, compile_cache), workload.max_seq_len
 
     def compiled(make: MakeGraph, tokens: int, seen: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
         graph = trace_graph(workload, target.devices, make, tokens, least_rows)
-        return _compile(compiler, graph, replace(workload, max_seq_len=seen), target)
+        return _compile(compiler, graph, make.__name__, replace(workload, max_seq_len=seen), target)
 
     step = compiled(greedy_graph, 1, slots, least_rows)
     filled = {size: compiled(fill_graph, size, size) for size in buckets}
     is_long = bool(buckets) and has_later_sections(buckets, slots)
-    return CompiledPlan(target, step, filled, compiled(later_fill_graph, buckets[-1], slots) if is_long else None)
+    later = compiled(later_fill_graph, buckets[-1], slots) if is_long else None
+    return CompiledPlan(target, step, filled, later, compiler.cache_use)
 
 
 def trace_graph(
@@ -177,10 +188,10 @@ def trace_graph(
         return slice_.tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact).graph
 
 
-def _compile(compiler: TPUCompiler, graph: TracedGraph, workload: Workload, target: Slice) -> CompiledGraph:
+def _compile(compiler: TPUCompiler, graph: TracedGraph, name: str, workload: Workload, target: Slice) -> CompiledGraph:
     """Compile and price a graph; ``workload.max_seq_len`` is the number of cache slots that it attends to."""
     try:
-        program = compiler.compile(graph)
+        program = compiler.compile(graph, name)
     except OutOfMemory as error:
         return CompiledGraph(None, None, {}, 0, str(error))
     module, chip = parse_module(program.text), chip_of(target)

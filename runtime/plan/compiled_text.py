@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters.console.units import format_bytes, plural
 from quantize.slices import Slice, device_word
+from runtime.devices.backend import CacheUse
 from runtime.plan.chips import chip_of
 from runtime.plan.columns import columns
 from runtime.plan.compiled_plan import CompiledGraph, CompiledPlan, Prediction
@@ -24,7 +25,14 @@ def compiled_lines(compiled: CompiledPlan) -> list[str]:
     for title, graph in filled.items():
         lines += _graph(title, graph, target)
         lines += [f"    {line}" for line in _times(graph, None, target)]
+    if compiled.compile_cache is not None:
+        lines.append(f"  compile cache: {_cache(compiled.compile_cache)}")
     return lines
+
+
+def _cache(use: CacheUse) -> str:
+    failed = f", {use.failures} there but of no use" if use.failures else ""
+    return f"{plural(use.hits, 'program')} found, {use.misses} new{failed}"
 
 
 def _graph(title: str, graph: CompiledGraph, target: Slice) -> list[str]:

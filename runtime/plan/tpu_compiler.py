@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from converters.console.errors import InputError
 from quantize.slices import Slice
 from runtime.devices import pjrt
+from runtime.devices.backend import CacheUse
+from runtime.devices.compile_cache import CompileCache
 from runtime.devices.tracing import TracedGraph
 from runtime.plan.chips import libtpu_topology
 
@@ -46,8 +49,11 @@ def require_libtpu() -> None:
 class TPUCompiler:
     """The compiler for one slice, with as many devices as the slice has chips."""
 
-    def __init__(self, target: Slice) -> None:
-        """Raises InputError where the compiler is not installed, or doesn't know the slice."""
+    def __init__(self, target: Slice, compile_cache: Path | None = None) -> None:
+        """``compile_cache`` is a folder in which programs are kept, for llama-run on such a slice and for another plan.
+
+        Raises InputError where the compiler is not installed, or doesn't know the slice.
+        """
         require_libtpu()
         os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock file is needed, since no TPU is taken
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -62,18 +68,26 @@ class TPUCompiler:
         if len(self.devices) != target.devices:
             raise InputError(f"libtpu gives {target.name} {len(self.devices)} devices; {target.devices} were expected.")
         self._mesh = pjrt.Mesh(self.devices, "tpu")
+        self._cache = CompileCache(compile_cache, self._mesh) if compile_cache else None
 
-    def compile(self, graph: TracedGraph) -> CompiledProgram:
-        """Compile a traced graph, split over the slice's chips. Raises pjrt.OutOfMemory where no chip could hold it."""
+    @property
+    def cache_use(self) -> CacheUse | None:
+        """How many programs the compile cache had; None without one."""
+        return self._cache and self._cache.use
+
+    def compile(self, graph: TracedGraph, name: str = "graph") -> CompiledProgram:
+        """Compile a traced graph, split over the slice's chips. Raises pjrt.OutOfMemory where no chip could hold it.
+
+        A program from the compile cache has the time that it took when it was compiled.
+        """
+        if self._cache:
+            return CompiledProgram(**asdict(self._cache.report(graph, name)), donated=pjrt.donated_parameters(graph))
         begin = time.perf_counter()
         program = self._mesh.compile(graph)
         seconds = time.perf_counter() - begin
         return CompiledProgram(
             text=program.text,
-            argument_bytes=program.argument_bytes,
-            output_bytes=program.output_bytes,
-            alias_bytes=program.alias_bytes,
-            temp_bytes=program.temp_bytes,
+            **program.memory._asdict(),
             compile_s=seconds,
             donated=program.donated,
         )

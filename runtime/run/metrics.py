@@ -189,7 +189,7 @@ class Run:
         if self.compile_cache is None:
             return []
         use = self.compile_cache
-        failed = f", {use.failures} that this version of the compiler's library can't load" if use.failures else ""
+        failed = f", {use.failures} that could not be loaded and compiled anew" if use.failures else ""
         return [("compile cache", f"{plural(use.hits, 'graph')} loaded, {use.misses} new{failed}")]
 
     def _formula_rows(self) -> list[tuple[str, str]]:

@@ -55,6 +55,7 @@ def main(shards_path: str, result_path: str) -> None:
 def _content(graph: TracedGraph) -> dict[str, Any]:
     """A graph as JSON, its program as text."""
     return {
+        "fingerprint": graph.fingerprint,
         "text": pjrt._exported(graph, "cpu").mlir_module(),
         "inputs": [_tensor(each) for each in graph.inputs],
         "results": [_tensor(each) for each in graph.results],

@@ -20,6 +20,7 @@ processor multiplies bfloat16 by itself where the product asks for its sums in f
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from runtime.model.linears.linear import LinearWeight, Operations
 TILE = 512  # inputs of a tile, approximately
 VECTOR_ROWS = 2  # the most rows multiplied as vectors
 _VECTOR_INPUTS = 4095  # the most float32 inputs for which XLA:CPU uses the loop
+_ALIGNMENT = 64  # bytes; XLA copies what is less aligned
 _LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
 
 
@@ -67,11 +69,22 @@ def copy_tiles(blocks: Iterable[torch.Tensor], out: int) -> list[torch.Tensor]:
     begin = 0
     for block in blocks:
         pieces = cut(block)
-        tiles = tiles or [piece.new_empty(out, piece.shape[1]) for piece in pieces]
+        tiles = tiles or _empty_tiles(out, [piece.shape[1] for piece in pieces], block.dtype)
         for tile, piece in zip(tiles, pieces, strict=True):
             tile[begin : begin + len(piece)] = piece
         begin += len(block)
     return tiles
+
+
+def _empty_tiles(out: int, widths: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tiles [out, width] in one anonymous mapping, which lives as long as any of them."""
+    sizes = [-(-out * width * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for width in widths]
+    memory = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begins = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [
+        torch.frombuffer(memory, dtype=dtype, count=out * width, offset=begin).view(out, width)
+        for width, begin in zip(widths, begins, strict=True)
+    ]
 
 
 def inputs_of(weight: LinearWeight) -> int:
