@@ -34,13 +34,34 @@ def start() -> None:
 
 
 @contextmanager
+def graphs_given_to_xla() -> Iterator[list[TracedGraph]]:
+    """The graphs that are compiled within this context, in a list that grows."""
+    given: list[TracedGraph] = []
+    compile_ = pjrt.Mesh.compile
+
+    def compile_noted(self: pjrt.Mesh, graph: TracedGraph, options: Mapping[str, Any] | None = None) -> pjrt.Program:
+        given.append(graph)
+        return compile_(self, graph, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pjrt.Mesh, "compile", compile_noted)
+        yield given
+
+
+def stablehlo_text(graph: TracedGraph) -> str:
+    """What is given to the compiler, as jax writes it down."""
+    start()
+    return pjrt._exported(graph, "cpu").mlir_module()
+
+
+@contextmanager
 def quickly_compiled() -> Iterator[None]:
     """Programs for virtual chips that are compiled within this context are so quickly, and run slowly."""
     compile_ = pjrt.Mesh.compile
 
-    def compile_quickly(
-        self: pjrt.Mesh, graph: TracedGraph, options: Mapping[str, Any] | None = None
-    ) -> pjrt.Program:
+    def compile_quickly(self: pjrt.Mesh, graph: TracedGraph, options: Mapping[str, Any] | None = None) -> pjrt.Program:
+        if self.platform != "cpu":
+            return compile_(self, graph, options)
         return compile_(self, graph, dict(options or {}) | QUICK_OPTIONS)
 
     with pytest.MonkeyPatch.context() as patch:
