@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from invoke import invoke
 from models import make_model
 from parity import count_greedy, decode, logits_after, reference, relative
