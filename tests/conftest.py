@@ -13,7 +13,7 @@ import pytest
 # Threads of torch that wait for each other keep a processor busy, which other tests, or other programs, could use: on
 # small tensors they wait for most of the time. Read when torch is loaded, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Virtual chips where jax starts without being told how many, as it does to compile for a TPU: those of virtual_chips.py.
+# Virtual chips where jax starts without being told how many: as many as virtual_chips.py starts.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 
