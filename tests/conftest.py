@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,16 @@ import pytest
 # Threads of torch that wait for each other keep a processor busy, which other tests, or other programs, could use: on
 # small tensors they wait for most of the time. Read when torch is loaded, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Virtual chips where jax starts without being told how many: as many as virtual_chips.py starts.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_forgotten() -> Iterator[None]:
+    """Compiled programs of one file of tests are of no use to the next."""
+    yield
+    if "virtual_chips" in sys.modules:
+        sys.modules["virtual_chips"].forget_programs()
 
 
 @pytest.fixture(scope="session")

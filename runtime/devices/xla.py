@@ -53,8 +53,8 @@ from runtime.model.parts.attention import attend_exactly
 TPU_LEAST_ROWS = 2  # the fewest rows for the matrix unit; a single row goes to the vector unit
 TPU_FUSE_BYTES = 24_000_000  # a larger weight is not prefetched into on-chip memory
 PROBE_SIZE = 11520  # side of a square bfloat16 matrix, 253 MiB on each chip: more than on-chip memories hold
+PROBE_ROWS = 8  # multiplied by the matrix at each read
 PROBE_READS = 16  # reads per program, enough that it runs far longer than its launch takes
-_PROBE_ROWS = 8
 _BLOCK_BYTES = 1 << 24  # read at once of a weight that is cut into tiles
 _PROBE_RUNS, _PROBE_REPEATS = 4, 5  # programs launched back to back per timing, and timings
 
@@ -181,14 +181,15 @@ class XLABackend:
         if self.tiled:  # virtual chips share the host's memory
             return measure_read_bandwidth(torch.device("cpu"))
         values = self.zeros((self.chips, PROBE_SIZE, PROBE_SIZE), torch.bfloat16, 0)
+        rows = [self.zeros((self.chips, PROBE_ROWS, PROBE_SIZE), torch.bfloat16, 0)]
         program = self.compile(read_repeatedly, donates=1)
-        program(values, [])
+        rows = program(values, rows)
         seconds = []
         for _ in range(_PROBE_REPEATS):
             self.wait()
             begin = time.perf_counter()
             for _ in range(_PROBE_RUNS):
-                program(values, [])
+                rows = program(values, rows)
             self.wait()
             seconds.append(time.perf_counter() - begin)
         return _PROBE_RUNS * PROBE_READS * values.nbytes / statistics.median(seconds)
@@ -270,18 +271,19 @@ def _blocks(shards: Shards, tensor: DecoderTensor, chip: int) -> Iterator[torch.
         yield from shards.local_blocks(part.name, chip, _BLOCK_BYTES)
 
 
-def read_repeatedly(values: torch.Tensor, _: list[torch.Tensor]) -> torch.Tensor:
-    """A few rows of each chip's matrix in ``values`` [chips, N, N], multiplied repeatedly by its transpose:
-    [chips, 8, N].
+def read_repeatedly(values: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The only tensor of ``rows`` [chips, 8, N], multiplied repeatedly by the transpose of each chip's matrix in
+    ``values`` [chips, N, N].
 
-    Every product reads the whole matrix and depends on the one before it, but not on another chip's. Products come
-    closest to the memory's speed by the compiler's estimate: the vector unit takes twice as long for a sum or a
-    maximum. (Also, torch_xla 2.9 turns ``amax`` without an axis into a copy.)
+    Every product reads the whole matrix and depends on the one before it, but not on another chip's. The result takes
+    the place of the rows, so that it stays where it was computed. Products come closest to the memory's speed by the
+    compiler's estimate: the vector unit takes twice as long for a sum or a maximum. (Also, torch_xla 2.9 turns ``amax``
+    without an axis into a copy.)
     """
-    rows = values[:, :_PROBE_ROWS]
+    [product] = rows
     for _ in range(PROBE_READS):
-        rows = rows @ values.mT
-    return rows
+        product = product @ values.mT
+    return [product]
 
 
 def _chip_form(least_rows: int) -> Form:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import virtual_chips
 from invoke import invoke
 from models import write_hf
 
@@ -70,6 +71,7 @@ def test_a_user_without_an_entry_runs(backend: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     arguments = ["--shards", tmp_path / "shards", "--backend", backend, "--prompt-ids", "1,5", "--max-new-tokens", "2"]
     arguments += ["--max-seq-len", "16", "--buckets", "8", "--json", "-"]
-    said = start("from runtime.cli import main; main()", *arguments, folder=tmp_path / "work")
+    flags = {"XLA_FLAGS": virtual_chips.QUICK_FLAGS}
+    said = start("from runtime.cli import main; main()", *arguments, folder=tmp_path / "work", **flags)
     assert len(json.loads(said)["token_ids"][0]) == 2
     assert list((tmp_path / "work").iterdir()) == []  # no folder called ~

@@ -185,10 +185,10 @@ def test_rows_of_different_lengths(variety: str, backend: str, chips: int, tmp_p
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 211, (length,), generator=generator).tolist() for length in (1, 11, slots - 20)]
     job = {"shards": tmp_path / "out", "dtype": "float32", "backend": backend, "batches": [prompts]}
-    [result] = decode([job | {"new_tokens": 21, "max_seq_len": slots, "buckets": [16, 32]}], tmp_path)
+    [result] = decode([job | {"new_tokens": 21, "max_seq_len": slots, "buckets": [16, 32]}])
     assert result["recompilations"] == 0
     for prompt, logits, ids in zip(prompts, result["logits"][0], result["token_ids"][0], strict=True):
-        assert relative(torch.tensor(logits), logits_after(model, prompt)[-1]) < 1e-4
+        assert relative(logits, logits_after(model, prompt)[-1]) < 1e-4
         assert count_greedy(model, prompt, ids[:20]) >= 10
 
 

@@ -2,77 +2,116 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
+from typing import NamedTuple
 
 import pytest
 import torch
-from invoke import SUPPORT, invoke
+import virtual_chips
+from invoke import invoke
 from models import make_model, make_opt
 
 from quantize.cli import command as quantize
+from quantize.shards.reading import Shards
+from quantize.shards.stored import Scheme
+from quantize.slices import find_slice
+from runtime.devices import xla
+from runtime.model.graphs import fill_graph, greedy_graph, later_fill_graph, logits_graph
+from runtime.model.kv_cache import FunctionalKVCache
+from runtime.plan.compiled_plan import trace_graph
+from runtime.plan.plan import Workload
+from runtime.plan.tpu_compiler import TPUCompiler
+from runtime.run.generate import Generator
+from runtime.run.load import load_tensors, make_cache, make_decoder
 
 CHIPS, LAYERS = 4, 2
+ROWS, SLOTS, BUCKET, TARGET = 2, 40, 16, "v4-8"
+DTYPES = (torch.float32, torch.bfloat16)  # one after the other: the precision is that of a graph, not of the first
+PLANNED = ((fill_graph, BUCKET), (later_fill_graph, BUCKET), (greedy_graph, 1), (logits_graph, 1))
 # A layer's are qkv, two of attention, o, gate with up (of OPT the first linear), down. Filling a cache takes no more of
 # the last layer than keys and values. The other two graphs have the head as well.
 COUNTS = (6 * LAYERS - 5, 6 * LAYERS - 5, 6 * LAYERS + 1, 6 * LAYERS + 1)
-EXACT = "operand_precision={highest,highest}"
+EXACT, DEFAULT = "precision = [HIGHEST, HIGHEST]", "precision = [DEFAULT, DEFAULT]"
+
+
+class Graphs(NamedTuple):
+    """By dtype, what a plan and a run give to the compiler, in the form for TPU; and the float32 step compiled."""
+
+    plan: dict[torch.dtype, list[str]]
+    run: dict[torch.dtype, list[str]]
+    compiled: str
 
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
-def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The plan's graphs by dtype, the compiled step, and under ``run`` what XLA was given in a run."""
+def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
         make_model(root / "hf", heads=8, kv_heads=4, hidden=64, head_dim=16, layers=LAYERS, ffn=96, vocab=224)
     else:
         make_opt(root / "hf", heads=8, hidden=64, layers=LAYERS, ffn=96, vocab=224)
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
-    child = SUPPORT / "child_precision.py"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={root / 'dump'} --xla_dump_hlo_as_text"
-    words = [sys.executable, child, root / "out", root / "result.json"]
-    subprocess.run(words, check=True, timeout=600, env=os.environ | {"XLA_FLAGS": flags})
-    given = sorted((root / "dump").glob("*SyncTensorsGraph*before_optimizations.txt"))
-    return json.loads((root / "result.json").read_text()) | {"run": [path.read_text() for path in given]}
+    shards = Shards(root / "out")
+    workload = Workload(shards.config, Scheme(shards.manifest.scheme.name), ROWS, SLOTS)
+    planned = {
+        dtype: [
+            virtual_chips.stablehlo_text(trace_graph(workload, CHIPS, make, tokens, dtype=dtype))
+            for make, tokens in PLANNED
+        ]
+        for dtype in DTYPES
+    }
+    step = trace_graph(workload, CHIPS, greedy_graph, 1, dtype=torch.float32)
+    return Graphs(planned, warmed_up(shards), TPUCompiler(find_slice(TARGET)).compile(step).text)
+
+
+def warmed_up(shards: Shards) -> dict[torch.dtype, list[str]]:
+    """What XLA is given when a generator is warmed up on virtual chips in the form for TPU."""
+    virtual_chips.start()
+    backend = xla.XLABackend(shards.chips)
+    backend.tiled, backend.cache_type = False, FunctionalKVCache
+    backend.form, backend.fuse_bytes = xla._chip_form(xla.TPU_LEAST_ROWS), xla.TPU_FUSE_BYTES
+    found = {}
+    with torch.no_grad(), virtual_chips.quickly_compiled():
+        tensors, _ = load_tensors(shards, shards.config, backend, lambda *done: None)
+        for dtype in DTYPES:
+            decoder = make_decoder(shards.config, dtype, backend, tensors)
+            cache = make_cache(shards.config, backend, ROWS, SLOTS, dtype)
+            with virtual_chips.graphs_given_to_xla() as given:
+                Generator(shards.config, decoder, cache, backend, [BUCKET]).warm_up()
+            found[dtype] = [virtual_chips.stablehlo_text(graph) for graph in given]
+    backend.release()
+    return found
 
 
 def products(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.search(r" = \S+ (dot|convolution)\(", line)]
+    return [line for line in text.splitlines() if "stablehlo.dot" in line or "stablehlo.convolution" in line]
 
 
-def test_every_product_of_a_float32_plan_is_exact(graphs: dict) -> None:
+def test_every_product_of_a_float32_plan_is_exact(graphs: Graphs) -> None:
     """Linears, both products of attention, and the head."""
-    for text, count in zip(graphs[str(torch.float32)], COUNTS, strict=True):
+    for text, count in zip(graphs.plan[torch.float32], COUNTS, strict=True):
         found = products(text)
         assert len(found) == count
         assert not [line for line in found if EXACT not in line]
 
 
-def test_no_product_of_a_bfloat16_plan_is_other_than_by_default(graphs: dict) -> None:
-    for text, count in zip(graphs[str(torch.bfloat16)], COUNTS, strict=True):
-        assert len(products(text)) == count
-        assert "operand_precision" not in text
-
-
-def test_a_run_gives_xla_the_same(graphs: dict) -> None:
-    """Each dtype's bucket, later sections and step, one dtype after the other in one process."""
-    exact = {True: 0, False: 0}
-    for text in graphs["run"]:
+def test_no_product_of_a_bfloat16_plan_is_other_than_by_default(graphs: Graphs) -> None:
+    for text, count in zip(graphs.plan[torch.bfloat16], COUNTS, strict=True):
         found = products(text)
-        if found:
-            is_float32 = "bf16[" not in text
-            assert {EXACT in line for line in found} == {is_float32}
-            exact[is_float32] += 1
-    assert exact == {True: 3, False: 3}
+        assert len(found) == count
+        assert not [line for line in found if DEFAULT not in line and "precision" in line]
 
 
-def test_exact_attention_keeps_heads_on_their_chips(graphs: dict) -> None:
+def test_a_run_gives_xla_the_same(graphs: Graphs) -> None:
+    """Each dtype's bucket, later sections and step, one dtype after the other in one process."""
+    for dtype, texts in graphs.run.items():
+        assert [len(products(text)) for text in texts] == list(COUNTS[:3])
+        for line in (line for text in texts for line in products(text)):
+            assert (EXACT in line) == (dtype == torch.float32)
+
+
+def test_exact_attention_keeps_heads_on_their_chips(graphs: Graphs) -> None:
     """By the TPU's compiler: two all-reduces a layer and one for the embedding, as in bfloat16; nothing is gathered."""
-    program = graphs["compiled"]
-    entry = program["text"][program["text"].index("\nENTRY ") :]
+    entry = graphs.compiled[graphs.compiled.index("\nENTRY ") :]
     assert len(re.findall(r" all-reduce(?:-start)?\(", entry)) <= 2 * LAYERS + 3
     assert len(re.findall(r" all-gather(?:-start)?\(", entry)) <= 2
     assert not re.search(r" (all-to-all|collective-permute)(-start)?\(", entry)

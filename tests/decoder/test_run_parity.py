@@ -67,7 +67,7 @@ def _jobs(cases: dict[str, Case], chips: int, folder: Path, **changes: Any) -> l
 @pytest.mark.parametrize("chips", [3, *(pytest.param(chips, marks=pytest.mark.slow) for chips in (1, 2, 4, 8))])
 def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_path: Path) -> None:
     """Prefill logits within 1e-4, greedy tokens equal, nothing compiled after warm-up, memory as the files say."""
-    results = decode(_jobs(cases, chips, tmp_path), tmp_path)
+    results = decode(_jobs(cases, chips, tmp_path))
     compared = 0
     for (name, case), result in zip(cases.items(), results, strict=True):
         assert result["recompilations"] == 0
@@ -77,7 +77,7 @@ def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_pat
         assert result["parameter_bytes"] == file_bytes - 8 - header
         for prompt, logits, ids in zip(case.prompts, result["logits"], result["token_ids"], strict=True):
             theirs = logits_after(case.model, prompt)[-1]
-            assert relative(torch.tensor(logits[0]), theirs) < 1e-4
+            assert relative(logits[0], theirs) < 1e-4
             compared += count_greedy(case.model, prompt, ids[0])
     assert compared >= 200
 
@@ -85,13 +85,13 @@ def test_float32_equals_transformers(cases: dict[str, Case], chips: int, tmp_pat
 @pytest.mark.slow
 def test_inductor_equals_transformers(cases: dict[str, Case], tmp_path: Path) -> None:
     """Logits within 1e-4, greedy tokens equal, nothing compiled after warm-up, the caches where they were."""
-    results = decode(_jobs(cases, 1, tmp_path, backend="inductor"), tmp_path)
+    results = decode(_jobs(cases, 1, tmp_path, backend="inductor"))
     compared = 0
     for case, result in zip(cases.values(), results, strict=True):
         assert result["recompilations"] == 0
         assert result["caches_moved"] == 0
         for prompt, logits, ids in zip(case.prompts, result["logits"], result["token_ids"], strict=True):
-            assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 1e-4
+            assert relative(logits[0], logits_after(case.model, prompt)[-1]) < 1e-4
             compared += count_greedy(case.model, prompt, ids[0])
     assert compared >= 200
 
@@ -100,10 +100,10 @@ def test_inductor_equals_transformers(cases: dict[str, Case], tmp_path: Path) ->
 @pytest.mark.parametrize(("backend", "chips"), [("xla", 1), ("xla", 4), ("inductor", 1)])
 def test_bfloat16_is_near(cases: dict[str, Case], backend: str, chips: int, tmp_path: Path) -> None:
     jobs = _jobs(cases, chips, tmp_path, backend=backend, dtype="bfloat16", new_tokens=2)
-    results = decode(jobs, tmp_path, as_users=True)
+    results = decode(jobs, as_users=True)
     for case, result in zip(cases.values(), results, strict=True):
         for prompt, logits in zip(case.prompts, result["logits"], strict=True):
-            assert relative(torch.tensor(logits[0]), logits_after(case.model, prompt)[-1]) < 2e-2
+            assert relative(logits[0], logits_after(case.model, prompt)[-1]) < 2e-2
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_rows_of_different_lengths_decode_as_alone(
             only, chips, tmp_path / "alone", batches=[[prompt] for prompt in prompts], backend=backend, new_tokens=32
         ),
     ]
-    [batch, alone] = decode(jobs, tmp_path)
+    [batch, alone] = decode(jobs)
     assert batch["recompilations"] == alone["recompilations"] == 0
     compared = 0
     for prompt, logits, ids, single in zip(
         prompts, batch["logits"][0], batch["token_ids"][0], alone["token_ids"], strict=True
     ):
-        assert relative(torch.tensor(logits), logits_after(only["grouped"].model, prompt)[-1]) < 1e-4
+        assert relative(logits, logits_after(only["grouped"].model, prompt)[-1]) < 1e-4
         found = count_greedy(only["grouped"].model, prompt, ids)
         assert ids[:found] == single[0][:found]
         compared += found
@@ -145,7 +145,7 @@ def test_rows_of_different_lengths_decode_as_alone(
 def test_the_counter_sees_a_recompilation(cases: dict[str, Case], tmp_path: Path) -> None:
     """Without a warm-up, each bucket, the later sections and the decode step are compiled when first needed."""
     only = {"grouped": cases["grouped"]}
-    [result] = decode(_jobs(only, 2, tmp_path, warm_up=False, new_tokens=2), tmp_path)
+    [result] = decode(_jobs(only, 2, tmp_path, warm_up=False, new_tokens=2))
     assert result["recompilations"] == len(BUCKETS) + 2
 
 
@@ -171,11 +171,11 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path, chips: int, tmp_path: P
         "max_seq_len": 192,
         "buckets": [128],
     }
-    [result] = decode([job], tmp_path, as_users=True)
+    [result] = decode([job], as_users=True)
     assert result["recompilations"] == 0
     compared = 0
     for prompt, logits, ids in zip(prompts, result["logits"], result["token_ids"], strict=True):
-        assert relative(torch.tensor(logits[0]), logits_after(model, prompt)[-1]) < 1e-4
+        assert relative(logits[0], logits_after(model, prompt)[-1]) < 1e-4
         compared += count_greedy(model, prompt, ids[0])
     assert compared >= 200
 
@@ -196,16 +196,14 @@ def test_prompts_of_all_lengths_in_one_process(smollm2_gguf: Path, tmp_path: Pat
         "max_seq_len": 2048,
         "buckets": [128, 256, 384, 512],
     }
-    [result] = decode([job], tmp_path, as_users=True)
+    [result] = decode([job], as_users=True)
     assert result["recompilations"] == 0
     assert result["executions"] == [1, 1, 1, 1, 1, 1, 1, 2, 3]
     two_ways = {"batches": [[text[:600]]], "max_seq_len": 640, "new_tokens": 1}
-    stepped, sectioned = decode(
-        [job | two_ways | {"buckets": [1]}, job | two_ways], tmp_path / "two-ways", as_users=True
-    )
+    stepped, sectioned = decode([job | two_ways | {"buckets": [1]}, job | two_ways], as_users=True)
     assert (stepped["executions"], sectioned["executions"]) == ([599], [2])
     model = reference(tmp_path / "checkpoint", tmp_path / "out")
     expected = logits_after(model, text)
     for length, logits in zip(lengths, result["logits"], strict=True):
-        assert relative(torch.tensor(logits[0]), expected[length - 1]) < 1e-4
-    assert relative(*(torch.tensor(way["logits"][0][0]) for way in (sectioned, stepped))) < 1e-4
+        assert relative(logits[0], expected[length - 1]) < 1e-4
+    assert relative(*(way["logits"][0][0] for way in (sectioned, stepped))) < 1e-4

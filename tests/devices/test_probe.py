@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+import virtual_chips
 
-# Traces the probe and compiles it for the slices that the arguments name; their programs as JSON.
-COMPILE = """
-import json, sys
-from dataclasses import asdict
-import torch
-from jax._src.lib import xla_client
 from quantize.slices import find_slice
-from runtime.plan.tpu_compiler import TPUCompiler
-from runtime.devices.xla import PROBE_SIZE, Tracer, read_repeatedly
-found = {}
-for name in sys.argv[2:]:
-    target = find_slice(name)
-    tracer = Tracer(target.devices)
-    values = tracer.zeros((target.devices, PROBE_SIZE, PROBE_SIZE), torch.bfloat16, 0)
-    graph = tracer.trace(read_repeatedly, (values, []), 1)
-    traced = xla_client.XlaComputation(graph.hlo).as_hlo_text()
-    found[name] = {"traced": traced} | asdict(TPUCompiler(target).compile(graph))
-open(sys.argv[1], "w").write(json.dumps(found))
-"""
+from runtime.devices import xla
+from runtime.devices.tracing import TracedTensor, Tracer
+from runtime.plan.tpu_compiler import CompiledProgram, TPUCompiler
+
 TARGETS = ["v4-8", "v5p-8", "v5e-4", "v6e-1"]
 READS, BUFFER = 16, 2 * 11520**2
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    path = tmp_path_factory.mktemp("probe") / "programs.json"
-    subprocess.run([sys.executable, "-c", COMPILE, path, *TARGETS], check=True, timeout=300)
-    return json.loads(path.read_text())
+def programs() -> dict[str, tuple[str, CompiledProgram]]:
+    """By slice, the probe as it is traced and as it is compiled."""
+    found = {}
+    for name in TARGETS:
+        target = find_slice(name)
+        values, rows = (
+            TracedTensor((target.devices, length, xla.PROBE_SIZE), torch.bfloat16, 0)
+            for length in (xla.PROBE_SIZE, xla.PROBE_ROWS)
+        )
+        graph = Tracer().trace(xla.read_repeatedly, [values, [rows]], 1).graph
+        found[name] = virtual_chips.stablehlo_text(graph), TPUCompiler(target).compile(graph)
+    return found
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_traced_graph_multiplies(target: str, programs: dict[str, dict]) -> None:
-    """Every product takes in the buffer itself, and what comes out is a few rows."""
-    traced = programs[target]["traced"]
-    chips = re.search(r"entry_computation_layout=\{\(bf16\[(\d+),11520,11520\]", traced)[1]
-    assert f"->(bf16[{chips},8,11520]" in traced
-    assert traced.count(" dot(") == READS
+def test_the_traced_graph_multiplies(target: str, programs: dict[str, tuple[str, CompiledProgram]]) -> None:
+    """Every product takes in the buffer itself; what goes in beside it, and comes out, is a few rows."""
+    traced, _ = programs[target]
+    chips = find_slice(target).devices
+    [header] = re.findall(r"@main\(.*?\) -> .*", traced)
+    assert f"tensor<{chips}x11520x11520xbf16>" in header.split("->")[0]
+    assert f"tensor<{chips}x8x11520xbf16>" in header.split("->")[1]
+    assert traced.count("stablehlo.dot") == READS
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_compiled_program_reads_and_writes_little(target: str, programs: dict[str, dict]) -> None:
+def test_the_compiled_program_reads_and_writes_little(
+    target: str, programs: dict[str, tuple[str, CompiledProgram]]
+) -> None:
     """Less memory than before it by far, at most 256 MiB; nothing is copied, and no chip waits for another."""
-    program = programs[target]
-    assert program["argument_bytes"] == BUFFER <= 256 << 20
-    assert program["output_bytes"] + program["temp_bytes"] < BUFFER / 256
-    entry = program["text"][program["text"].index("\nENTRY ") :]
+    _, program = programs[target]
+    assert BUFFER <= 256 << 20
+    assert program.argument_bytes + program.output_bytes + program.temp_bytes < BUFFER * (1 + 1 / 256)
+    entry = program.text[program.text.index("\nENTRY ") :]
     [buffer] = re.findall(r"%(\S+) = bf16\[1,11520,11520\]\S* parameter\(0\)", entry)
     made = [line for line in entry.splitlines() if re.match(r"\s+(ROOT )?%\S+ = ", line) and " parameter(" not in line]
     readers = [line for line in made if re.search(rf"%{re.escape(buffer)}[,)]", line)]
@@ -71,24 +67,17 @@ def test_it_is_larger_than_what_a_chip_keeps_near() -> None:
 
 def test_it_computes_powers_of_a_matrix() -> None:
     """In float64, on matrices that are small and turn: so that no product can be left out."""
-    from runtime.devices.xla import read_repeatedly
-
     torch.manual_seed(1)
     values = torch.linalg.qr(torch.randn(2, 24, 24, dtype=torch.float64)).Q
-    expected = values[:, :8] @ torch.linalg.matrix_power(values.mT, READS)
-    assert torch.allclose(read_repeatedly(values, []), expected)
+    rows = torch.randn(2, xla.PROBE_ROWS, 24, dtype=torch.float64)
+    [found] = xla.read_repeatedly(values, [rows])
+    assert torch.allclose(found, rows @ torch.linalg.matrix_power(values.mT, READS))
 
 
-MEASURE = """
-from runtime.devices import xla
-xla.PROBE_SIZE = 64
-backend = xla.XLABackend(2)
-backend.platform = "tpu/xla"  # whose memory is measured by the program
-print(backend.read_bandwidth())
-"""
-
-
-def test_the_measurement_runs() -> None:
+def test_the_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On virtual chips, which stand in for those that would be measured so."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True, timeout=300)
-    assert float(done.stdout) > 0
+    monkeypatch.setattr(xla, "PROBE_SIZE", 64)
+    virtual_chips.start()
+    backend = xla.XLABackend(2)
+    backend.tiled = False  # as of chips whose memory is measured by the program
+    assert backend.read_bandwidth() > 0

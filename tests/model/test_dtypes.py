@@ -226,9 +226,9 @@ def test_running_float16(backend: str, chips: int, dtype: str, tolerance: float,
     """llama-run's default, bfloat16, and float32, against transformers in float32 with the same int8 weights."""
     prompt = [3, 141, 59, 26, 5, 35, 89]
     job = {"shards": half / f"out{chips}", "dtype": dtype, "batches": [[prompt]], "new_tokens": 8, "backend": backend}
-    [result] = decode([job | {"max_seq_len": 64, "buckets": [16]}], tmp_path)
+    [result] = decode([job | {"max_seq_len": 16, "buckets": [16]}])  # no later sections: a graph less to compile
     model = reference(half / "checkpoint", half / "out1")
     assert result["recompilations"] == 0
-    assert relative(torch.tensor(result["logits"][0][0]), logits_after(model, prompt)[-1]) < tolerance
+    assert relative(result["logits"][0][0], logits_after(model, prompt)[-1]) < tolerance
     if dtype == "float32":
         assert count_greedy(model, prompt, result["token_ids"][0][0]) > 4

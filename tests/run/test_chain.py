@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import virtual_chips
+from invoke import invoke
 
 from converters.console.units import parse_bytes
 from converters.model.families.presets import PRESETS
+from runtime.cli import command as run
 
 KEYS = {
     "model", "platform", "chips", "batch_size", "prompt_tokens", "new_tokens", "latency_s", "per_token_latency_ms",
@@ -24,14 +28,13 @@ MEMORY_KEYS = {
 }  # fmt: skip
 
 
-def _run(folder: Path, command: str, *args: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A console script in ``folder``, with the environment of a user who has set nothing up."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
+def _run(folder: Path, command: str, *args: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A console script in ``folder``, with the environment of a user who has set nothing up but ``variables``."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "XLA_FLAGS")}
     script = Path(sys.executable).with_name(command)
-    done = subprocess.run(
-        [script, *map(str, args)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == status, done.stderr[-4000:]
+    words = [script, *map(str, args)]
+    done = subprocess.run(words, cwd=folder, env=environment | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
     return done
 
 
@@ -54,20 +57,8 @@ def test_plain_lines_chain(folder: Path) -> None:
 def test_json_on_several_chips(folder: Path) -> None:
     """Every key of the contract, and the figures that follow from others."""
     _run(folder, "llama-quantize", "out", "--int8", "--chips", 3, "--out", "out3")
-    done = _run(
-        folder,
-        "llama-run",
-        "--shards",
-        "out3",
-        "--json",
-        "-",
-        "--batch-size",
-        2,
-        "--max-new-tokens",
-        9,
-        "--prompt-len",
-        40,
-    )
+    words = ("--json", "-", "--batch-size", 2, "--max-new-tokens", 9, "--prompt-len", 40)
+    done = _run(folder, "llama-run", "--shards", "out3", *words, XLA_FLAGS=virtual_chips.QUICK_FLAGS)
     figures = json.loads(done.stdout)
     assert set(figures) == KEYS
     assert set(figures["memory"]) == MEMORY_KEYS
@@ -101,25 +92,32 @@ def test_json_on_several_chips(folder: Path) -> None:
     assert figures["memory"]["host_peak_rss_bytes"] > 100e6
 
 
-FLOAT32 = ("--prompt-ids", "5,6,7", "--max-new-tokens", 8, "--dtype", "float32", "--json", "-", "--shards", "out")
+SHORT = ("--prompt-ids", "5,6,7", "--json", "-")
 
 
 @pytest.fixture(scope="module")
 def tokens_by_xla(folder: Path) -> list[list[int]]:
-    return json.loads(_run(folder, "llama-run", *FLOAT32).stdout)["token_ids"]
+    return figures_of(folder, "--max-new-tokens", 8, "--dtype", "float32")["token_ids"]
+
+
+def figures_of(folder: Path, *more: object) -> dict[str, Any]:
+    """What llama-run tells in this process."""
+    virtual_chips.start()
+    with virtual_chips.quickly_compiled():
+        return json.loads(invoke(run, "--shards", folder / "out", *SHORT, *more).stdout)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_other_backends_give_the_same_tokens(folder: Path, tokens_by_xla: list[list[int]], backend: str) -> None:
-    other = json.loads(_run(folder, "llama-run", *FLOAT32, "--backend", backend).stdout)
+    other = figures_of(folder, "--max-new-tokens", 8, "--dtype", "float32", "--backend", backend)
     assert other["platform"].endswith(f"/{backend}")
     assert other["token_ids"] == tokens_by_xla
     assert other["recompilations"] == 0
 
 
 def test_layers_cut_the_run(folder: Path) -> None:
-    args = ("--shards", "out", "--prompt-ids", "5,6,7", "--max-new-tokens", 4, "--json", "-", "--backend", "eager")
-    whole, cut = (json.loads(_run(folder, "llama-run", *args, *more).stdout) for more in ((), ("--layers", 1)))
+    args = ("--max-new-tokens", 4, "--backend", "eager")
+    whole, cut = (figures_of(folder, *args, *more) for more in ((), ("--layers", 1)))
     assert cut["memory"]["kv_cache_bytes_per_chip"] * 4 == whole["memory"]["kv_cache_bytes_per_chip"]
     assert cut["memory"]["parameter_bytes_per_chip"] < whole["memory"]["parameter_bytes_per_chip"]
 

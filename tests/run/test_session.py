@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from invoke import SUPPORT, invoke, invoke_error
+import virtual_chips
+from invoke import invoke, invoke_error
 from models import make_model, make_opt
 from parity import logits_after, reference
 from transformers import PreTrainedModel
@@ -68,25 +65,25 @@ def difference(ours: Any, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 2)])
 def test_scores_are_transformers_log_softmax(
-    backend: str, chips: int, folder: Path, model: PreTrainedModel, tmp_path: Path
+    backend: str, chips: int, folder: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every length by the graphs of the warm-up; and the session's own logits say the same, in float64."""
     rows, lengths = drawn(*LENGTHS), (1, 8, 20, SLOTS)
-    job = {"shards": str(folder / f"out{chips}"), "backend": backend, "max_seq_len": SLOTS, "buckets": BUCKETS}
-    job |= {"rows": rows, "lengths": lengths, "scored_logits": 3 * VOCAB}  # logits of three tokens at a time
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    words = [sys.executable, SUPPORT / "child_score.py", tmp_path / "job.json", tmp_path / "result.json"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["recompilations"] == 0
-    for row, scores in zip(rows, result["scores"], strict=True):
+    monkeypatch.setattr(graphs, "_SCORED_LOGITS", 3 * VOCAB)  # logits of three tokens at a time
+    virtual_chips.start()
+    options = {"backend": backend, "dtype": torch.float32, "max_seq_len": SLOTS, "buckets": BUCKETS}
+    with virtual_chips.quickly_compiled(), open_session(folder / f"out{chips}", **options) as session:
+        session.warm_up_scores()
+        before = session.backend.compilations()
+        found = [session.score([row])[0] for row in rows]
+        assert session.backend.compilations() == before
+        last = [session.logits([rows[-1][:length]])[0] for length in lengths]
+    for row, scores in zip(rows, found, strict=True):
         assert len(scores) == len(row) - 1
         assert difference(scores, expected_scores(model, row)) < 1e-4
-    for length, logits in zip(lengths, result["logits"], strict=True):
-        own = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[rows[-1][length]]
-        assert abs(result["scores"][-1][length - 1] - own.item()) < 1e-4
+    for length, logits in zip(lengths, last, strict=True):
+        own = logits.double().log_softmax(-1)[rows[-1][length]]
+        assert abs(found[-1][length - 1].item() - own.item()) < 1e-4
 
 
 @pytest.mark.parametrize("once", [1, 3 * VOCAB, 1 << 24])

@@ -177,8 +177,8 @@ def test_llama_run_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32).eval()
     prompt = [1, 5, 9, 3]
     sizes = {"batches": [[prompt]], "new_tokens": 1, "max_seq_len": 64, "buckets": [32]}
-    [result] = decode([{"shards": tmp_path / "out", "dtype": "float32", "backend": "eager", **sizes}], tmp_path)
-    assert relative(torch.tensor(result["logits"][0][0]), logits_after(theirs, prompt)[-1]) < 1e-5
+    [result] = decode([{"shards": tmp_path / "out", "dtype": "float32", "backend": "eager", **sizes}])
+    assert relative(result["logits"][0][0], logits_after(theirs, prompt)[-1]) < 1e-5
 
 
 def test_a_scale_that_is_not_finite(tmp_path: Path) -> None:

@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import virtual_chips
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantize.shards.reading import Shards
+from runtime.model.kv_cache import Layers
+from runtime.model.sampling import Sampling
+from runtime.run.session import open_session
 
-CHILD = Path(__file__).with_name("child_decode.py")
-# LLVM's optimizations take most of the time of compiling for the CPU. The HLO that XLA optimizes comes out the same
-# without them; tests of what users run as it is compiled for them say so (as_users).
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 CLOSE = 1e-3  # top two logits nearer than this may change places in float32
 
 
-# What a child does to have something registered that the product doesn't know, before it decodes.
-_REGISTERED = """
-import sys
-from importlib import import_module
-sys.path.insert(0, sys.argv[4])
-import_module(sys.argv[3]).register()
-import_module("child_decode").main(*sys.argv[1:3])
-"""
+def decode(jobs: list[dict[str, Any]], as_users: bool = False) -> list[dict[str, Any]]:
+    """What sessions in this process give for each of ``jobs``, one after the other.
 
-
-def decode(
-    jobs: list[dict[str, Any]], folder: Path, as_users: bool = False, registering: str | None = None
-) -> list[dict[str, Any]]:
-    """Run child_decode.py on ``jobs``, which are all for the same number of chips.
-
-    XLA compiles quickly, to programs that run slowly; ``as_users`` tells it to compile as it does for users.
-    ``registering`` is a module of this folder whose ``register`` the child calls first.
+    XLA compiles quickly, to programs that run slowly; ``as_users`` lets it compile as it does for users.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
-    environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    if not as_users:
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
-    files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    program = [str(CHILD), *files]
-    if registering is not None:
-        program = ["-c", _REGISTERED, *files, registering, str(CHILD.parent)]
-    done = subprocess.run(
-        [sys.executable, *program],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-4000:]}"
-    return json.loads((folder / "results.json").read_text())
+    if any(job.get("backend", "xla") == "xla" for job in jobs):
+        virtual_chips.start()
+    with nullcontext() if as_users else virtual_chips.quickly_compiled():
+        return [_decode(job) for job in jobs]
+
+
+def _decode(job: dict[str, Any]) -> dict[str, Any]:
+    batches = job["batches"]
+    options = {
+        "backend": job.get("backend", "xla"),
+        "dtype": getattr(torch, job["dtype"]),
+        "kv_cache_dtype": getattr(torch, job.get("kv_cache_dtype", job["dtype"])),
+        "batch_size": len(batches[0]),
+        "max_seq_len": job["max_seq_len"],
+        "buckets": job["buckets"],
+        "sampled": "samplings" in job,
+    }
+    with open_session(job["shards"], **options) as session:
+        samplings = [Sampling(**fields) for fields in job.get("samplings", [{}])]
+        places = _places(session.generator._layers)
+        if job.get("warm_up", True):
+            session.warm_up()
+        before = session.backend.compilations()
+        generations = [
+            session.generate(prompts, job["new_tokens"], sampling) for sampling in samplings for prompts in batches
+        ]
+        recompilations = session.backend.compilations() - before
+        moved = zip(places, _places(session.generator._layers), strict=True)
+        return {
+            "parameter_bytes": session.parameter_bytes_per_chip,
+            "recompilations": recompilations,
+            "caches_moved": sum(before != after for before, after in moved),
+            "token_ids": [generation.token_ids for generation in generations],
+            "executions": [generation.prefill_executions for generation in generations],
+            "logits": [session.logits(prompts).float() for prompts in batches],
+        }
+
+
+def _places(layers: Layers) -> list[int]:
+    """Where a cache's tensors lie in memory; those on chips have no such place."""
+    return [tensor.data_ptr() for layer in layers for tensor in layer if isinstance(tensor, torch.Tensor)]
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
