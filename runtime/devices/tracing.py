@@ -252,15 +252,13 @@ def _as_float(bits: Any) -> Any:
     return bits.bitcast({xb.Type.S16: xb.Type.BF16, xb.Type.S32: xb.Type.F32}[bits.shape().dtype])
 
 
-def product_in_float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T as float32 [..., R, out], for x [..., R, in] and a weight [..., out, in] of the same dtype, which may be
-    bfloat16: torch's own product would give its result that dtype.
-    """
+def product_in_float32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``float32_product``; torch's own product of bfloat16 would give its result that dtype."""
     from torch_xla import _XLAC
 
-    batch, last = list(range(x.dim() - 2)), x.dim() - 1
-    dimensions = (([last], [last]), (batch, batch) if batch else ())
-    return _XLAC._xla_dot_general(x, weight, dimensions, preferred_element_type=torch.float32)
+    batch = list(range(x.dim() - 2)) if x.dim() == y.dim() else []
+    dimensions = (([x.dim() - 1], [y.dim() - 1]), (batch, batch) if batch else ())
+    return _XLAC._xla_dot_general(x, y, dimensions, preferred_element_type=torch.float32)
 
 
 def to_bfloat16(values: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from runtime.devices.backend import CacheUse
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cluster import Cluster
 from runtime.devices.compile_cache import CompileCache
-from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors
+from runtime.devices.cpu.attention import attend_by_products, attend_one_by_products
 from runtime.devices.cpu.process import (
     compiler_options,
     keep_freed_memory,
@@ -110,19 +110,19 @@ class XLABackend:
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
+        self._ones: dict[int, torch.Tensor] = {}  # by length
+        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16, chips > 1)
         if self.tiled:
             self.cache_type = StretchKVCache
-            by_vectors = partial(attend_by_vectors, chips=chips, materialize=self._materialize)
+            one = partial(attend_one_by_products, operations=self._operations)
             self.form = Form(
-                self._cpu_linear, attend_one=by_vectors, attend_many=attend_by_products, materialize=self._materialize
+                self._cpu_linear, attend_one=one, attend_many=attend_by_products, materialize=self._materialize
             )
         else:
             self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = 0 in self._mesh.local_chips
         self._pending: Any = []  # the results of the last launch
-        self._ones: dict[int, torch.Tensor] = {}  # by length
-        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16)
 
     def check_files(self, shards: Shards) -> None:
         """Those of the chips of this process, which reads no others."""

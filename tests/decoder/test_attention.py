@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from runtime.devices.cpu import attention as forms
-from runtime.devices.cpu.attention import attend_by_products, attend_by_vectors, attend_fused
+from runtime.devices.cpu.attention import attend_by_products, attend_fused, attend_one_by_products
 from runtime.model.kv_cache import quantize_tokens
+from runtime.model.linears.linear import Operations
 from runtime.model.parts.attention import Attend, attend, attend_exactly
 
 ROWS, HEADS, GROUP, TOKENS, SLOTS, SIZE = 2, 3, 2, 5, 11, 4
@@ -27,15 +28,8 @@ def test_against_a_loop(form: Attend, cache_dtype: torch.dtype, tokens: int, mon
 
 
 @pytest.mark.parametrize("cache_dtype", DTYPES)
-@pytest.mark.parametrize("chips", [1, 3])
-@pytest.mark.parametrize("most", [1, 12])
-def test_one_token_against_a_loop(
-    cache_dtype: torch.dtype, chips: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chip by chip, and where there would be too many vectors."""
-    monkeypatch.setattr(forms, "_MOST_VECTORS", most)
-    form = partial(attend_by_vectors, chips=chips, materialize=lambda tensor: tensor)
-    _hold_against_a_loop(form, cache_dtype, 1)
+def test_one_token_against_a_loop(cache_dtype: torch.dtype) -> None:
+    _hold_against_a_loop(partial(attend_one_by_products, operations=Operations()), cache_dtype, 1)
 
 
 def _hold_against_a_loop(form: Attend, cache_dtype: torch.dtype, tokens: int) -> None:

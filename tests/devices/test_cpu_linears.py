@@ -11,9 +11,10 @@ from torch._inductor.utils import run_and_get_code
 from quantize.formats.floating import Floating
 from quantize.formats.int8 import Int8
 from runtime.devices.capture import capture
+from runtime.model.linears import tiled
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import KERNEL_ROWS, LOOP_ROWS, PackedLinear
-from runtime.model.linears.tiled import TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
+from runtime.model.linears.tiled import LEFT_ROWS, TILE, VECTOR_ROWS, TiledLinear, Tiles, cut
 
 SHAPES = [
     (1, 1),
@@ -27,7 +28,7 @@ SHAPES = [
     (9, 4104),
     (1030, 4100),
 ]  # out, in
-ROWS = (1, 2, 4, 5, VECTOR_ROWS, VECTOR_ROWS + 1, KERNEL_ROWS + 1, 128)
+ROWS = (1, 2, VECTOR_ROWS, VECTOR_ROWS + 1, KERNEL_ROWS + 1, LEFT_ROWS, LEFT_ROWS + 1, 128)
 
 
 def held(values: object, scale: torch.Tensor | None) -> LinearWeight:
@@ -70,7 +71,8 @@ def _check(found: torch.Tensor, x: torch.Tensor, case: Case) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
-def test_tiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_tiled(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "_BLOCK", 17 * TILE)
     case = _case(*shape, dtype)
     for weight in (Tiles([part.contiguous() for part in cut(case.weight)]), case.weight):
         linear = TiledLinear(held(weight, case.scale), Operations())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from runtime.model.linears.tiled import times_vector
+from runtime.model.linears.linear import Operations
 from runtime.model.parts.attention import (
-    attend,
     attention_scores,
     dequantized_cache,
     query_key_products,
@@ -17,37 +16,17 @@ from runtime.model.parts.attention import (
 )
 
 _BLOCK = 128  # tokens of a first section whose scores are computed at once
-_MOST_VECTORS = 32  # the most per layer and chip; each is a kernel to compile
 
 
-def attend_by_vectors(
-    q: torch.Tensor,
-    cached: Sequence[torch.Tensor],
-    mask: torch.Tensor,
-    chips: int,
-    materialize: Callable[[torch.Tensor], torch.Tensor],
+def attend_one_by_products(
+    q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor, operations: Operations
 ) -> torch.Tensor:
-    """For one token per row (T = 1) on XLA:CPU: the keys are multiplied by one vector for each query head.
-
-    XLA:CPU converts the keys inside that product's loop (linears/tiled.py); for several vectors as a matrix it would
-    write a transposed float32 copy of all keys. Each product takes one head of every one of the ``chips``.
-    ``materialize`` is ``Form.materialize``.
+    """For one token per row (T = 1) on XLA:CPU: its query heads are multiplied with the cached keys as they are, or as
+    bfloat16 where they are int8, without a float32 copy of all keys.
     """
-    rows, _, heads, group, _ = q.shape
-    if rows * (heads // chips) * group > _MOST_VECTORS:
-        return attend(q, cached, mask)
-    vectors = materialize(q.float()).unflatten(2, (chips, -1))  # [B, 1, C, H / C, G, D]
-    keys = cached[0].unflatten(1, (chips, -1))  # [B, C, H / C, S, D]
-    products = [
-        [
-            torch.stack([times_vector(keys[row, :, head], vectors[row, 0, :, head, member]) for member in range(group)])
-            for head in range(heads // chips)
-        ]
-        for row in range(rows)
-    ]
-    by_chip = torch.stack([torch.stack(each) for each in products])  # [B, H / C, G, C, S]
-    by_head = by_chip.permute(0, 3, 1, 2, 4).flatten(1, 2)  # [B, H, G, S]
-    return weighted_values(attention_scores(by_head.unsqueeze(3), cached, mask), cached)
+    keys = cached[0].float() if q.dtype == torch.float32 else operations.to_bfloat16(cached[0])
+    products = operations.product(q.squeeze(1), keys).unsqueeze(3)  # [B, H, G, 1, S]
+    return weighted_values(attention_scores(products, cached, mask), cached)
 
 
 def attend_by_products(q: torch.Tensor, cached: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,14 @@ class LinearWeight:
 MakeLinear = Callable[[LinearWeight], nn.Module]
 
 
-def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T in float32 [..., R, out], for x [..., R, in] and a weight [..., out, in] of the same dtype."""
-    return x.float() @ weight.float().mT
+def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The products of x's and y's vectors, which are their last axes and of the same dtype, summed in float32.
+
+    x [R, in] and y [..., in] give [R, ...], x [..., in] and y [R, in] give [..., R]. With the same axes in front,
+    x [..., R, in] and y [..., out, in] give [..., R, out].
+    """
+    x, y = x.float(), y.float()
+    return x @ y.mT if x.dim() == y.dim() else torch.tensordot(x, y, dims=([-1], [-1]))
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Operations:
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    splits_outputs: bool = False  # whether a weight's outputs may be on several chips, so that none is cut there
 
 
 class Linear(nn.Module):

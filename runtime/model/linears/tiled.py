@@ -7,15 +7,16 @@ which needs the weight converted in memory at every step). So
 
 - weights are cut along ``in`` when they are loaded, into separate tensors: slices taken in the graph run at a third of
   the speed. The compiler fully unrolls a loop over 512 inputs, which makes it half as fast again as a longer one;
-- two rows become two products, one after the other while the tile is in the cache;
+- a few rows become as many products, one after the other while the tile is in the cache;
 - every product is multiplied by its scale before the sum; a weight without a scale is given ones;
 - the vector is divided by ones that the compiler can't know to be ones: it would move a cheap computation of the vector
   into the loop and repeat it for every output, but it considers a division too expensive to repeat. The divisor is a
   whole vector: with a single one, the division would be done in whatever shape the input had before it became a row,
   and the loop would compute indices into that shape for every input.
 
-More rows use a matrix product on each tile, which is converted to the activations' dtype while it is in the cache. The
-processor multiplies bfloat16 by itself where the product asks for its sums in float32.
+More rows use a matrix product on each tile, which is converted to the activations' dtype some outputs at a time, so
+that the product finds them in the cache. The processor multiplies bfloat16 by itself where the product asks for its
+sums in float32. Up to a few dozen rows XLA's library is faster with the weight as the left operand, then as the right.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torch import nn
 from runtime.model.linears.linear import LinearWeight, Operations
 
 TILE = 512  # inputs of a tile, approximately
-VECTOR_ROWS = 2  # the most rows multiplied as vectors
+VECTOR_ROWS = 4  # the most rows multiplied as vectors
+LEFT_ROWS = 32  # the most rows of a product whose left operand is the weight
+_BLOCK = 1 << 20  # elements that are converted at once of a tile which has at least twice as many
 _VECTOR_INPUTS = 4095  # the most float32 inputs for which XLA:CPU uses the loop
 _ALIGNMENT = 64  # bytes; XLA copies what is less aligned
 _LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
@@ -139,14 +142,31 @@ class TiledLinear(nn.Module):
         return torch.stack(sums, dim=-2)
 
     def _matrix_product(self, tiles: Sequence[torch.Tensor], rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-        inputs, product = rows.split(widths, dim=-1), self.operations.product
+        inputs = rows.split(widths, dim=-1)
         if rows.dtype == torch.bfloat16 and tiles[0].dtype != torch.float32:
             convert = self.operations.to_bfloat16
         else:
             inputs, convert = [part.float() for part in inputs], torch.Tensor.float
-        products = [product(part, convert(tile)) for tile, part in zip(tiles, inputs, strict=True)]
-        y = sum(products[1:], products[0])
+        weight_left = rows.shape[-2] <= LEFT_ROWS
+
+        def product(part: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+            pair = (convert(block), part) if weight_left else (part, convert(block))
+            return self.operations.product(*pair)
+
+        sums = []
+        for blocks in zip(*self._blocks(tiles), strict=True):  # some outputs of every tile
+            products = [product(part, block) for part, block in zip(inputs, blocks, strict=True)]
+            sums.append(sum(products[1:], products[0]))
+        y = torch.cat(sums, dim=-2 if weight_left else -1)
+        if weight_left:
+            y = y.mT
         return y if self.scale is None else y * self.scale
+
+    def _blocks(self, tiles: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+        """The tiles, each cut along its outputs unless these may be split over chips."""
+        out, width = tiles[0].shape[-2:]
+        are_large = out * width >= 2 * _BLOCK and not self.operations.splits_outputs
+        return [tile.split(max(1, _BLOCK // width) if are_large else out, dim=-2) for tile in tiles]
 
 
 def times_vector(tile: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
