@@ -22,6 +22,14 @@ class CacheUse(NamedTuple):
     failures: int
 
 
+class Memory(NamedTuple):
+    """The memory of the chips that this process feeds."""
+
+    local_chips: int
+    on_host: bool  # whether it is the host's
+    free_bytes: int | None  # on the fullest of them; None where the host's account is the one, or there is none
+
+
 class Backend(Protocol):
     """Tensors on a device, and functions compiled for it."""
 
@@ -89,6 +97,10 @@ class Backend(Protocol):
 
     def read_bandwidth(self) -> float:
         """Bytes per second at which all chips together read their memory, from a brief measurement."""
+        ...
+
+    def memory(self) -> Memory:
+        """The chips' memory now."""
         ...
 
     def peak_bytes(self) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quantize.shards.reading import Shards
-from runtime.devices.backend import CacheUse
+from runtime.devices.backend import CacheUse, Memory
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
 from runtime.devices.compile_cache import check_folder
@@ -101,6 +101,11 @@ class HostBackend:
 
     def read_bandwidth(self) -> float:
         return measure_read_bandwidth(self._device)
+
+    def memory(self) -> Memory:
+        if self._device.type == "cpu":
+            return Memory(1, True, None)
+        return Memory(1, False, torch.cuda.mem_get_info()[0])
 
     def peak_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None

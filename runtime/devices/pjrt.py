@@ -329,6 +329,12 @@ class Mesh:
         )
         return Program(compiled, _donated_last(graph), len(graph.donated))
 
+    def free_bytes(self) -> int | None:
+        """The bytes that are free on the fullest of the local chips; None where they keep no account."""
+        found = [stats for chip in self.local_chips if (stats := self.devices[chip].memory_stats())]
+        free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if "bytes_limit" in stats]
+        return min(free, default=None)
+
     def peak_bytes(self) -> int | None:
         """The most bytes that one of the local chips has used; None where they keep no account."""
         found = [self.devices[chip].memory_stats() for chip in self.local_chips]

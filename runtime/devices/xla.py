@@ -23,7 +23,7 @@ from converters.console.errors import InputError
 from converters.model.config import ModelConfig
 from quantize.shards.reading import Shards
 from runtime.devices import pjrt
-from runtime.devices.backend import CacheUse
+from runtime.devices.backend import CacheUse, Memory
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cluster import Cluster
 from runtime.devices.compile_cache import CompileCache
@@ -193,6 +193,9 @@ class XLABackend:
             self.wait()
             seconds.append(time.perf_counter() - begin)
         return _PROBE_RUNS * PROBE_READS * values.nbytes / statistics.median(seconds)
+
+    def memory(self) -> Memory:
+        return Memory(len(self._mesh.local_chips), self.tiled, self._mesh.free_bytes())
 
     def peak_bytes(self) -> int | None:
         """None on virtual chips, whose memory is the host's."""

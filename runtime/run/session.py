@@ -23,6 +23,7 @@ from runtime.model.sampling import Sampling
 from runtime.run.buckets import DEFAULT_BUCKETS, are_buckets
 from runtime.run.generate import Generation, Generator
 from runtime.run.load import load_tensors, make_cache, make_decoder
+from runtime.run.preflight import Needs, check_memory
 from runtime.run.prompts import check_prompts, check_scored
 from runtime.run.stored_model import StoredModel, open_model
 
@@ -116,6 +117,8 @@ class Session:
         self.model, self.options = model, options
         self.backend = _backend(model.shards, options)
         _agree(model, options, self.backend, plans or {})
+        sizes = (options.batch_size, options.max_seq_len, options.cache_dtype)
+        check_memory(Needs.of(model.config, model.shards.manifest.scheme, self.backend.chips, *sizes), self.backend)
         begin = time.perf_counter()
         self.tensors, self.parameter_bytes_per_chip = _load(model, self.backend)
         with torch.no_grad():
