@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,12 @@ def our_form(dtype: str, unprepared: bool) -> Callable[[argparse.Namespace], dic
                 whole = Shards(options.shards).dequantized(name, 0, self.tensors[name].parameter.shape[0])
                 return whole.to(getattr(torch, dtype))
 
+            def local_blocks(self, name: str, chip: int, nbytes: int) -> Iterator[torch.Tensor]:
+                yield self.local(name, chip)
+
         if unprepared:
-            runtime.devices.xla.prepare_cpu_process = lambda chips: None
+            runtime.devices.xla.prepare_cpu_process = lambda: None
+            runtime.devices.xla.compiler_options = lambda chips: {}
         backend = runtime.devices.xla.XLABackend(1)
         if unprepared:
             backend.tiled, backend.form = False, Form()
@@ -220,9 +224,9 @@ def lazy_transformers(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import DynamicCache
 
     from runtime.bench.baseline import load_model
-    from runtime.devices.xla import lazy_device, lazy_sync
+    from runtime.devices.tracing import lazy_device, lazy_sync
 
-    device = lazy_device()
+    device = lazy_device("CPU")
     model = load_model(options.shards, torch.bfloat16, None).to(device)
     prompts = drawn_prompts(options).to(device)
     new_tokens, last = min(options.new_tokens, 4), prompts.shape[1] - 1

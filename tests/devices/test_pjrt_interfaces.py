@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 from jax import export
+from jax.experimental import serialize_executable
 
 from runtime.devices import pjrt
 from runtime.devices.tracing import TracedGraph, TracedTensor
@@ -38,7 +39,8 @@ def graph(mesh: pjrt.Mesh) -> TracedGraph:
     number, matrix = TracedTensor((), torch.float32, None), TracedTensor((CHIPS, SIZE), torch.float32, 0)
     shapes = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in (number, matrix, matrix)]
     module = export.export(jax.jit(function), platforms=["cpu"])(*shapes).mlir_module_serialized
-    return TracedGraph(module, (number, matrix, matrix), (number, matrix, matrix), (2, 1), {0: torch.tensor(3.0)})
+    tensors = (number, matrix, matrix)
+    return TracedGraph("function", tensors, tensors, (2, 1), {0: torch.tensor(3.0)}, lambda: module)
 
 
 def matrices() -> list[torch.Tensor]:
@@ -93,9 +95,9 @@ def place_of(array: Any) -> int:
 
 def test_memory_is_counted_for_one_chip(mesh: pjrt.Mesh, graph: TracedGraph) -> None:
     """By memory_analysis of a compiled program."""
-    program, matrix = mesh.compile(graph), 4 * SIZE
-    assert program.argument_bytes == program.alias_bytes == 2 * matrix
-    assert 2 * matrix < program.output_bytes < 3 * matrix + 64  # a number, and where the results are
+    memory, matrix = mesh.compile(graph).memory, 4 * SIZE
+    assert memory.argument_bytes == memory.alias_bytes == 2 * matrix
+    assert 2 * matrix < memory.output_bytes < 3 * matrix + 64  # a number, and where the results are
 
 
 def test_donated_inputs_are_used_up(mesh: pjrt.Mesh, graph: TracedGraph) -> None:
@@ -117,10 +119,11 @@ def test_compilations_are_heard_of(mesh: pjrt.Mesh, graph: TracedGraph) -> None:
 
 def test_a_serialized_program_has_three_parts_and_runs(mesh: pjrt.Mesh, graph: TracedGraph) -> None:
     """By jax.experimental.serialize_executable: bytes, and the structures of inputs and results."""
-    parts = mesh.compile(graph).serialize()
+    program = mesh.compile(graph)
+    parts = serialize_executable.serialize(program._compiled)
     assert len(parts) == 3, f"serialize_executable.serialize gives {len(parts)} parts; compiled programs kept are of 3"
     assert isinstance(parts[0], bytes), "serialize_executable.serialize doesn't begin with bytes"
-    check_results(mesh.load(parts, graph)(inputs(mesh)))
+    check_results(mesh.load(program.serialize(), graph)(inputs(mesh)))
 
 
 def test_zeros_are_made_on_the_chips(mesh: pjrt.Mesh) -> None:
