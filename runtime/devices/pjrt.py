@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,8 @@ def _initialize(**cluster: Any) -> None:
 
     if jax.distributed.is_initialized():
         return
+    if not _knows_processes():
+        raise InputError(f"Several processes need jax 0.10, on Python 3.11 or newer; this is {jax.__version__}.")
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
     expect_aborts()
     try:
@@ -96,10 +99,17 @@ def _initialize(**cluster: Any) -> None:
         ) from error
 
 
+def _knows_processes() -> bool:
+    """Whether this jax has the settings by which processes end together; that of Python 3.10 hasn't."""
+    import jax
+
+    return "heartbeat_timeout_seconds" in signature(jax.distributed.initialize).parameters
+
+
 def _join_slice() -> None:
     """Join the other hosts of a TPU slice, where jax finds some: in the environment, or by a TPU VM's metadata."""
     hosts = next((os.environ[name] for name in _HOST_VARIABLES if name in os.environ), None)
-    if hosts is not None and "," not in hosts:
+    if ("," not in hosts) if hosts is not None else not _knows_processes():
         return
     try:
         _initialize()

@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 
-from runtime.devices.pjrt import environment
+from runtime.devices.pjrt import environment, versions
 
 _DISABLED_PASSES = "xla_disable_hlo_passes"
-_OPTIONS = {
-    "xla_cpu_prefer_vector_width": 512,
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    _DISABLED_PASSES: "gemv-rewriter",
-}
+_OPTIONS = {"xla_cpu_prefer_vector_width": 512, _DISABLED_PASSES: "gemv-rewriter"}
+_SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_OLD_SCHEDULER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # of jaxlib 0.6, which Python 3.10 gets
 _ONE_THREAD_OPTIONS = {
     _DISABLED_PASSES: "gemv-rewriter,cpu-parallel-task-assigner",
     "xla_cpu_multi_thread_eigen": False,
@@ -54,7 +52,8 @@ def prepare_cpu_process() -> None:
 
 def compiler_options(chips: int) -> dict[str, Any]:
     """XLA's settings for programs on ``chips`` virtual chips, but for those that the user names in XLA_FLAGS."""
-    options = _OPTIONS | (_ONE_THREAD_OPTIONS if chips >= available_cpus() else {})
+    scheduler = _OLD_SCHEDULER if versions()["jaxlib"].startswith("0.6.") else _SCHEDULER
+    options = _OPTIONS | scheduler | (_ONE_THREAD_OPTIONS if chips >= available_cpus() else {})
     named = {flag.lstrip("-").split("=")[0] for flag in environment().get("XLA_FLAGS", [])}
     return {name: value for name, value in options.items() if name not in named}
 
