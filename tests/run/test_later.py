@@ -179,8 +179,9 @@ def test_json_in_a_folder_that_goes_away(shards: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(HostBackend, "read_bandwidth", lambda self: shutil.rmtree(tmp_path / "gone") or 1e9)
     result = invoke(llama_run, *arguments(shards, "--json", tmp_path / "gone" / "run.json"), exit_code=2)
     assert rows_of(result)["new tokens (L)"].strip() == "3"
-    assert "could not be written (No such file or directory)" in result.stderr
-    assert result.stderr.count("\n") == 1
+    memory, line = result.stderr.splitlines()
+    assert memory.startswith("Note: Memory of this host: ")
+    assert "could not be written (No such file or directory)" in line
 
 
 def test_json_in_a_folder_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
