@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,25 @@ def test_a_full_disk_costs_only_the_file(tmp_path: Path, mesh: pjrt.Mesh, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_for_reading_only(tmp_path: Path, mesh: pjrt.Mesh) -> None:
-    use(tmp_path, mesh)
-    tmp_path.chmod(0o500)
-    assert use(tmp_path, mesh) == (1, 0, 0)
-    assert use(tmp_path, mesh, options={"xla_cpu_prefer_vector_width": 128}) == (0, 1, 0)
+@pytest.fixture
+def user_folder() -> Iterator[Path]:
+    """A folder of a user who is not root, whom this process is meanwhile."""
+    user = os.geteuid() or 4321
+    with tempfile.TemporaryDirectory() as path:
+        os.chown(path, user, -1)
+        before = os.geteuid()
+        os.seteuid(user)
+        yield Path(path)
+        os.chmod(path, 0o700)
+        os.seteuid(before)
+
+
+def test_a_folder_for_reading_only(user_folder: Path, mesh: pjrt.Mesh) -> None:
+    use(user_folder, mesh)
+    user_folder.chmod(0o500)
+    assert use(user_folder, mesh) == (1, 0, 0)
+    assert use(user_folder, mesh, options={"xla_cpu_prefer_vector_width": 128}) == (0, 1, 0)
     assert any("could not be kept" in said for said in notes._noted)
-    tmp_path.chmod(0o700)
 
 
 def test_every_difference_is_another_key(tmp_path: Path, chips: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def _check(found: torch.Tensor, x: torch.Tensor, case: Case) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16, torch.float32])
 def test_tiled(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "_BLOCK", 17 * TILE)
     case = _case(*shape, dtype)

@@ -24,6 +24,7 @@ def attend_one_by_products(
     """For one token per row (T = 1) on XLA:CPU: its query heads are multiplied with the cached keys as they are, or as
     bfloat16 where they are int8, without a float32 copy of all keys.
     """
+    # Keys were of the queries' dtype before they were stored, so a float32 cache under bfloat16 loses nothing here.
     keys = cached[0].float() if q.dtype == torch.float32 else operations.to_bfloat16(cached[0])
     products = operations.product(q.squeeze(1), keys).unsqueeze(3)  # [B, H, G, 1, S]
     return weighted_values(attention_scores(products, cached, mask), cached)

@@ -35,6 +35,7 @@ VECTOR_ROWS = 4  # the most rows multiplied as vectors
 LEFT_ROWS = 32  # the most rows of a product whose left operand is the weight
 _BLOCK = 1 << 20  # elements that are converted at once of a tile which has at least twice as many
 _VECTOR_INPUTS = 4095  # the most float32 inputs for which XLA:CPU uses the loop
+_EXACT_IN_BFLOAT16 = (torch.int8, torch.bfloat16)  # others, float16 too, are multiplied in float32
 _ALIGNMENT = 64  # bytes; XLA copies what is less aligned
 _LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
 
@@ -55,15 +56,12 @@ class Tiles:
         return sum(part.shape[-1] for part in self.parts)
 
 
-def tile_width(inputs: int) -> int:
-    """The number of inputs of every tile but the last."""
-    count = max(1, round(inputs / TILE))
-    return -(-inputs // (count * _LANES)) * _LANES
-
-
 def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A weight [out, in] as views [out, width] of about ``TILE`` inputs, all of one width except the last."""
-    return weight.split(tile_width(weight.shape[1]), dim=1)
+    inputs = weight.shape[1]
+    count = max(1, round(inputs / TILE))
+    width = -(-inputs // (count * _LANES)) * _LANES
+    return weight.split(width, dim=1)
 
 
 def copy_tiles(blocks: Iterable[torch.Tensor], out: int) -> list[torch.Tensor]:
@@ -147,7 +145,7 @@ class TiledLinear(nn.Module):
 
     def _matrix_product(self, tiles: Sequence[torch.Tensor], rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         inputs = rows.split(widths, dim=-1)
-        if rows.dtype == torch.bfloat16 and tiles[0].dtype != torch.float32:
+        if rows.dtype == torch.bfloat16 and tiles[0].dtype in _EXACT_IN_BFLOAT16:
             convert = self.operations.to_bfloat16
         else:
             inputs, convert = [part.float() for part in inputs], torch.Tensor.float
