@@ -1,4 +1,4 @@
-"""llama-quantize: a checkpoint into int8 (or bfloat16) shards, one safetensors file per TPU chip."""
+"""llama-quantize: a checkpoint into int8, int4, fp8 or bfloat16 shards, one safetensors file per TPU chip."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from pathlib import Path
 import click
 
 from converters.console.command import DISTRIBUTION, run
+from quantize.format_options import KIND_FLAGS, format_options
+from quantize.formats.table import METHODS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("checkpoint", type=click.Path(path_type=Path), default="checkpoint")
-@click.option("--int8", "scheme", flag_value="int8", help="Linear layers in int8, one scale per output channel.")
-@click.option("--bf16", "scheme", flag_value="bf16", help="Everything in bfloat16: shards without quantizing.")
+@format_options
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default=METHODS[0],
+    show_default=True,
+    help="How scales are found: scale by least squared error, rtn by the largest magnitude.",
+)
 @click.option(
     "--chips",
     type=click.IntRange(min=1, max=4096),
@@ -34,14 +42,15 @@ from converters.console.command import DISTRIBUTION, run
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
 @click.option("--quantize-lm-head", is_flag=True, help="Quantize the output head as well.")
 @click.option("--force", is_flag=True, help="Replace what this tool wrote to --out before.")
-@click.option(
-    "--verify", is_flag=True, help="Check the files' digests afterwards; without --int8/--bf16, just check --out."
-)
+@click.option("--verify", is_flag=True, help="Check the files' digests afterwards; without a format, just check --out.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.version_option(package_name=DISTRIBUTION)
 def command(
     checkpoint: Path,
-    scheme: str | None,
+    kind: str | None,
+    group_size: str | None,
+    zero_points: bool,
+    method: str,
     chips: int | None,
     target: str | None,
     only_chips: tuple[int, ...],
@@ -59,17 +68,27 @@ def command(
     \b
     llama-quantize --int8                        one chip
     llama-quantize --int8 --target v4-16         8 chips
+    llama-quantize --int4                        4 bits, a scale for every 128 inputs
     llama-quantize out8/ --int8 --chips 4 --out out4/
     llama-quantize --verify --out out/           check an output
     """
     from converters.console.errors import InputError
     from quantize.job import QuantizeRequest, quantize, verify_output
 
-    if scheme is None and not verify:
-        raise InputError("Give --int8 or --bf16 (or --verify alone, to check --out).")
-    if scheme is not None:
+    if kind is None and not verify:
+        raise InputError(f"Give {KIND_FLAGS} (or --verify alone, to check --out).")
+    if kind is not None:
         request = QuantizeRequest(
-            checkpoint, out, scheme, _chip_count(chips, target), only_chips, layers, quantize_lm_head
+            checkpoint,
+            out,
+            kind,
+            _chip_count(chips, target),
+            only_chips,
+            layers,
+            quantize_lm_head,
+            group_size,
+            zero_points,
+            method,
         )
         click.echo(quantize(request, force, dry_run))
     if verify and not dry_run:

@@ -9,16 +9,18 @@ from converters.checkpoint import finished as written
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, plural
+from converters.model.config import ModelConfig
 from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
+from quantize.formats.table import CHANNEL, METHODS, find_format, format_title
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, chip_file
 from quantize.shards.partition import plan_heads
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, padding_bytes
+from quantize.shards.stored import Scheme, default_scheme, padding_bytes
 from quantize.values import BlockSource, Quantizer, Resharder
 
 
@@ -28,11 +30,14 @@ class QuantizeRequest:
 
     checkpoint: Path
     out: Path
-    scheme: str
+    kind: str  # of weight format
     chips: int
     only_chips: tuple[int, ...]
     layers: int | None
     quantize_lm_head: bool
+    group_size: str | None = None  # CHANNEL, or how many inputs share a scale; None: the kind's default
+    zero_points: bool = False
+    method: str = METHODS[0]
 
 
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
@@ -57,7 +62,7 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     # Of what it wrote itself, llama-convert has said it.
     if isinstance(source, Quantizer) and not _is_converted(request.checkpoint):
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
-    if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.name)):
+    if isinstance(source, Quantizer) and (errors := source.report.summary(format_title(sharding.scheme.format))):
         lines.append(errors)
     return "\n".join(lines)
 
@@ -82,30 +87,50 @@ def verify_output(out: Path) -> str:
 def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     """What is to be made, and where its values come from."""
     _check_distinct(request.checkpoint, request.out)
-    scheme = Scheme(request.scheme, request.quantize_lm_head)
     source: BlockSource
     if (request.checkpoint / FILE_NAME).exists():
         shards = Shards(request.checkpoint)
-        _check_scheme(scheme, shards)
+        scheme, method = shards.manifest.scheme, shards.manifest.method
+        _check_scheme(request, shards)
         shards.require(range(shards.chips))
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        config, fingerprint, source = weights.config, weights.fingerprint(), Quantizer(weights)
+        scheme = _scheme(request, weights.config)
+        method = request.method if scheme.format.searches else None
+        config, fingerprint = weights.config, weights.fingerprint()
+        source = Quantizer(weights, search=request.method == METHODS[0])
     config = config.cut(request.layers)
     config = config.with_dtype(scheme.floating_dtype(config))
     scheme.check(config)
     if isinstance(source, Quantizer):
         source.note_kept(config, scheme)
-    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint), source
+    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method), source
 
 
-def _check_scheme(wanted: Scheme, shards: Shards) -> None:
-    if wanted != shards.manifest.scheme:
-        have = shards.manifest.scheme
-        flags = f"--{have.name}" + (" --quantize-lm-head" if have.quantize_lm_head else "")
+def _scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
+    """What to quantize to. A group size that the user doesn't give is one that divides the inputs of every linear."""
+    head, size = request.quantize_lm_head, request.group_size
+    if size is not None:
+        return Scheme(find_format(request.kind, None if size == CHANNEL else int(size), request.zero_points).name, head)
+    return default_scheme(request.kind, config, head, request.zero_points)
+
+
+def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
+    """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
+    scheme, method = shards.manifest.scheme, shards.manifest.method
+    have = scheme.format
+    sizes = (None, str(have.group_size or CHANNEL))
+    same = (
+        request.kind == have.kind
+        and request.quantize_lm_head == scheme.quantize_lm_head
+        and request.group_size in sizes
+        and (have.zero_points or not request.zero_points)
+        and (request.method == METHODS[0] or request.method == method)
+    )
+    if not same:
         raise InputError(
-            f"{shards.directory} holds shards made with {flags}; they can only be re-sharded with the same."
+            f"{shards.directory} holds shards made with {scheme.flags}; they can only be re-sharded with the same."
         )
 
 
@@ -145,7 +170,7 @@ def _describe(sharding: Sharding, out: Path) -> list[str]:
     first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
     files = first if count == 1 else f"{first} ... {last}"
     lines = [
-        f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {sharding.scheme.name}, "
+        f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {format_title(sharding.scheme.format)}, "
         f"{count} of {sharding.chips} chips' files, {format_bytes(sharding.file_bytes)} each, "
         f"{format_bytes(sharding.nbytes)} in all ({files})"
     ]

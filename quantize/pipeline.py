@@ -38,6 +38,7 @@ class Sharding:
     chips: int
     only_chips: tuple[int, ...]
     source_fingerprint: str
+    method: str | None = None  # how scales are found, one of METHODS; None for formats without a choice
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -63,6 +64,7 @@ class Sharding:
             "source_fingerprint": self.source_fingerprint,
             "layers": self.config.num_layers,
             "scheme": self.scheme.name,
+            **({} if self.method is None else {"method": self.method}),
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "chips": self.chips,
         }
@@ -88,7 +90,7 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
     numbers = {chip_file(chip, chips): chip for chip in range(chips)}
     records = {numbers[name]: record for name, record in output.files.items() if name in numbers}
     output.check_sources()
-    manifest = Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records)
+    manifest = Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records, sharding.method)
     output.write({FILE_NAME: json_file(manifest.as_json())})
 
 
@@ -154,7 +156,9 @@ def finished(out: Path) -> Finished | None:
     shards = Shards(out)
     manifest = shards.manifest
     chips = tuple(sorted(manifest.files))
-    sharding = Sharding(shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint)
+    sharding = Sharding(
+        shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint, manifest.method
+    )
     files = {chip_file(chip, manifest.chips): record for chip, record in manifest.files.items()}
     return Finished(sharding.arguments(), files | dict.fromkeys((REPORT, "config.json", FILE_NAME)))
 
@@ -172,7 +176,7 @@ class _Step:
 
 
 class _Piece(NamedTuple):
-    """A step done: for each of its chips what to append, by suffix."""
+    """A step done: for each of its chips what to append, by suffix; of the first tensor as the file holds it."""
 
     step: _Step
     parts: list[dict[str, torch.Tensor]]
@@ -180,6 +184,7 @@ class _Piece(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Of the files, but for rounding."""
         return sum(tensor.nbytes for part in self.parts for tensor in part.values())
 
 
@@ -238,19 +243,22 @@ def _do(step: _Step, columns: dict[str, Split], source: BlockSource) -> _Piece:
             values = values.repeat_interleave(split.repeat, dim=1)
         for chip, part in zip(step.chips, parts, strict=True):
             part[suffix] = _take_columns(values, split.segments[chip], tensors[suffix].part.fill)
-    return _Piece(step, parts, block)
+    first = step.stored.tensors[0].part
+    for part in parts if columns else parts[:1]:
+        part[first.suffix] = first.to_file(part[first.suffix])
+    return _Piece(step, parts if columns else [parts[0]] * len(parts), block)
 
 
 def _take(piece: _Piece, writers: dict[int, SafetensorsWriter], later: Later, source: BlockSource) -> None:
     """Append a piece's part of the first tensor to its files; ``later`` gathers the others until the first one ends."""
     step = piece.step
-    first, *others = (each.part.suffix for each in step.stored.tensors)
-    for chip, part in zip(step.chips, piece.parts, strict=True):
-        writers[chip].append(part[first])
-        for suffix in others:
-            later[chip].setdefault(suffix, []).append(part[suffix])
+    first, *others = (each.part for each in step.stored.tensors)
+    for chip, tensors in zip(step.chips, piece.parts, strict=True):
+        writers[chip].append(tensors[first.suffix])
+        for part in others:
+            later[chip].setdefault(part.suffix, []).append(tensors[part.suffix])
             if step.ends_tensor:
-                writers[chip].append(torch.cat(later[chip].pop(suffix)))
+                writers[chip].append(part.to_file(torch.cat(later[chip].pop(part.suffix))))
     source.passed(step.stored, step.start, piece.block)
 
 

@@ -63,8 +63,9 @@ class Quantizer:
     What the checkpoint holds in the wanted format already is taken as it is.
     """
 
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
+    def __init__(self, source: TensorSource, search: bool = True) -> None:
+        """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's."""
+        self._source, self._search = source, search
         self._quantized = source if isinstance(source, QuantizedSource) else None
         self._held = self._quantized.quantized_names(source.config) if self._quantized else set()
         self.report = Report()
@@ -90,7 +91,7 @@ class Quantizer:
         source = self._quantized
         if source is not None and stored.name in self._held and stored.format.name == source.format:
             return self._as_it_is(source, stored, start, stop)
-        encoded = stored.format.encode(self._source.rows(stored.name, start, stop))
+        encoded = stored.format.encode(self._source.rows(stored.name, start, stop), self._search)
         for tensor in encoded.tensors.values():
             _check_finite(tensor, stored.name)
         return Block(*encoded)
@@ -127,7 +128,7 @@ class Quantizer:
 
 def _check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise InputError, naming it, where a floating tensor holds NaN or an infinity."""
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and tensor.itemsize > 1:  # values of float8 are finite where their scale is
         check_finite(tensor, name)
 
 

@@ -20,11 +20,22 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = "_scale"  # after the name of the weight
 _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
-# What ``config_groups`` says of weights in this layout.
-INT8_GROUP: dict[str, Any] = {
-    "format": _FORMAT,
-    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-}
+
+
+def weights_group(
+    layout: str, kind: str, bits: int, group_size: int | None = None, zero_points: bool = False
+) -> dict[str, Any]:
+    """What ``config_groups`` says of weights: ``layout`` is one of compressed-tensors' formats, ``kind`` int or float.
+
+    With a ``group_size`` there is a scale for so many inputs, else one per output channel.
+    """
+    weights = {"num_bits": bits, "type": kind, "symmetric": not zero_points, "strategy": "channel", "dynamic": False}
+    if group_size is not None:
+        weights |= {"strategy": "group", "group_size": group_size}
+    return {"format": layout, "weights": weights}
+
+
+INT8_GROUP = weights_group(_FORMAT, "int", 8)
 # Default values of the fields of ``weights``, and fields that only say how the scales were found.
 _WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _HOW_MADE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")

@@ -18,7 +18,14 @@ class Floating:
 
     dtype: str
     quantizes = False
+    searches = False
+    zero_points = False
+    group_size = None
     config_group = None
+
+    @property
+    def kind(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:
@@ -28,8 +35,8 @@ class Floating:
     def parts(self) -> tuple[Part, ...]:
         return (Part("", self.dtype),)
 
-    def encode(self, weight: torch.Tensor) -> Encoded:
-        """Rows [n, ...] of a parameter with any number of dimensions."""
+    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+        """Rows [n, ...] of a parameter with any number of dimensions; ``search`` changes nothing."""
         import torch
 
         return Encoded({"": weight.to(getattr(torch, self.dtype))}, None)

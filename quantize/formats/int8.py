@@ -1,37 +1,17 @@
-"""Symmetric int8 with one scale per output channel (compressed-tensors: "int-quantized", strategy "channel")."""
+"""The arithmetic of symmetric int8 with one scale per output channel, by its largest magnitude."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
-from converters.formats.compressed_tensors import INT8_GROUP, SCALE_SUFFIX, dequantize
-from quantize.formats.weight_format import Encoded, Part, RowErrors
+from quantize.formats.weight_format import RowErrors
 
 if TYPE_CHECKING:
     import torch
 
 QMAX = 127
 _SMALLEST_SCALE = 2.0**-126  # of float32's normal numbers: below it a division has too little precision
-
-
-@dataclass(frozen=True)
-class Int8:
-    """The format of ``--int8``: values int8 [out, in] and scales float32 [out, 1]."""
-
-    name = "int8"
-    quantizes = True
-    config_group = INT8_GROUP
-    parts = (Part("", "int8"), Part(SCALE_SUFFIX, "float32", inputs=None, fill=1.0, is_shared=True))
-
-    def encode(self, weight: torch.Tensor) -> Encoded:
-        quantized, errors = quantize_rows(weight)
-        return Encoded({"": quantized.values, SCALE_SUFFIX: quantized.scale}, errors)
-
-    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return dequantize(tensors[""], tensors[SCALE_SUFFIX])
 
 
 class Quantized(NamedTuple):

@@ -1,9 +1,62 @@
-"""The table of weight formats, by the names that command lines and shards.json have for them."""
+"""The table of weight formats: the kinds that command lines name, and every format that shards.json can name."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from converters.console.errors import InputError
+from quantize.formats.float8 import Float8
 from quantize.formats.floating import Floating
-from quantize.formats.int8 import Int8
+from quantize.formats.integers import Integers
 from quantize.formats.weight_format import WeightFormat
 
-FORMATS: dict[str, WeightFormat] = {each.name: each for each in (Int8(), Floating("bfloat16"))}
+GROUP_SIZES = (128, 64, 32)
+CHANNEL = "channel"  # in place of a group size: one scale per output channel
+METHODS = ("scale", "rtn")  # how scales are found: by least squared error, by the largest magnitude
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A flag of the command lines. ``in_groups``: whether its scales are for groups where the user doesn't say."""
+
+    name: str
+    help: str
+    in_groups: bool = False
+
+
+KINDS = {
+    each.name: each
+    for each in (
+        Kind("int8", "Linear layers in int8, one scale per output channel or per group."),
+        Kind("int4", "Linear layers in 4 bits, one scale per 128 inputs, or 64 or 32 by the model's width.", True),
+        Kind("fp8", "Linear layers in 8-bit floating point (e4m3), one scale per output channel or per group."),
+        Kind("bf16", "Everything in bfloat16: nothing is quantized."),
+    )
+}  # fmt: skip
+
+
+def _formats() -> list[WeightFormat]:
+    groups = (None, *GROUP_SIZES)
+    integers = [Integers(bits, size, zero) for bits in (8, 4) for size in groups for zero in (False, True)]
+    return [*integers, *map(Float8, groups), Floating("bfloat16")]
+
+
+FORMATS: dict[str, WeightFormat] = {each.name: each for each in _formats()}
+
+
+def find_format(kind: str, group_size: int | None = None, zero_points: bool = False) -> WeightFormat:
+    """The format of a kind with scales for so many inputs (None: per output channel).
+
+    Raises InputError where the kind has none like it.
+    """
+    for each in FORMATS.values():
+        if each.kind == kind and (each.group_size, each.zero_points) == (group_size, zero_points):
+            return each
+    option = "--zero-points" if zero_points and kind in ("fp8", "bf16") else "--group-size"
+    raise InputError(f"--{kind} can't be combined with {option}. Leave it out, or give --int8 or --int4.")
+
+
+def format_title(weight_format: WeightFormat) -> str:
+    """A format in words: "int4 in groups of 128, zero points"."""
+    groups = "" if weight_format.group_size is None else f" in groups of {weight_format.group_size}"
+    return weight_format.kind + groups + (", zero points" if weight_format.zero_points else "")

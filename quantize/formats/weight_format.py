@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from converters.formats.packed_integers import pack, unpack, word_count
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,19 +16,41 @@ if TYPE_CHECKING:
 class Part:
     """One of the tensors that stand for a weight [out, in]: ``suffix`` follows the weight's name.
 
-    Its shape is [out, in / inputs], or [out, 1] where ``inputs`` is None. So ``inputs`` is 1 for plain values, 2 for
-    values packed two to a byte, the group size for scales of groups, and None for one scale per output channel.
+    Its shape is [out, in / inputs], or [out, 1] where ``inputs`` is None. So ``inputs`` is 1 for values, the group size
+    for scales of groups, and None for one scale per output channel. Everything computes with elements of ``dtype``;
+    files may hold several of them in a word, along ``packed_axis``. Splitting comes before packing.
     """
 
     suffix: str
     dtype: str  # of torch
     inputs: int | None = 1  # how many inputs one element stands for; None: all of them
     fill: float = 0.0  # what stands in padding; must decode to zeros
-    is_shared: bool = False  # whether chips that hold some of an element's inputs each may all have the element
+    packed_axis: int | None = None  # int8 elements from -8 to 7, eight in an int32
 
     def width(self, inputs: int) -> int:
         """Its number of columns for a weight of so many ``inputs``."""
         return 1 if self.inputs is None else inputs // self.inputs
+
+    @property
+    def element(self) -> str:
+        """What its elements are, as shards.json says it."""
+        return self.dtype if self.packed_axis is None else "int4"
+
+    @property
+    def file_dtype(self) -> str:
+        return self.dtype if self.packed_axis is None else "int32"
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in a file of a tensor of this ``shape``."""
+        return tuple(word_count(size) if axis == self.packed_axis else size for axis, size in enumerate(shape))
+
+    def to_file(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elements as a file holds them; along axis 0 only all of a file's at once."""
+        return tensor if self.packed_axis is None else pack(tensor, self.packed_axis)
+
+    def from_file(self, tensor: torch.Tensor, length: int) -> torch.Tensor:
+        """Elements again, ``length`` of them along the packed axis."""
+        return tensor if self.packed_axis is None else unpack(tensor, length, self.packed_axis)
 
 
 class RowErrors(NamedTuple):
@@ -48,8 +72,28 @@ class WeightFormat(Protocol):
     """How weights are stored. Rows are independent of each other, so a weight may be encoded in any blocks of rows."""
 
     @property
+    def kind(self) -> str:
+        """The command line's flag: int8, int4, fp8, bf16."""
+        ...
+
+    @property
     def name(self) -> str:
-        """As the command line and shards.json have it."""
+        """The one name of this format: the kind, then group size and zero points: int4-g128-zp."""
+        ...
+
+    @property
+    def group_size(self) -> int | None:
+        """How many inputs share a scale; None: all of a row, or there is none."""
+        ...
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether every scale has an integer with it that stands for zero."""
+        ...
+
+    @property
+    def searches(self) -> bool:
+        """Whether ``encode`` can look for better scales than the largest magnitude gives."""
         ...
 
     @property
@@ -70,8 +114,8 @@ class WeightFormat(Protocol):
         """``format`` and ``weights`` of a config group of compressed-tensors; None where nothing is quantized."""
         ...
 
-    def encode(self, weight: torch.Tensor) -> Encoded:
-        """Encode whole rows [n, in] of a floating weight.
+    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+        """Encode whole rows [n, in] of a floating weight; ``search`` for scales of least squared error, if it can.
 
         NaN or infinity in a row must show in a floating one of the tensors.
         """

@@ -11,12 +11,15 @@ from converters.files.json_file import read_json
 from converters.files.whole import FileRecord
 from converters.model.config import ModelConfig
 from converters.output.record import read_file_record
-from quantize.formats.table import FORMATS
+from quantize.formats.table import FORMATS, METHODS
+from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import MAX_CHIPS
 from quantize.shards.stored import Scheme, stored_tensors
 
 FILE_NAME = "shards.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had only int8 with a scale per channel and bf16, and neither of the keys that tell formats of a kind apart.
+_READ_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,19 @@ class Manifest:
     source_fingerprint: str
     tensors: dict[str, dict[str, Any]]
     files: dict[int, FileRecord]
+    method: str | None = None  # one of METHODS; None for formats without a choice
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file."""
+        weights = self.scheme.format
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model,
             "chips": self.chips,
-            "scheme": self.scheme.name,
+            "scheme": weights.kind,
+            "group_size": weights.group_size,
+            "zero_points": weights.zero_points,
+            "method": self.method,
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "source_fingerprint": self.source_fingerprint,
             "tensors": self.tensors,
@@ -54,7 +62,7 @@ def describe_tensors(config: ModelConfig, scheme: Scheme, chips: int) -> dict[st
     return {
         tensor.name: {
             "shape": list(tensor.shape),
-            "dtype": tensor.dtype,
+            "dtype": tensor.part.element,
             "shard_axis": tensor.shard,
             "padding": tensor.padding(config, chips),
         }
@@ -67,30 +75,40 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
     path = directory / FILE_NAME
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in _READ_VERSIONS or isinstance(version, bool):
         raise InputError(
-            f"{path} is of format version {str(version)[:20]}; this tool reads version {FORMAT_VERSION}. "
+            f"{path} is of format version {str(version)[:20]}; this tool reads versions up to {FORMAT_VERSION}. "
             "Quantize the checkpoint again with this llama-quantize."
         )
-    chips, scheme, files = content.get("chips"), content.get("scheme"), content.get("files")
-    quantized_lm_head = content.get("quantized_lm_head")
+    chips, weights, files = content.get("chips"), _weight_format(content), content.get("files")
+    method, quantized_lm_head = content.get("method"), content.get("quantized_lm_head")
     texts = (content.get("model"), content.get("source_fingerprint"))
     sound = (
         type(chips) is int
         and 1 <= chips <= MAX_CHIPS
-        and isinstance(scheme, str)
-        and scheme in FORMATS
+        and weights is not None
+        and method in (METHODS if weights.searches else (None,))
         and isinstance(quantized_lm_head, bool)
         and isinstance(files, dict)
         and all(isinstance(text, str) for text in texts)
     )
     if not sound:
         raise InputError(f"{path} is damaged. Fetch it again, or quantize the checkpoint again.")
-    chosen = Scheme(scheme, quantized_lm_head)
+    chosen = Scheme(weights.name, quantized_lm_head)
     tensors = describe_tensors(config, chosen, chips)
     if content.get("tensors") != tensors:
         raise InputError(f"{path} lists other tensors than its config.json calls for; the two don't belong together.")
-    return Manifest(texts[0], chips, chosen, texts[1], tensors, _read_files(path, files, chips))
+    return Manifest(texts[0], chips, chosen, texts[1], tensors, _read_files(path, files, chips), method)
+
+
+def _weight_format(content: dict[str, Any]) -> WeightFormat | None:
+    """The format that shards.json names; None where it is none of the table."""
+    said = (content.get("scheme"), content.get("group_size"), content.get("zero_points", False))
+    for each in FORMATS.values():
+        expected = (each.kind, each.group_size, each.zero_points)
+        if said == expected and list(map(type, said)) == list(map(type, expected)):
+            return each
+    return None
 
 
 def _read_files(path: Path, files: dict[str, Any], chips: int) -> dict[int, FileRecord]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError, MissingTensor, UnexpectedTensor
 from converters.console.progress import Advance
+from converters.formats.packed_integers import PER_WORD, word_count
 from converters.formats.tensor_files import SafetensorsFile
 from converters.model.config import ModelConfig
 from converters.model.families.hf_config import read_config
@@ -64,25 +65,23 @@ class Shards:
         return [self._path(chip) for chip in sorted(self.manifest.files)]
 
     def local(self, name: str, chip: int) -> torch.Tensor:
-        """The part of a tensor that ``chip`` holds, padding included."""
-        file = self._open(chip)
-        return file.rows(name, 0, file.shape(name)[0])
+        """The part of a tensor that ``chip`` holds, padding included, in elements."""
+        return self._local_rows(name, chip, 0, self._local_shape(name)[0])
 
     def local_blocks(self, name: str, chip: int, nbytes: int) -> Iterator[torch.Tensor]:
         """``local``, some rows after the other, of about ``nbytes`` together."""
-        file = self._open(chip)
-        count, *others = file.shape(name)
+        count, *others = self._local_shape(name)
         rows = max(1, nbytes // max(1, prod(others) * self.tensors[name].torch_dtype.itemsize))
         for start in range(0, count, rows):
-            yield file.rows(name, start, min(start + rows, count))
+            yield self._local_rows(name, chip, start, min(start + rows, count))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor as it was before the split."""
+        """Rows [start, stop) of a tensor as it was before the split, in elements."""
         import torch
 
         tensor = self.tensors[name]
         if tensor.shard is None:
-            return self._open(0).rows(name, start, stop)
+            return self._local_rows(name, 0, start, stop)
         split = tensor.split(self.config, self.chips)
         if tensor.shard == 0:
             return torch.cat(self._row_pieces(name, split, start, stop))
@@ -145,6 +144,18 @@ class Shards:
                     f"{self.chips} chips holds {spec.code} {list(spec.shape)}. It belongs to another output."
                 )
 
+    def _local_shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].local_shape(self.config, self.chips)
+
+    def _local_rows(self, name: str, chip: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of the part that a chip holds, in elements."""
+        part, file = self.tensors[name].part, self._open(chip)
+        if part.packed_axis != 0:
+            return part.from_file(file.rows(name, start, stop), self._local_shape(name)[-1])
+        first, last = start // PER_WORD, word_count(stop)
+        found = part.from_file(file.rows(name, first, last), (last - first) * PER_WORD)
+        return found[start - first * PER_WORD : stop - first * PER_WORD]
+
     def _row_pieces(self, name: str, split: Split, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
         at = start
@@ -154,7 +165,7 @@ class Shards:
                 if segment.start is not None and segment.start <= at < min(stop, segment.start + segment.length):
                     end = min(stop, segment.start + segment.length)
                     first = offset + at - segment.start
-                    pieces.append(self._open(chip).rows(name, first, first + end - at))
+                    pieces.append(self._local_rows(name, chip, first, first + end - at))
                     at = end
                 offset += segment.length
         return pieces
@@ -162,7 +173,7 @@ class Shards:
     def _column_pieces(self, name: str, split: Split, start: int, stop: int) -> list[torch.Tensor]:
         pieces = []
         for chip, segments in enumerate(split.segments):
-            local = self._open(chip).rows(name, start, stop)
+            local = self._local_rows(name, chip, start, stop)
             offset = 0
             for segment in segments:
                 if segment.start is not None:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats.safetensors import CODES, TensorSpec
+from converters.formats.safetensors import TensorSpec
 from converters.model.config import ModelConfig
 from converters.sources.source import QuantizedSource, TensorSource
 from quantize.shards.manifest import FILE_NAME
@@ -47,19 +47,16 @@ class ShardsSource:
 
 
 class QuantizedShardsSource(ShardsSource):
-    """Quantized shards, which also give their tensors as they are: the QuantizedSource protocol."""
+    """int8 shards, which also give their tensors as they are: the QuantizedSource protocol."""
 
-    def __init__(self, shards: Shards) -> None:
-        super().__init__(shards)
-        self.format = shards.manifest.scheme.name
+    format = "int8"
 
     def quantized_names(self, config: ModelConfig) -> set[str]:
         stored = stored_parameters(config, self._shards.manifest.scheme)
         return {each.name for each in stored if each.format.quantizes}
 
     def stored_specs(self, config: ModelConfig) -> list[TensorSpec]:
-        tensors = stored_tensors(config, self._shards.manifest.scheme)
-        return [TensorSpec(tensor.name, CODES[tensor.dtype], tensor.shape) for tensor in tensors]
+        return [tensor.whole_spec for tensor in stored_tensors(config, self._shards.manifest.scheme)]
 
     def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._shards.rows(name, start, stop)
@@ -72,4 +69,6 @@ def open_shards(directory: Path) -> TensorSource | QuantizedSource:
     """Open the shards of a model, all chips' files of which must be there. Raises InputError for what is damaged."""
     shards = Shards(directory)
     shards.require(range(shards.chips))
-    return (QuantizedShardsSource if shards.manifest.scheme.format.quantizes else ShardsSource)(shards)
+    return (QuantizedShardsSource if shards.manifest.scheme.name == QuantizedShardsSource.format else ShardsSource)(
+        shards
+    )

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import lcm, prod
 from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
+from converters.console.notes import note
 from converters.formats.compressed_tensors import quantization_config
-from converters.formats.safetensors import CODES, ITEM_BYTES, TensorSpec
+from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
-from converters.model.parameters import LM_HEAD, Axis, Parameter, Row, parameters
+from converters.model.parameters import LM_HEAD, Parameter, Row, parameters
 from quantize.formats.floating import Floating
-from quantize.formats.table import FORMATS
+from quantize.formats.table import CHANNEL, FORMATS, GROUP_SIZES, KINDS, find_format
 from quantize.formats.weight_format import Part, WeightFormat
-from quantize.shards.partition import Split, axis_split
+from quantize.shards.partition import Split, axis_split, block_alignment
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,13 @@ class Scheme:
         return FORMATS[self.name]
 
     @property
-    def alignment(self) -> int:
-        """The inputs that must stay on one chip: each chip's part of a feed-forward layer is a multiple of this."""
-        return lcm(*(1 if part.is_shared else part.inputs or 1 for part in self.format.parts))
+    def flags(self) -> str:
+        """The options of llama-quantize that ask for it."""
+        form = self.format
+        said = form.group_size is not None or (form.kind in KINDS and KINDS[form.kind].in_groups)
+        size = f" --group-size {form.group_size or CHANNEL}" if said else ""
+        zero = " --zero-points" if form.zero_points else ""
+        return f"--{form.kind}{size}{zero}" + (" --quantize-lm-head" if self.quantize_lm_head else "")
 
     def floating_dtype(self, config: ModelConfig) -> str:
         """The dtype of what is not quantized."""
@@ -68,19 +72,15 @@ class StoredTensor:
 
     parameter: Parameter
     part: Part
-    alignment: int = 1
+    group_size: int | None = None  # of the scheme's scales
 
     @property
     def name(self) -> str:
         return self.parameter.name + self.part.suffix
 
     @property
-    def dtype(self) -> str:
-        return self.part.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """Before the split."""
+        """Before the split, in elements."""
         return self._shape(self.parameter.shape)
 
     @property
@@ -92,17 +92,11 @@ class StoredTensor:
     def split(self, config: ModelConfig, chips: int) -> Split:
         """What each chip holds along its shard axis, which it must have."""
         axis = self.parameter.row.axes[self.shard]
-        alignment = 1 if axis is Axis.VOCAB else self.alignment
-        found = axis_split(config, axis, chips, alignment, self.part.inputs if self.shard == 1 else 1)
-        if found.repeat > 1 and not self.part.is_shared:
-            raise InputError(
-                f"{self.name} can't be split over {chips} chips: {self.part.inputs} inputs are stored as one element, "
-                "and chips would begin or end within them. Give another number of chips, or another format."
-            )
-        return found
+        inputs = self.part.inputs if self.shard == 1 else 1
+        return axis_split(config, axis, chips, block_alignment(config, axis, chips, self.group_size), inputs)
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
-        """Of the part that each chip holds, padding included."""
+        """Of the part that each chip holds, padding included, in elements."""
         shape = list(self.shape)
         if self.shard is not None:
             shape[self.shard] = self.split(config, chips).length
@@ -114,7 +108,12 @@ class StoredTensor:
 
     def spec(self, config: ModelConfig, chips: int) -> TensorSpec:
         """Its entry in each chip's file."""
-        return TensorSpec(self.name, CODES[self.dtype], self.local_shape(config, chips))
+        return self._spec(self.local_shape(config, chips))
+
+    @property
+    def whole_spec(self) -> TensorSpec:
+        """Its entry in the file of one chip that holds all of it."""
+        return self._spec(self.shape)
 
     def fill_rows(self, count: int) -> torch.Tensor:
         """Rows of padding."""
@@ -124,9 +123,13 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Of its elements."""
         import torch
 
-        return getattr(torch, self.dtype)
+        return getattr(torch, self.part.dtype)
+
+    def _spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        return TensorSpec(self.name, CODES[self.part.file_dtype], self.part.file_shape(shape))
 
     def _shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape) if self.part.inputs == 1 else (shape[0], self.part.width(shape[1]))
@@ -138,7 +141,7 @@ class StoredParameter:
 
     parameter: Parameter
     format: WeightFormat
-    alignment: int = 1
+    group_size: int | None = None  # of the scheme's scales
 
     @property
     def name(self) -> str:
@@ -147,7 +150,7 @@ class StoredParameter:
     @cached_property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """In the order of the files."""
-        return tuple(StoredTensor(self.parameter, part, self.alignment) for part in self.format.parts)
+        return tuple(StoredTensor(self.parameter, part, self.group_size) for part in self.format.parts)
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What its tensors, by their names, stand for."""
@@ -157,10 +160,39 @@ class StoredParameter:
         """Raise InputError where the weight's inputs are not what the format can hold."""
         for part in self.format.parts:
             if part.inputs is not None and self.parameter.shape[-1] % part.inputs:
+                sizes = [size for size in GROUP_SIZES if self.parameter.shape[-1] % size == 0]
                 raise InputError(
-                    f"{self.name} has {self.parameter.shape[-1]} inputs, which is no multiple of {part.inputs}, as "
-                    f"{self.format.name} needs it. Give another format."
+                    f"{self.name} has {self.parameter.shape[-1]} inputs, which is no multiple of {part.inputs}. Give "
+                    f"--group-size {' or '.join(map(str, [*sizes, 'channel']))}."
                 )
+
+
+def default_scheme(kind: str, config: ModelConfig, quantize_lm_head: bool = False, zero_points: bool = False) -> Scheme:
+    """The scheme of a kind of format where no group size is given.
+
+    A kind in groups takes the largest of GROUP_SIZES that divides the inputs of all weights to quantize, and says so
+    where it isn't the first; where none does, a scale per output channel. Raises InputError as ``find_format`` does.
+    """
+    sizes: Sequence[int | None] = (*GROUP_SIZES, None) if KINDS[kind].in_groups else (None,)
+    for size in sizes:
+        scheme = Scheme(find_format(kind, size, zero_points).name, quantize_lm_head)
+        misfits = [] if size is None else _misfits(config, scheme, size)
+        if not misfits:
+            break
+        last = misfits[0]
+    if size != sizes[0]:
+        chosen = "one scale per output channel is" if size is None else f"groups of {size} are"
+        note(f"{last.name} has {last.shape[-1]} inputs, no multiple of {sizes[sizes.index(size) - 1]}: {chosen} taken.")
+    return scheme
+
+
+def _misfits(config: ModelConfig, scheme: Scheme, size: int) -> list[Parameter]:
+    """The weights to quantize whose inputs are no multiple of ``size``."""
+    return [
+        each
+        for each in parameters(config.cut(1))
+        if scheme.format_of(each.row, config).quantizes and each.shape[-1] % size
+    ]
 
 
 def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParameter]:
@@ -169,8 +201,8 @@ def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParamet
     Raises InputError where the scheme doesn't fit the model.
     """
     scheme.check(config)
-    alignment = scheme.alignment
-    stored = [StoredParameter(each, scheme.format_of(each.row, config), alignment) for each in parameters(config)]
+    size = scheme.format.group_size
+    stored = [StoredParameter(each, scheme.format_of(each.row, config), size) for each in parameters(config)]
     for each in stored:
         each.check()
     return stored
@@ -197,9 +229,9 @@ def chip_specs(config: ModelConfig, scheme: Scheme, chips: int) -> list[TensorSp
 
 def padding_bytes(config: ModelConfig, scheme: Scheme, chips: int) -> int:
     """What splitting adds over all chips: heads of zeros, repeated KV heads, blocks rounded up to equal ones."""
-    total = 0
-    for tensor in stored_tensors(config, scheme):
-        extra = tensor.padding(config, chips)
-        if extra:
-            total += extra * prod(tensor.shape) // tensor.shape[tensor.shard] * ITEM_BYTES[CODES[tensor.dtype]]
-    return total
+    tensors = stored_tensors(config, scheme)
+    return sum(
+        tensor.spec(config, chips).nbytes * chips - tensor.whole_spec.nbytes
+        for tensor in tensors
+        if tensor.shard is not None
+    )

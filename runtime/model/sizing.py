@@ -71,7 +71,7 @@ def decode_bytes_per_chip(
         parameter = stored.parameter
         head_too = parameter.row is EMBEDDING and config.tie_word_embeddings
         if parameter.row.looked_up and not head_too:
-            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.tensors[0].dtype]]
+            weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.tensors[0].part.file_dtype]]
         else:
             weights += count * _stored_bytes(config, stored, chips)
     return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from quantize.formats.floating import Floating
-from quantize.formats.int8 import Int8
+from quantize.formats.integers import Integers
 from runtime.devices.capture import capture
 from runtime.model.linears import tiled
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
@@ -35,7 +35,7 @@ def held(values: object, scale: torch.Tensor | None) -> LinearWeight:
     """As loading gives a weight to a linear."""
     if scale is None:
         return LinearWeight(Floating("bfloat16"), {"": values})
-    return LinearWeight(Int8(), {"": values, "_scale": scale})
+    return LinearWeight(Integers(8), {"": values, "_scale": scale})
 
 
 class Case(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
-from converters.model.config import ModelConfig
-from converters.model.families.llama import LLAMA
-from quantize.formats.table import FORMATS
+from quantize.formats.table import FORMATS, KINDS, Kind
 from quantize.job import QuantizeRequest, quantize
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, chip_specs, padding_bytes
+from quantize.shards.stored import Scheme, padding_bytes
 
 CHIPS = 3  # which divide neither the 5 heads, nor the 7 groups of the feed-forward layer's inputs
 SIZES = {"heads": 5, "kv_heads": 5, "hidden": 160, "head_dim": 32, "ffn": 224, "vocab": 517}
@@ -32,6 +29,7 @@ PROMPT = torch.randint(3, 517, (21,), generator=torch.Generator().manual_seed(0)
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, Toy.name, Toy())
+    monkeypatch.setitem(KINDS, Toy.kind, Kind(Toy.kind, ""))
 
 
 @pytest.fixture
@@ -68,24 +66,26 @@ def expected(model: PreTrainedModel, name: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def unpacked(packed: np.ndarray) -> np.ndarray:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int16) - 8
+    """Values of int32 words, eight in each."""
+    nibbles = [packed.view(np.uint32) >> shift & 15 for shift in range(0, 32, 4)]
+    return np.stack(nibbles, axis=-1).reshape(len(packed), -1).astype(np.int16) - 8
 
 
 def test_values_and_scales_lie_on_the_chips_that_use_them(checkpoint: Path, tmp_path: Path) -> None:
-    """224 inputs of down on 3 chips: 76 on each, so that groups lie on two chips, and scales stand for 4 inputs."""
+    """224 inputs of down on 3 chips: 80 on each, so that groups lie on two chips, and scales stand for 16 inputs."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     chips = read(shard(checkpoint, tmp_path / "three", CHIPS))
     name = "model.layers.0.mlp.down_proj.weight"
     values, scales = expected(model, name)
-    assert [chip[name + "_packed"].shape for chip in chips] == [(160, 38)] * CHIPS
-    assert [chip[name + "_scale"].shape for chip in chips] == [(160, 19)] * CHIPS
+    assert [chip[name + "_packed"].shape for chip in chips] == [(160, 10)] * CHIPS
+    assert [chip[name + "_scale"].shape for chip in chips] == [(160, 5)] * CHIPS
     for number, chip in enumerate(chips):
-        for column in range(76):
-            place = number * 76 + column
+        for column in range(80):
+            place = number * 80 + column
             found = unpacked(chip[name + "_packed"])[:, column]
             if place < 224:
                 np.testing.assert_array_equal(found, values[:, place])
-                np.testing.assert_allclose(chip[name + "_scale"][:, column // 4], scales[:, place // GROUP], rtol=1e-6)
+                np.testing.assert_allclose(chip[name + "_scale"][:, column // 16], scales[:, place // GROUP], rtol=1e-6)
             else:
                 assert not found.any()
 
@@ -118,18 +118,10 @@ def test_logits_are_those_of_the_decoded_weights(checkpoint: Path, tmp_path: Pat
     assert relative(ours, exact) > 1e-2  # what 4 bits change would be seen
 
 
-def test_values_that_would_lie_on_two_chips_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight values to an element, heads of 4 dimensions on chips of their own."""
-    packed = replace(Toy.parts[0], inputs=8)
-    monkeypatch.setattr(Toy, "parts", (packed, Toy.parts[1]))
-    config = ModelConfig("small", 32, 64, 1, 8, 8, 4, vocab_size=64, architecture=LLAMA.architecture)
-    assert chip_specs(config, Scheme(Toy.name), 4)
-    with pytest.raises(InputError, match=r"o_proj\.weight_packed can't be split over 8 chips: 8 inputs"):
-        chip_specs(config, Scheme(Toy.name), 8)
-
-
 def test_inputs_that_are_no_multiple_of_a_group_are_refused(tmp_path: Path) -> None:
     make_model(tmp_path / "hf", **SIZES | {"ffn": 230})
-    with pytest.raises(InputError, match=r"down_proj\.weight has 230 inputs, which is no multiple of 32"):
+    with pytest.raises(
+        InputError, match=r"down_proj\.weight has 230 inputs, which is no multiple of 32. Give --group-size channel"
+    ):
         shard(tmp_path / "hf", tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize.formats.table import FORMATS
+from quantize.formats.table import FORMATS, KINDS, Kind
 from quantize.formats.weight_format import Encoded, Part, RowErrors
 
 GROUP = 32
@@ -15,14 +15,17 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Toy:
-    """Values from -7 to 7, the low half of each byte before the high one, 8 added; float32 scales."""
+    """Values from -7 to 7 in packed words; float32 scales."""
 
-    name = "toy"
+    kind = name = "toy"
+    group_size = GROUP
+    zero_points = False
+    searches = False
     quantizes = True
     config_group = None
-    parts = (Part("_packed", "uint8", inputs=2, fill=0x88), Part("_scale", "float32", inputs=GROUP, is_shared=True))
+    parts = (Part("_packed", "int8", packed_axis=1), Part("_scale", "float32", inputs=GROUP))
 
-    def encode(self, weight: torch.Tensor) -> Encoded:
+    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
         groups = weight.float().unflatten(1, (-1, GROUP))  # [n, in / 32, 32]
         scale = groups.abs().amax(-1, keepdim=True) / 7
         scale[scale == 0] = 1
@@ -30,15 +33,14 @@ class Toy:
         error = (values * scale - groups).flatten(1).double()
         squared = groups.flatten(1).double().square().sum(1)
         errors = RowErrors(error.square().sum(1), squared, error.abs().amax(1))
-        low, high = (values.flatten(1) + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-        return Encoded({"_packed": low | high << 4, "_scale": scale.squeeze(-1)}, errors)
+        return Encoded({"_packed": values.flatten(1).to(torch.int8), "_scale": scale.squeeze(-1)}, errors)
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        packed, scale = tensors["_packed"], tensors["_scale"]
-        values = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float() - 8  # [n, in]
+        values, scale = tensors["_packed"].float(), tensors["_scale"]
         return (values.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
 
 
 def register() -> None:
-    """Add it to the table of formats of this process."""
+    """Add it to the tables of formats and kinds of this process."""
     FORMATS[Toy.name] = Toy()
+    KINDS[Toy.kind] = Kind(Toy.kind, "")

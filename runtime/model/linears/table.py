@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import nn
 
 from quantize.formats.floating import Floating
-from quantize.formats.int8 import Int8
 from quantize.formats.weight_format import WeightFormat
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import PackedLinear
@@ -35,19 +34,20 @@ _PLAIN = LinearKind(lambda weight, operations: Linear(weight))
 _TILED = LinearKind(TiledLinear, in_tiles=True)
 _PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
 _DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
-_LINEARS: dict[tuple[type[WeightFormat], Device], LinearKind] = {
-    (Int8, Device.ANY): _PLAIN,
-    (Int8, Device.XLA_CPU): _TILED,
-    (Int8, Device.INDUCTOR_CPU): _PACKED,
-    (Floating, Device.ANY): _PLAIN,
-    (Floating, Device.XLA_CPU): _TILED,
-    (Floating, Device.INDUCTOR_CPU): _PACKED,
+_LINEARS: dict[tuple[str, Device], LinearKind] = {
+    ("int8", Device.ANY): _PLAIN,
+    ("int8", Device.XLA_CPU): _TILED,
+    ("int8", Device.INDUCTOR_CPU): _PACKED,
+    ("floating", Device.ANY): _PLAIN,
+    ("floating", Device.XLA_CPU): _TILED,
+    ("floating", Device.INDUCTOR_CPU): _PACKED,
 }
 
 
 def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
     """The linear for weights of this format on this device; a format that has none of its own there is decoded."""
-    return _LINEARS.get((type(weight_format), device), _DECODED)
+    name = "floating" if isinstance(weight_format, Floating) else weight_format.name
+    return _LINEARS.get((name, device), _DECODED)
 
 
 def make_linear(weight: LinearWeight) -> nn.Module:

@@ -1,0 +1,81 @@
+"""Integers of 8 or 4 bits with a scale per output channel or per group of inputs, symmetric or with zero points.
+
+The layouts are those of compressed-tensors: "int-quantized" for 8 bits, "pack-quantized" for 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from converters.formats.compressed_tensors import SCALE_SUFFIX, weights_group
+from quantize.formats.int8 import quantize_rows
+from quantize.formats.scales import quantize_groups
+from quantize.formats.weight_format import Encoded, Part
+
+if TYPE_CHECKING:
+    import torch
+
+ZERO_POINT_SUFFIX = "_zero_point"
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Values int8 [out, in] times their scale, which counts for ``group_size`` inputs or, with None, for all.
+
+    Scales of groups are bfloat16 [out, in / group_size], those of channels float32 [out, 1]. A zero point, of the
+    scale's shape, is subtracted from the values before.
+    """
+
+    bits: int
+    group_size: int | None = None
+    zero_points: bool = False
+    quantizes = True
+
+    @property
+    def kind(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def name(self) -> str:
+        groups = "" if self.group_size is None else f"-g{self.group_size}"
+        return self.kind + groups + ("-zp" if self.zero_points else "")
+
+    @property
+    def searches(self) -> bool:
+        """int8 with a scale per channel hardly gains by it."""
+        return (self.bits, self.group_size, self.zero_points) != (8, None, False)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        packed = self.bits == 4
+        scale_dtype = "float32" if self.group_size is None else "bfloat16"
+        values = Part("_packed" if packed else "", "int8", packed_axis=1 if packed else None)
+        scale = Part(SCALE_SUFFIX, scale_dtype, self.group_size, fill=1.0)
+        if not self.zero_points:
+            return values, scale
+        return values, scale, Part(ZERO_POINT_SUFFIX, "int8", self.group_size, packed_axis=0 if packed else None)
+
+    @property
+    def config_group(self) -> dict[str, Any]:
+        return weights_group(
+            "pack-quantized" if self.bits == 4 else "int-quantized", "int", self.bits, self.group_size, self.zero_points
+        )
+
+    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+        if not self.searches:
+            quantized, errors = quantize_rows(weight)
+            tensors = (quantized.values, quantized.scale)
+        else:
+            *tensors, errors = quantize_groups(weight, self.group_size, self.bits, self.zero_points, search)
+        # Without zero points the last of three tensors is None.
+        return Encoded({part.suffix: tensor for part, tensor in zip(self.parts, tensors, strict=False)}, errors)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        values, scale = tensors[self.parts[0].suffix], tensors[SCALE_SUFFIX]
+        groups = values.unflatten(1, (scale.shape[1], -1)).float()  # [n, groups, group]
+        if self.zero_points:
+            groups = groups - tensors[ZERO_POINT_SUFFIX].float()[:, :, None]
+        return (groups * scale.float()[:, :, None]).flatten(1)
