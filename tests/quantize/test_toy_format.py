@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def shard(source: Path, out: Path, chips: int) -> Path:
-    quantize(QuantizeRequest(source, out, Toy.name, chips, (), None, False), force=False, dry_run=False)
+    quantize(QuantizeRequest(source, out, Toy.name, chips, (), None, False, str(GROUP)), force=False, dry_run=False)
     return out
 
 
