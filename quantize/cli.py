@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from converters.console.command import DISTRIBUTION, run
-from quantize.format_options import KIND_FLAGS, format_options
+from quantize.format_options import KIND_FLAGS, AskedFormat, format_options
 from quantize.formats.table import METHODS
 
 
@@ -81,13 +81,11 @@ def command(
         request = QuantizeRequest(
             checkpoint,
             out,
-            kind,
+            AskedFormat(kind, group_size, zero_points),
             _chip_count(chips, target),
             only_chips,
             layers,
             quantize_lm_head,
-            group_size,
-            zero_points,
             method,
         )
         click.echo(quantize(request, force, dry_run))

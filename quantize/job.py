@@ -9,18 +9,18 @@ from converters.checkpoint import finished as written
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, plural
-from converters.model.config import ModelConfig
 from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
-from quantize.formats.table import CHANNEL, METHODS, find_format, format_title
+from quantize.format_options import AskedFormat
+from quantize.formats.table import METHODS, format_title
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, chip_file
 from quantize.shards.partition import plan_heads
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, default_scheme, padding_bytes
+from quantize.shards.stored import padding_bytes
 from quantize.values import BlockSource, Quantizer, Resharder
 
 
@@ -30,13 +30,11 @@ class QuantizeRequest:
 
     checkpoint: Path
     out: Path
-    kind: str  # of weight format
+    format: AskedFormat
     chips: int
     only_chips: tuple[int, ...]
     layers: int | None
     quantize_lm_head: bool
-    group_size: str | None = None  # CHANNEL, or how many inputs share a scale; None: the kind's default
-    zero_points: bool = False
     method: str = METHODS[0]
 
 
@@ -96,7 +94,7 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        scheme = _scheme(request, weights.config)
+        scheme = request.format.scheme(weights.config, request.quantize_lm_head)
         method = request.method if scheme.format.searches else None
         config, fingerprint = weights.config, weights.fingerprint()
         source = Quantizer(weights, search=request.method == METHODS[0])
@@ -108,27 +106,11 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method), source
 
 
-def _scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
-    """What to quantize to. A group size that the user doesn't give is one that divides the inputs of every linear."""
-    head, size = request.quantize_lm_head, request.group_size
-    if size is not None:
-        return Scheme(find_format(request.kind, None if size == CHANNEL else int(size), request.zero_points).name, head)
-    return default_scheme(request.kind, config, head, request.zero_points)
-
-
 def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
     """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
     scheme, method = shards.manifest.scheme, shards.manifest.method
-    have = scheme.format
-    sizes = (None, str(have.group_size or CHANNEL))
-    same = (
-        request.kind == have.kind
-        and request.quantize_lm_head == scheme.quantize_lm_head
-        and request.group_size in sizes
-        and (have.zero_points or not request.zero_points)
-        and (request.method == METHODS[0] or request.method == method)
-    )
-    if not same:
+    same_head = request.quantize_lm_head == scheme.quantize_lm_head
+    if not (request.format.agrees(scheme.format) and same_head and request.method in (METHODS[0], method)):
         raise InputError(
             f"{shards.directory} holds shards made with {scheme.flags}; they can only be re-sharded with the same."
         )

@@ -12,6 +12,7 @@ from converters.console.command import DISTRIBUTION, run
 from converters.console.errors import shown
 from converters.console.standard_streams import keep_stdout_from_libraries
 from converters.console.units import parse_integers
+from runtime.model.sizing import CACHE_DTYPES
 from runtime.run.buckets import DEFAULT_BUCKETS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "bfloat16", "float32", "int8"]),
+    type=click.Choice(["auto", *CACHE_DTYPES]),
     default="auto",
     show_default=True,
     help="Of the cache alone; int8 has a scale per token and head, and its logit error is reported.",

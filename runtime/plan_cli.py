@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from converters.console.command import DISTRIBUTION, run
+from quantize.format_options import KIND_FLAGS, AskedFormat, format_options
+from runtime.model.sizing import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from converters.model.config import ModelConfig
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from quantize.slices import Slice
     from runtime.plan.compiled_plan import CompiledPlan
     from runtime.plan.plan import Workload
+
+Shape = tuple[int, int, str]  # batch size, length of the KV cache, its dtype
 
 _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure can be displayed
 
@@ -32,12 +37,18 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
     metavar="DIR",
     help="What llama-quantize wrote: model, scheme and chips are taken from there.",
 )
-@click.option("--int8", "int8", is_flag=True, help="Linear layers in int8, one scale per output channel.")
-@click.option("--bf16", "bf16", is_flag=True, help="Everything in bfloat16. [default, as in the post]")
+@format_options
 @click.option("--target", metavar="SLICE", help="A TPU slice, v4-16 (8 chips) for instance.")
 @click.option("--batch-size", type=click.IntRange(1, _MOST), default=1, show_default=True, help="Rows decoded at once.")
 @click.option(
     "--max-seq-len", type=click.IntRange(1, _MOST), default=256, show_default=True, help="Length of the KV cache."
+)
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", *CACHE_DTYPES]),
+    default="auto",
+    show_default=True,
+    help="Of the KV cache; auto is bfloat16.",
 )
 @click.option(
     "--compile",
@@ -57,11 +68,13 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
 def command(
     config_name: str | None,
     shards: Path | None,
-    int8: bool,
-    bf16: bool,
+    kind: str | None,
+    group_size: str | None,
+    zero_points: bool,
     target: str | None,
     batch_size: int,
     max_seq_len: int,
+    kv_cache_dtype: str,
     compile_: bool,
     buckets: str | None,
     compile_cache: Path | None,
@@ -70,7 +83,7 @@ def command(
     """Say how large a model is, what each chip of a slice holds of it, and what a decode step takes at least.
 
     \b
-    llama-plan                                     the post's Table 2, exactly, in bfloat16 and int8
+    llama-plan                                     the post's Table 2, exactly, in every format
     llama-plan --config 33B --int8                 which slices hold it, and what padding its heads costs
     llama-plan --config 175B --int8 --target v4-16
     llama-plan --config 175B --int8 --target v4-16 --compile     the TPU compiler's verdict, without a TPU
@@ -82,9 +95,10 @@ def command(
 
     if config_name is not None and shards is not None:
         raise InputError("Give --config or --shards, not both.")
-    if int8 and bf16:
-        raise InputError("Give --int8 or --bf16, not both.")
-    scheme = "int8" if int8 else "bf16" if bf16 else None
+    if kind is None and (group_size or zero_points):
+        raise InputError(f"--group-size and --zero-points are for a format: give {KIND_FLAGS} with them.")
+    asked = AskedFormat(kind, group_size, zero_points)
+    shape = (batch_size, max_seq_len, "bfloat16" if kv_cache_dtype == "auto" else kv_cache_dtype)
     slice_ = find_slice(target) if target is not None else None
     check_json_out(json_out)
     if compile_ and (slice_ is None or (config_name is None and shards is None)):
@@ -97,54 +111,54 @@ def command(
         check_folder(compile_cache)
     sizes = _buckets(buckets, max_seq_len) if compile_ else None
     if config_name is None and shards is None:
-        text, content = _presets(scheme, slice_, batch_size, max_seq_len)
+        text, content = _presets(asked, slice_, shape)
     else:
-        text, content = _model(config_name, shards, scheme, slice_, batch_size, max_seq_len, sizes, compile_cache)
+        text, content = _model(config_name, shards, asked, slice_, shape, sizes, compile_cache)
     _put(text, content, json_out)
 
 
-def _presets(scheme: str | None, target: Slice | None, batch_size: int, max_seq_len: int) -> tuple[str, Any]:
-    """Text and JSON of every preset, in one scheme or in both: ``{"bf16": [plan, ...], "int8": [plan, ...]}``.
+def _presets(asked: AskedFormat, target: Slice | None, shape: Shape) -> tuple[str, Any]:
+    """Text and JSON of every preset, in one kind of format or in all: ``{"bf16": [plan, ...], "int8": [...], ...}``.
 
-    Those whose learned positions end before ``max_seq_len`` are left out.
+    Those whose learned positions end before the cache are left out.
     """
     from converters.model.families.presets import PRESETS
-    from quantize.shards.stored import Scheme
+    from quantize.formats.table import KINDS
     from runtime.plan.plan import Plan, Workload
     from runtime.plan.plan_overview import overview, overview_on
 
-    schemes = [scheme] if scheme else ["bf16", "int8"]
-    plans = [
-        Plan(Workload(config, Scheme(name), batch_size, max_seq_len), target)
-        for config in PRESETS.values()
-        if config.holds_context(max_seq_len)
-        for name in schemes
-    ]
-    content = {name: [plan.to_json() for plan in plans if plan.workload.scheme.name == name] for name in schemes}
-    return (overview_on if target else overview)(plans), content
+    kinds = ["bf16", *(kind for kind in KINDS if kind != "bf16")] if asked.kind is None else [asked.kind]
+    plans = {kind: [] for kind in kinds}
+    shown = []
+    for config in PRESETS.values():
+        for kind in kinds if config.holds_context(shape[1]) else []:
+            scheme = replace(asked, kind=kind).scheme(config)
+            plans[kind].append(Plan(Workload(config, scheme, *shape), target))
+            shown.append(plans[kind][-1])
+    content = {kind: [plan.to_json() for plan in found] for kind, found in plans.items()}
+    return (overview_on if target else overview)(shown), content
 
 
 def _model(
     config_name: str | None,
     shards: Path | None,
-    scheme: str | None,
+    asked: AskedFormat,
     target: Slice | None,
-    batch_size: int,
-    max_seq_len: int,
+    shape: Shape,
     buckets: tuple[int, ...] | None,
     compile_cache: Path | None,
 ) -> tuple[str, Any]:
     """Text and JSON of one model's plan, with the compiler's verdict where ``buckets`` (maybe none) are given."""
-    from quantize.shards.stored import Scheme
     from runtime.plan.plan import Plan, Workload
     from runtime.plan.plan_text import detail
 
     if shards is None:
-        config, chosen, chips = _read_config(config_name), Scheme(scheme or "bf16"), None
+        config, chips = _read_config(config_name), None
+        scheme = asked.scheme(config)
     else:
-        config, chosen, chips = _read_shards(shards, scheme, target)
-    config.check_context(max_seq_len)
-    workload = Workload(config, chosen, batch_size, max_seq_len)
+        config, scheme, chips = _read_shards(shards, asked, target)
+    config.check_context(shape[1])
+    workload = Workload(config, scheme, *shape)
     if target is None and chips is None:
         workload.require_slice()
     if buckets is None:
@@ -185,20 +199,20 @@ def _read_config(config_name: str) -> ModelConfig:
     return (read_config(found) if isinstance(found, Path) else found).with_dtype("bfloat16")
 
 
-def _read_shards(directory: Path, asked: str | None, target: Slice | None) -> tuple[ModelConfig, Scheme, int]:
+def _read_shards(directory: Path, asked: AskedFormat, target: Slice | None) -> tuple[ModelConfig, Scheme, int]:
     """Model, scheme and chips of a manifest. Raises InputError where an option contradicts it."""
     from converters.console.errors import InputError
     from quantize.shards.reading import Shards
 
     shards = Shards(directory)
     scheme = shards.manifest.scheme
-    if asked not in (None, scheme.name):
-        raise InputError(f"--{asked} contradicts {directory}, whose shards were made with --{scheme.name}.")
+    if asked.kind is not None and not asked.agrees(scheme.format):
+        raise InputError(f"{asked.flags} contradicts {directory}, whose shards were made with {scheme.flags}.")
     if target is not None and target.devices != shards.chips:
         has = target.devices if target.devices_per_chip == 1 else target.size
         raise InputError(
             f"{directory} has shards for {shards.chips} chips and {target.name} has {has}. Re-shard them: "
-            f"llama-quantize {directory} --{scheme.name} --target {target.name} --out OTHER."
+            f"llama-quantize {directory} {scheme.flags} --target {target.name} --out OTHER."
         )
     return shards.config, scheme, shards.chips
 

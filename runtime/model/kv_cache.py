@@ -69,8 +69,3 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / _QMAX).clamp(min=_SMALLEST_SCALE)
     return (x / scale).round().to(torch.int8), scale
-
-
-def scale_bytes(dtype: torch.dtype) -> int:
-    """Bytes of the scale of one token's key (or value) in one head, in a cache of this dtype."""
-    return torch.float32.itemsize if dtype == torch.int8 else 0

@@ -16,6 +16,8 @@ from quantize.shards.partition import plan_heads
 from quantize.shards.stored import Scheme, StoredParameter, stored_parameters
 
 BFLOAT16_BYTES = 2
+# What a KV cache may be held in: bytes of one element of a key or value, and of the scale that each key and value has.
+CACHE_DTYPES = {"bfloat16": (2, 0), "float32": (4, 0), "int8": (1, 4)}
 # "Each TPU v4 chip has 32GB of available High-Bandwidth Memory": of 10^9 bytes, as its Table 2 counts.
 POST_HBM_BYTES = 32 * 10**9
 
@@ -41,12 +43,13 @@ def cache_shape(config: ModelConfig, chips: int, batch_size: int, max_seq_len: i
 
 
 def cache_bytes_per_chip(
-    config: ModelConfig, chips: int, batch_size: int, max_seq_len: int, item_bytes: int, scale_bytes: int = 0
+    config: ModelConfig, chips: int, batch_size: int, max_seq_len: int, dtype: str = "bfloat16"
 ) -> int:
-    """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * (D * item_bytes + scale_bytes).
+    """Bytes of keys and values that each chip holds: 2 * layers * B * (H / chips) * S * (D * item + scale).
 
-    ``scale_bytes`` is for a quantized cache, in which every key and value has a scale.
+    ``item`` and ``scale`` are those of ``dtype``, one of CACHE_DTYPES.
     """
+    item_bytes, scale_bytes = CACHE_DTYPES[dtype]
     batch, heads, slots, head_dim = cache_shape(config, chips, batch_size, max_seq_len)
     return 2 * config.num_layers * batch * (heads // chips) * slots * (head_dim * item_bytes + scale_bytes)
 
@@ -57,12 +60,11 @@ def decode_bytes_per_chip(
     chips: int,
     batch_size: int,
     max_seq_len: int,
-    item_bytes: int = BFLOAT16_BYTES,
-    scale_bytes: int = 0,
+    cache_dtype: str = "bfloat16",
 ) -> int:
     """Bytes that each chip must read from its HBM for one decode step.
 
-    That is every weight with its scale, and the whole cache (bfloat16 by default), because attention of fixed shape
+    That is every weight with its scale, and the whole cache, because attention of fixed shape
     reads all slots. Only one row per token is read of learned positions, and of the embedding unless it is also the
     output head. Counted for a chip that holds the rows of the whole batch, which is the slowest.
     """
@@ -74,7 +76,7 @@ def decode_bytes_per_chip(
             weights += batch_size * parameter.width * ITEM_BYTES[CODES[stored.tensors[0].part.file_dtype]]
         else:
             weights += count * _stored_bytes(config, stored, chips)
-    return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, item_bytes, scale_bytes)
+    return weights + cache_bytes_per_chip(config, chips, batch_size, max_seq_len, cache_dtype)
 
 
 def min_chips(total_bytes: int, hbm_bytes: int) -> int:

@@ -174,14 +174,14 @@ def trace_graph(
     least_rows: int = TPU_LEAST_ROWS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> TracedGraph:
-    """Trace a graph of ``graphs.py`` for ``tokens`` tokens per row; ``dtype`` is that of activations and cache."""
+    """Trace a graph of ``graphs.py`` for ``tokens`` tokens per row; ``dtype`` is that of activations."""
     config, rows = workload.config, workload.batch_size
     slice_ = TPUForm(chips, least_rows)
     with torch.no_grad():
         wanted = decoder_parameters(config, workload.scheme, chips, slice_.fuse_bytes)
         parameters = collect(wanted, lambda tensor: slice_.load(config, tensor))
         decoder = make_decoder(config, dtype, slice_, parameters)
-        cache = make_cache(config, slice_, rows, workload.max_seq_len, dtype)
+        cache = make_cache(config, slice_, rows, workload.max_seq_len, getattr(torch, workload.cache_dtype))
         shapes = ((rows, tokens), (tokens,), (rows,))  # tokens, slots, offsets
         arguments = [slice_.zeros(shape, torch.long, None) for shape in shapes]
         graph, exact = make(decoder, slice_.cache_type), dtype == torch.float32

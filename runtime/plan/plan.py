@@ -17,7 +17,6 @@ from quantize.shards.partition import MAX_CHIPS, check_chips
 from quantize.shards.stored import Scheme
 from quantize.slices import GENERATIONS, Slice, device_word
 from runtime.model.sizing import (
-    BFLOAT16_BYTES,
     cache_bytes_per_chip,
     decode_bytes_per_chip,
     min_chips,
@@ -59,12 +58,15 @@ class Placement:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in the scheme in which it is served, and the fixed shape of its bfloat16 cache."""
+    """A model in the scheme in which it is served, and the fixed shape of its cache; ``cache_dtype`` is one of
+    CACHE_DTYPES.
+    """
 
     config: ModelConfig
     scheme: Scheme
     batch_size: int
     max_seq_len: int
+    cache_dtype: str = "bfloat16"
 
     @property
     def parameters(self) -> int:
@@ -78,11 +80,11 @@ class Workload:
     def on(self, chips: int) -> Placement:
         """Split over ``chips`` chips as llama-quantize splits it. Raises InputError as ``check_chips`` does."""
         check_chips(chips)
-        fixed = (self.batch_size, self.max_seq_len)
+        fixed = (self.batch_size, self.max_seq_len, self.cache_dtype)
         return Placement(
             chips,
             parameter_bytes_per_chip(self.config, self.scheme, chips),
-            cache_bytes_per_chip(self.config, chips, *fixed, BFLOAT16_BYTES),
+            cache_bytes_per_chip(self.config, chips, *fixed),
             decode_bytes_per_chip(self.config, self.scheme, chips, *fixed),
         )
 

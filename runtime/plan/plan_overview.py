@@ -47,7 +47,7 @@ def overview(plans: Sequence[Plan]) -> str:
     return "\n".join(
         (
             f"Table 2 of the post beside exact sizes: batch size {shape.batch_size}, a cache of "
-            f"{plural(shape.max_seq_len, 'token')} in bfloat16; 1 GB is 10^9 bytes",
+            f"{plural(shape.max_seq_len, 'token')} in {shape.cache_dtype}; 1 GB is 10^9 bytes",
             *columns(rows, left=(0, 1, 11)),
             "post: its published, rounded figures (bfloat16, batch size 1, 256 tokens).",
             "v4 chips: total / 32 GB, before padding. Slices hold weights, cache and padding; not XLA's temporaries.",
@@ -75,7 +75,8 @@ def overview_on(plans: Sequence[Plan]) -> str:
     shape = plans[0].workload
     return "\n".join(
         (
-            f"{describe(target)}; batch size {shape.batch_size}, {plural(shape.max_seq_len, 'token')}",
+            f"{describe(target)}; batch size {shape.batch_size}, a cache of {plural(shape.max_seq_len, 'token')} in "
+            f"{shape.cache_dtype}",
             *columns(rows, left=(0, 1)),
         )
     )
@@ -84,7 +85,8 @@ def overview_on(plans: Sequence[Plan]) -> str:
 def _post_row(workload: Workload) -> tuple[str, str, str, str]:
     """The post's published figures if they are for exactly this workload, else dashes."""
     figures = POST_TABLE.get(workload.config.name)
-    same = (workload.scheme.name, workload.batch_size, workload.max_seq_len) == ("bf16", 1, 256)
+    shape = (workload.batch_size, workload.max_seq_len, workload.cache_dtype)
+    same = (workload.scheme.name, *shape) == ("bf16", 1, 256, "bfloat16")
     if figures is None or not same:
         return ("-", "-", "-", "-")
     parameters, cache, total, chips = figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters.console.units import format_bytes, format_count, plural
 from converters.model.config import ModelConfig
+from quantize.formats.table import format_title
 from quantize.shards.partition import plan_heads
 from quantize.shards.stored import padding_bytes
 from quantize.slices import GENERATIONS, Slice, device_word
@@ -66,9 +67,10 @@ def _sizes(plan: Plan) -> list[str]:
         rows.append(
             ("with padding", "more" if padded is None else str(padded), "", "heads of zeros, repeated KV heads")
         )
-    head = f"{config.name}, {plural(config.num_layers, 'layer')}, {scheme.name}"
+    head = f"{config.name}, {plural(config.num_layers, 'layer')}, {format_title(scheme.format)}"
     return [
-        f"{head}, batch size {workload.batch_size}, a cache of {plural(workload.max_seq_len, 'token')} in bfloat16",
+        f"{head}, batch size {workload.batch_size}, a cache of {plural(workload.max_seq_len, 'token')} in "
+        f"{workload.cache_dtype}",
         *columns(rows, left=(0, 3)),
     ]
 

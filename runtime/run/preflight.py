@@ -13,7 +13,6 @@ from converters.model.config import ModelConfig
 from converters.output.preflight import available_memory
 from quantize.shards.stored import Scheme
 from runtime.devices.backend import Backend
-from runtime.model.kv_cache import scale_bytes
 from runtime.model.sizing import cache_bytes_per_chip, parameter_bytes_per_chip
 
 
@@ -31,7 +30,7 @@ class Needs:
         """``dtype`` is that of the cache."""
         return cls(
             parameter_bytes_per_chip(config, scheme, chips),
-            cache_bytes_per_chip(config, chips, batch_size, max_seq_len, dtype.itemsize, scale_bytes(dtype)),
+            cache_bytes_per_chip(config, chips, batch_size, max_seq_len, str(dtype).removeprefix("torch.")),
         )
 
     @property

@@ -9,7 +9,6 @@ from pathlib import Path
 from converters.console.notes import note
 from quantize.shards.stored import padding_bytes
 from runtime.devices.processes import guarded
-from runtime.model.kv_cache import scale_bytes
 from runtime.model.sampling import Sampling
 from runtime.model.sizing import cache_bytes_per_chip, decode_bytes_per_chip
 from runtime.run.later import reason
@@ -86,12 +85,12 @@ def _text(codec: TextCodec | None, prompts: list[list[int]], token_ids: list[lis
 
 def _sizes(session: Session) -> Sizes:
     config, scheme, chips = session.config, session.model.shards.manifest.scheme, session.backend.chips
-    options, dtype = session.options, session.options.cache_dtype
-    cache = (options.batch_size, options.max_seq_len, dtype.itemsize, scale_bytes(dtype))
+    options, dtype = session.options, str(session.options.cache_dtype).removeprefix("torch.")
+    cache = (options.batch_size, options.max_seq_len, dtype)
     return Sizes(
         parameter_bytes_per_chip=session.parameter_bytes_per_chip,
         padding_bytes_per_chip=padding_bytes(config, scheme, chips) // chips,
         kv_cache_bytes_per_chip=cache_bytes_per_chip(config, chips, *cache),
-        kv_cache_dtype=str(dtype).removeprefix("torch."),
+        kv_cache_dtype=dtype,
         step_bytes=decode_bytes_per_chip(config, scheme, chips, *cache) * chips,
     )

@@ -70,7 +70,7 @@ def test_bytes_are_the_tensors_own(tmp_path: Path, dtype: str, scale: int) -> No
     cache = make_cache(config, HostBackend("eager"), 3, 7, kind)
     found = sum(tensor.nbytes for layer in cache.layers for tensor in layer)
     assert found == 2 * config.num_layers * 3 * config.num_kv_heads * 7 * (config.head_dim * kind.itemsize + scale)
-    assert found == cache_bytes_per_chip(config, 1, 3, 7, kind.itemsize, scale)
+    assert found == cache_bytes_per_chip(config, 1, 3, 7, dtype)
 
 
 def test_llama_run_reports_what_an_int8_cache_costs(tmp_path: Path) -> None:

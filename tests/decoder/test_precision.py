@@ -13,7 +13,6 @@ from models import make_model, make_opt
 
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme
 from quantize.slices import find_slice
 from runtime.devices import xla
 from runtime.model.graphs import fill_graph, greedy_graph, later_fill_graph, logits_graph
@@ -51,15 +50,18 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         make_opt(root / "hf", heads=8, hidden=64, layers=LAYERS, ffn=96, vocab=224)
     invoke(quantize, root / "hf", "--int8", "--chips", CHIPS, "--out", root / "out")
     shards = Shards(root / "out")
-    workload = Workload(shards.config, Scheme(shards.manifest.scheme.name), ROWS, SLOTS)
+    workloads = {
+        dtype: Workload(shards.config, shards.manifest.scheme, ROWS, SLOTS, str(dtype).removeprefix("torch."))
+        for dtype in DTYPES
+    }
     planned = {
         dtype: [
             virtual_chips.stablehlo_text(trace_graph(workload, CHIPS, make, tokens, dtype=dtype))
             for make, tokens in PLANNED
         ]
-        for dtype in DTYPES
+        for dtype, workload in workloads.items()
     }
-    step = trace_graph(workload, CHIPS, greedy_graph, 1, dtype=torch.float32)
+    step = trace_graph(workloads[torch.float32], CHIPS, greedy_graph, 1, dtype=torch.float32)
     return Graphs(planned, warmed_up(shards), TPUCompiler(find_slice(TARGET)).compile(step).text)
 
 

@@ -194,7 +194,7 @@ def test_json_of_all_presets(tmp_path: Path) -> None:
     result = invoke(plan, "--json", tmp_path / "plans.json")
     assert "Table 2" in result.stdout
     found = json.loads((tmp_path / "plans.json").read_text())
-    assert list(found) == ["bf16", "int8"]
+    assert list(found) == ["bf16", "int8", "int4", "fp8"]
     for scheme, entries in found.items():
         assert entries == [planned("--config", name, f"--{scheme}") for name in PRESETS]
     assert planned("--int8", "--target", "v4-16") == {
@@ -321,7 +321,8 @@ def test_table_of_presets() -> None:
     assert row[-1] == "none"
     on_target = invoke(plan, "--target", "v4-16").stdout
     fits = {tuple(line.split()[:2]): line.split()[-3] for line in on_target.splitlines()[2:]}
-    too_large = [("175B", "bf16"), ("llama-3-405b", "bf16"), ("llama-3-405b", "int8"), ("opt-175b", "bf16")]
+    largest = [("llama-3-405b", kind) for kind in ("bf16", "int8", "fp8")]
+    too_large = [("175B", "bf16"), *largest, ("opt-175b", "bf16")]
     assert [key for key, word in fits.items() if word == "no"] == too_large
 
 

@@ -94,7 +94,7 @@ def test_bytes_per_chip_of_opt_are_the_closed_formula(name: str, chips: int) -> 
     int8 = layers * (matrices // chips + biases + 2 * norms + 4 * (split // chips + whole)) + around
     assert parameter_bytes_per_chip(config, Scheme("int8"), chips) == int8
     # A decode step reads 3 rows' positions, not 2050; and the embedding, which is the head as well, whole.
-    cache = cache_bytes_per_chip(config, chips, 3, 256, 2)
+    cache = cache_bytes_per_chip(config, chips, 3, 256)
     assert decode_bytes_per_chip(config, Scheme("int8"), chips, 3, 256) == int8 - 2 * 2047 * d + cache
 
 
@@ -123,14 +123,14 @@ def test_cache_is_as_large_as_that_of_transformers(config: ModelConfig) -> None:
     with torch.no_grad():
         model(torch.zeros(3, 7, dtype=torch.long), past_key_values=cache)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes_per_chip(config, 1, 3, 7, 2) == found
+    assert cache_bytes_per_chip(config, 1, 3, 7) == found
 
 
 def test_cache_of_padded_heads() -> None:
     """33B on 8 chips: 56 places for 52 heads, 7 a chip; KV heads that are fewer than the chips are repeated."""
-    assert cache_bytes_per_chip(PRESETS["33B"], 8, 2, 256, 2) == 2 * 60 * 2 * 7 * 256 * 128 * 2
+    assert cache_bytes_per_chip(PRESETS["33B"], 8, 2, 256) == 2 * 60 * 2 * 7 * 256 * 128 * 2
     shared = replace(PRESETS["65B"], num_kv_heads=8)
-    assert cache_bytes_per_chip(shared, 16, 1, 256, 2) == cache_bytes_per_chip(shared, 8, 1, 256, 2)
+    assert cache_bytes_per_chip(shared, 16, 1, 256) == cache_bytes_per_chip(shared, 8, 1, 256)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "bf16"])
@@ -138,7 +138,7 @@ def test_a_decode_step_reads_all_but_the_embedding(scheme: str) -> None:
     """Of which it reads a row per token, unless it is the output head too."""
     for config, chips, batch in ((PRESETS["7B"], 4, 1), (PRESETS["7B"], 8, 16), (SMALL, 2, 3)):
         held = parameter_bytes_per_chip(config, Scheme(scheme), chips)
-        cache = cache_bytes_per_chip(config, chips, batch, 64, 2)
+        cache = cache_bytes_per_chip(config, chips, batch, 64)
         table, rows = config.vocab_size // chips, batch
         expected = held + cache - 2 * config.hidden_size * (table - rows)
         assert decode_bytes_per_chip(config, Scheme(scheme), chips, batch, 64) == expected
@@ -168,7 +168,7 @@ def test_table_2(name: str) -> None:
     parameters_mb, cache_mb, total_gb, chips = TABLE_2[name]
     config = PRESETS[name]
     parameters = parameter_bytes_per_chip(config, Scheme("bf16"), 1)
-    cache = cache_bytes_per_chip(config, 1, 1, 256, 2)
+    cache = cache_bytes_per_chip(config, 1, 1, 256)
     assert parameters_mb == 2000 * int(name[:-1])
     assert parameters / 1e6 == pytest.approx(parameters_mb, rel=0.04)
     assert cache == post_cache_bytes(config, 1, 256)
@@ -186,7 +186,7 @@ def test_eleven_chips_for_175b_take_no_account_of_heads() -> None:
     config, scheme = PRESETS["175B"], Scheme("bf16")
 
     def held(chips: int) -> int:
-        return parameter_bytes_per_chip(config, scheme, chips) + cache_bytes_per_chip(config, chips, 1, 256, 2)
+        return parameter_bytes_per_chip(config, scheme, chips) + cache_bytes_per_chip(config, chips, 1, 256)
 
     assert held(1) <= 11 * POST_HBM_BYTES
     assert held(11) > POST_HBM_BYTES >= held(12)
@@ -196,7 +196,7 @@ def test_int8_runs_175b_on_half_the_chips() -> None:
     """The post: 351 GB need a v4-32 (16 chips), int8 halves that and runs on a v4-16 (8 chips)."""
     config = PRESETS["175B"]
     bf16, int8 = (parameter_bytes_per_chip(config, Scheme(name), 8) for name in ("bf16", "int8"))
-    cache = cache_bytes_per_chip(config, 8, 1, 256, 2)
+    cache = cache_bytes_per_chip(config, 8, 1, 256)
     assert int8 + cache < POST_HBM_BYTES < bf16 + cache
     assert int8 / bf16 == pytest.approx(0.5, abs=0.01)
 

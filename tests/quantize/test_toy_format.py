@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
+from quantize.format_options import AskedFormat
 from quantize.formats.table import FORMATS, KINDS, Kind
 from quantize.job import QuantizeRequest, quantize
 from quantize.shards.reading import Shards
@@ -40,7 +41,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def shard(source: Path, out: Path, chips: int) -> Path:
-    quantize(QuantizeRequest(source, out, Toy.name, chips, (), None, False, str(GROUP)), force=False, dry_run=False)
+    toy = AskedFormat(Toy.kind, str(GROUP))
+    quantize(QuantizeRequest(source, out, toy, chips, (), None, False), force=False, dry_run=False)
     return out
 
 
