@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from runtime.plan.tpu_compiler import CompiledProgram, TPUCompiler
 from runtime.run.buckets import has_later_sections
 from runtime.run.load import make_cache, make_decoder
 
-_HALF_PRECISION = ("bf16", "f16", "f32")
+_FLOATING = ("bf16", "f16", "f32")
+_QUANTIZED = ("s8", "s4", "u4", "f8e4m3fn")
 # The JSON keys of a compiled graph.
 _KEYS = (
     "fits", "out_of_memory", "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "all_reduce",
-    "all_gather", "collectives", "dequantized_weights", "estimated_ms", "compile_s", "by_kind_ms",
+    "all_gather", "collectives", "dequantized_weights", "cycles", "estimated_ms", "compile_s", "by_kind_ms",
     "unpriced_instructions", "complete",
 )  # fmt: skip
 
@@ -41,9 +43,10 @@ class CompiledGraph:
     program: CompiledProgram | None
     estimate: Estimate | None  # None where the generation's clock isn't published
     collectives: dict[str, tuple[int, int]]  # for each kind its count and bytes
-    dequantized_weights: int  # int8 weights that are written to memory as floats
+    dequantized_weights: int  # quantized weights that are written to memory as wider floats
     out_of_memory: str | None = None
     roofline_s: float = 0.0
+    cycles: int = 0  # by the compiler's cost model, of all instructions that it gives some
 
     @property
     def estimated_ms(self) -> float | None:
@@ -77,6 +80,7 @@ class CompiledGraph:
                 "estimated_ms": self.estimated_ms,
                 "compile_s": program.compile_s,
             }
+            content["cycles"] = self.cycles
         if priced is not None:
             content["by_kind_ms"] = {
                 kind.value: {"estimated": 1000 * share.estimated_s, "roofline": 1000 * share.roofline_s}
@@ -202,19 +206,22 @@ def _compile(compiler: TPUCompiler, graph: TracedGraph, name: str, workload: Wor
         {name: (each.count, each.nbytes) for name, each in priced.collectives.items()},
         dequantized_weights(module),
         roofline_s=workload.on(target.devices).decode_bytes / chip.hbm_bandwidth,
+        cycles=priced.cycles,
     )
 
 
 def dequantized_weights(module: Module) -> int:
-    """The number of results outside fusions that have the sizes of an int8 matrix and a floating dtype."""
-    weights = {
-        tuple(sorted(array.dims))
-        for each in module.entry.parameters.values()
-        for array in each.results
-        if array.dtype == "s8" and len(array.dims) == 2
-    }
+    """The number of results outside fusions that have the sizes of a quantized weight and a wider floating dtype.
+
+    A weight in groups [groups, group size, out] may also have become a matrix.
+    """
+    weights = set()
+    for each in module.entry.parameters.values():
+        for array in each.results:
+            if array.dtype in _QUANTIZED and len(array.dims) in (2, 3):
+                weights |= {tuple(sorted(array.dims)), tuple(sorted((prod(array.dims[:-1]), array.dims[-1])))}
     return sum(
-        array.dtype in _HALF_PRECISION and tuple(sorted(size for size in array.dims if size > 1)) in weights
+        array.dtype in _FLOATING and tuple(sorted(size for size in array.dims if size > 1)) in weights
         for each in module.entry.instructions.values()
         if each.parameter is None
         for array in each.results

@@ -45,7 +45,7 @@ def _graph(title: str, graph: CompiledGraph, target: Slice) -> list[str]:
         f"  {title}: {verdict}, {format_bytes(program.peak_bytes)} at once of {format_bytes(hbm)}: arguments "
         f"{format_bytes(program.argument_bytes)}, temporaries {format_bytes(program.temp_bytes)}, outputs "
         f"{format_bytes(program.output_bytes)}, of which {format_bytes(program.alias_bytes)} over arguments",
-        f"    collectives: {moved or 'none'}; int8 weights written out dequantized: {graph.dequantized_weights}; "
+        f"    collectives: {moved or 'none'}; weights written out dequantized: {graph.dequantized_weights}; "
         f"compiled in {program.compile_s:.1f} s",
     ]
 

@@ -66,6 +66,7 @@ class Estimate:
     unpriced: dict[str, int]
     unpriced_s: float
     unknown: dict[str, int]
+    cycles: int  # of the instructions that have some; the roofline may take longer
 
     @property
     def estimated_s(self) -> float:
@@ -87,7 +88,7 @@ def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> 
     counts: Counter[Kind] = Counter()
     collectives: dict[str, Collective] = {}
     unpriced: Counter[str] = Counter()
-    unpriced_s = 0.0
+    unpriced_s, cycles = 0.0, 0
     for instruction in module.entry.instructions.values():
         if (name := _collective(instruction.opcode)) is not None:
             before = collectives.get(name, Collective(0, 0))
@@ -97,12 +98,13 @@ def estimate(module: Module, chip: Chip, caches: frozenset[int], slots: int) -> 
             seconds[kind] += price.seconds
             roofline[kind] += price.hbm_s
             counts[kind] += 1
+            cycles += instruction.cycles or 0
             if price.filled:
                 unpriced[instruction.opcode] += 1
                 unpriced_s += price.seconds
     shares = {kind: Share(seconds[kind], roofline[kind], counts[kind]) for kind in Kind}
     unknown = Counter(each.opcode for each in module.entry.instructions.values() if each.opcode in _LOOPS)
-    return Estimate(shares, collectives, dict(unpriced), unpriced_s, dict(unknown))
+    return Estimate(shares, collectives, dict(unpriced), unpriced_s, dict(unknown), cycles)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _kind(module: Module, instruction: Instruction, caches: frozenset[int], slot
 
 def _is_matrix(parameter: Instruction) -> bool:
     dims = parameter.results[0].dims
-    return len(dims) == 2 and min(dims) > 1
+    return len(dims) in (2, 3) and min(dims[-2:]) > 1
 
 
 def _has_scores(instruction: Instruction, slots: int) -> bool:

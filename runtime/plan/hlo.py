@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # other names end in the number of bits
-_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:2|4|8|16|32|64))\[([0-9,]*)\](?:\{[^}]*\})?")
+_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|f8e\w+|[su](?:2|4|8|16|32|64))\[([0-9,]*)\](?:\{[^}]*\})?")
 _HEAD = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -44,7 +44,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        bits = _ITEM_BITS.get(self.dtype) or int(self.dtype[1:])
+        bits = 8 if self.dtype.startswith("f8") else _ITEM_BITS.get(self.dtype) or int(self.dtype[1:])
         return prod(self.dims) * bits // 8
 
 
