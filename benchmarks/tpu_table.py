@@ -1,6 +1,6 @@
 """The post's figures 1 and 5 by the TPU's own compiler: published, predicted, roofline, ratio. No TPU is needed.
 
-    python benchmarks/tpu_table.py [--only published,forms,int8,modern] [--batch-sizes 1,2,4,8] [--layers N]
+    python benchmarks/tpu_table.py [--only published,forms,int8,modern,formats] [--batch-sizes 1,2,4,8] [--layers N]
                                     [--json FILE]
 
 Every decode step is llama-run's, traced and compiled at full depth (llama-plan --compile), which takes from 10 s for 7B
@@ -12,6 +12,8 @@ published   bfloat16 at batch size 1 where the post gives a time; each is predic
 forms       batch size 1 as one row, which goes to the vector unit, and as two rows, compared with a batch of 2
 int8        int8 compared with bfloat16, by batch size
 modern      one slice each of v5e, v5p and v6e
+formats     bf16, fp8, int8 and int4 (groups of 128) in a step at batch sizes 1, 2, 8 and in a bucket of 512 tokens, by
+            the compiler's cycles, which don't need a clock
 """
 
 from __future__ import annotations
@@ -46,22 +48,38 @@ SLICES = (
     "175B:v4-64",
 )
 ONLY_INT8 = (("175B", "v4-16"),)
+FORMATS = (
+    ("7B", "v5e-4"),
+    ("65B", "v5e-16"),
+    ("65B", "v4-8"),
+    ("175B", "v4-8"),
+    ("175B", "v4-16"),
+    ("175B", "v6e-16"),
+)
+SCHEMES = ("bf16", "fp8", "int8", "int4-g128")
+FORMAT_BATCHES, BUCKET = (1, 2, 8), 512
 MODERN = (("7B", "v5e-8"), ("65B", "v5e-8"), ("65B", "v5p-16"), ("65B", "v6e-8"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A decode step to compile. ``rows`` is the fewest rows that its matrix products are given."""
+    """A decode step to compile, and a bucket if there is one; the cache has ``slots`` slots.
+
+    ``rows`` is the fewest rows that its matrix products are given.
+    """
 
     model: str
     scheme: str
     target: str
     batch_size: int
     rows: int = 2
+    slots: int = SLOTS
+    bucket: int | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.model} {self.scheme} {self.target} {self.batch_size} {self.rows}"
+        more = "" if self.slots == SLOTS else f" {self.slots} {self.bucket}"
+        return f"{self.model} {self.scheme} {self.target} {self.batch_size} {self.rows}{more}"
 
 
 class Compiled:
@@ -86,9 +104,12 @@ class Compiled:
 
         config = PRESETS[case.model].with_dtype("bfloat16")
         config = config if self._layers is None else config.cut(min(self._layers, config.num_layers))
-        workload = Workload(config, Scheme(case.scheme), case.batch_size, SLOTS)
+        workload = Workload(config, Scheme(case.scheme), case.batch_size, case.slots)
         slice_ = find_slice(case.target)
-        content = compile_plan(workload, slice_, least_rows=case.rows).to_json()
+        if not workload.on(slice_.devices).fits(slice_):
+            return {"fits": False}
+        buckets = () if case.bucket is None else (case.bucket,)
+        content = compile_plan(workload, slice_, buckets, least_rows=case.rows).to_json()
         return content | {"roofline_ms": workload.on(slice_.devices).roofline_ms(slice_)}
 
 
@@ -181,6 +202,46 @@ def modern(compiled: Compiled) -> Iterator[list[str]]:
             yield [model, target, str(batch), fits, _ms(found), _predicted(found), _roofline(found), temp]
 
 
+def formats(compiled: Compiled) -> Iterator[list[str]]:
+    """Every format's step and bucket: arguments, temporaries, millions of cycles, and the cycles' ratios."""
+    yield [
+        *("model", "slice", "format", "arguments, GB", "temporaries, MB", "written out"),
+        *(f"step of {batch}, M" for batch in FORMAT_BATCHES),
+        *(f"to int8, {batch}" for batch in FORMAT_BATCHES),
+        f"bucket of {BUCKET}, M",
+        "to bf16",
+    ]
+    for model, target in FORMATS:
+        found = {
+            scheme: [
+                compiled(Case(model, scheme, target, batch, slots=BUCKET, bucket=BUCKET if batch == 1 else None))
+                for batch in FORMAT_BATCHES
+            ]
+            for scheme in SCHEMES
+        }
+        for scheme, steps in found.items():
+            yield [model, target, scheme, *_format_row(steps, found["int8"], found["bf16"])]
+
+
+def _format_row(steps: list[dict[str, Any]], int8: list[dict[str, Any]], bf16: list[dict[str, Any]]) -> list[str]:
+    if "temp_bytes" not in steps[0]:
+        return ["does not fit", *[""] * (4 + 2 * len(FORMAT_BATCHES))]
+    ratios = [
+        f"{one['cycles'] / other['cycles']:.2f}" if "cycles" in other else ""
+        for one, other in zip(steps, int8, strict=True)
+    ]
+    bucket, whole = (each[0].get("buckets", {}).get(str(BUCKET), {}).get("cycles") for each in (steps, bf16))
+    return [
+        f"{steps[0]['argument_bytes'] / 1e9:.2f}",
+        " / ".join(f"{step['temp_bytes'] / 1e6:.0f}" for step in steps),
+        " / ".join(str(step["dequantized_weights"]) for step in steps),
+        *(f"{step['cycles'] / 1e6:.2f}" for step in steps),
+        *ratios,
+        f"{bucket / 1e6:.1f}" if bucket else "",
+        f"{bucket / whole:.2f}" if bucket and whole else "",
+    ]
+
+
 def _ms(result: dict[str, Any]) -> str:
     return "clock unknown" if result["estimated_ms"] is None else f"{result['estimated_ms']:.2f}"
 
@@ -204,7 +265,7 @@ def _table(rows: Iterator[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="published,forms,int8,modern")
+    parser.add_argument("--only", default="published,forms,int8,modern,formats")
     parser.add_argument("--batch-sizes", default="1,2,4,8")
     parser.add_argument("--layers", type=int, help="of each model, for a quick look; not what is published")
     parser.add_argument("--json", type=Path)
@@ -216,6 +277,7 @@ def main() -> None:
         "forms": lambda: forms(compiled),
         "int8": lambda: int8(compiled, batch_sizes),
         "modern": lambda: modern(compiled),
+        "formats": lambda: formats(compiled),
     }
     unknown = [name for name in options.only.split(",") if name not in tables]
     if unknown:

@@ -428,7 +428,7 @@ def test_a_verdict_has_the_same_keys_in_every_case() -> None:
     from runtime.plan.tpu_compiler import CompiledProgram
 
     program = CompiledProgram("", 80, 20, 10, 5, 1.5)
-    priced = Estimate({Kind.REST: Share(0.002, 0.001, 3)}, {}, {"copy": 1}, 0.0, {})
+    priced = Estimate({Kind.REST: Share(0.002, 0.001, 3)}, {}, {"copy": 1}, 0.0, {}, 7)
     estimated, unclocked, refused = (
         CompiledGraph(*parts).to_json(95)
         for parts in ((program, priced, {}, 0), (program, None, {}, 0), (None, None, {}, 0, "Ran out of memory"))
