@@ -53,6 +53,10 @@ class Backend(Protocol):
         """A tensor for a decoder to hold, joined over the chips. Raises InputError for missing files."""
         ...
 
+    def nbytes(self, loaded: Any) -> int:
+        """The bytes that a loaded tensor takes, on all chips where it is split over them, else on each."""
+        ...
+
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host tensor for a decoder to hold, copied whole to every chip."""
         ...

@@ -21,8 +21,8 @@ from runtime.devices.processes import Processes
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.linears.linear import LinearWeight, Operations
-from runtime.model.linears.table import Device, linear_kind
+from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.table import Device, make_linear
 
 
 class HostBackend:
@@ -61,8 +61,11 @@ class HostBackend:
         parts = [shards.rows(part.name, 0, part.shape[0]) for part in tensor.parts]
         return tensor.join(parts).to(self._device)
 
+    def nbytes(self, loaded: torch.Tensor) -> int:
+        return loaded.nbytes
+
     def _make_linear(self, weight: LinearWeight) -> nn.Module:
-        return linear_kind(weight.format, self._kind).make(weight, Operations())
+        return make_linear(weight, self._kind)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

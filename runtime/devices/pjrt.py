@@ -22,7 +22,7 @@ import torch
 from converters.console.errors import InputError
 from runtime.devices.cluster import WAIT_S, Cluster, meet
 from runtime.devices.processes import Processes, expect_aborts
-from runtime.devices.tracing import TracedGraph, TracedTensor
+from runtime.devices.tracing import TracedGraph, TracedTensor, traced_as
 
 _AXIS = "tp"  # of the mesh: tensor parallel
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
@@ -308,8 +308,10 @@ class Mesh:
 
         def run(*inputs: Any) -> list[Any]:
             by_index = dict(zip(order, inputs, strict=True))
-            constants = {index: _to_numpy(value) for index, value in graph.constants.items()}
-            return exported.call(*[(by_index | constants)[index] for index in range(len(graph.inputs))])
+            by_index |= {index: _to_numpy(value) for index, value in graph.constants.items()}
+            return exported.call(
+                *[by_index[index].astype(_dtype(traced_as(kind.dtype))) for index, kind in enumerate(graph.inputs)]
+            )
 
         lowered = jax.jit(
             run,
@@ -392,11 +394,11 @@ def to_host(array: Any) -> torch.Tensor:
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
     """The tensor's own memory, as numpy and jax see it."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach()
     try:
-        return tensor.numpy()
-    except TypeError:  # bfloat16, float8: numpy has them by the package ml_dtypes
-        return tensor.view(_INTEGERS[tensor.itemsize]).numpy().view(_dtype(tensor.dtype))
+        return tensor.contiguous().numpy()
+    except (TypeError, NotImplementedError):  # bfloat16, float8, int4: numpy has them by the package ml_dtypes
+        return tensor.view(_INTEGERS[tensor.itemsize]).contiguous().numpy().view(_dtype(tensor.dtype))
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -437,7 +439,7 @@ def _exported(graph: TracedGraph, platform: str) -> Any:
     def stand_in(*inputs: Any) -> list[Any]:
         return [jnp.zeros(result.shape, _dtype(result.dtype)) for result in graph.results]
 
-    shapes = map(_shape, graph.inputs)
+    shapes = [jax.ShapeDtypeStruct(each.shape, _dtype(traced_as(each.dtype))) for each in graph.inputs]
     exported = export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
     return replace(exported, mlir_module_serialized=graph.module)
 

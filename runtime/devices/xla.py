@@ -40,13 +40,15 @@ from runtime.devices.tracing import (
     TracedTensor,
     Tracer,
     product_in_float32,
+    product_in_int32,
     to_bfloat16,
 )
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
+from runtime.model.linears.layouts import Layout, axis_in_pieces, in_pieces
 from runtime.model.linears.linear import LinearWeight, Operations
-from runtime.model.linears.table import Device, linear_kind
+from runtime.model.linears.table import Device, linear_kind, make_linear
 from runtime.model.linears.tiled import Tiles, copy_tiles
 from runtime.model.parts.attention import attend_exactly
 
@@ -70,10 +72,12 @@ class TPUForm:
 
     def load(self, config: ModelConfig, tensor: DecoderTensor) -> torch.Tensor:
         """A placeholder for a tensor, as ``XLABackend.load`` returns it."""
-        shape = list(tensor.local_shape(config, self.chips))
-        if tensor.shard is not None:
-            shape[tensor.shard] *= self.chips
-        return self.tracer.placeholder(shape, tensor.dtype, tensor.shard)
+        part = torch.empty(tensor.local_shape(config, self.chips), dtype=tensor.dtype, device="meta")
+        part, axis = _laid_out(part, tensor, config, self.chips)
+        shape = list(part.shape)
+        if axis is not None:
+            shape[axis] *= self.chips
+        return self.tracer.placeholder(shape, part.dtype, axis)
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.tracer.placeholder(tensor.shape, tensor.dtype, None)
@@ -131,12 +135,19 @@ class XLABackend:
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         chips = self._mesh.local_chips
-        if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).in_tiles:
+        if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).layout is Layout.TILES:
             rows = tensor.local_shape(shards.config, self.chips)[0]
             tiles = [copy_tiles(_blocks(shards, tensor, chip), rows) for chip in chips]
             return self._hold_tiles(tiles, tensor.shard)
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
-        return self._hold(parts, tensor.shard)
+        if self.tiled:
+            return self._hold(parts, tensor.shard)
+        laid_out = [_laid_out(part, tensor, shards.config, self.chips) for part in parts]
+        return self._hold([part for part, _ in laid_out], laid_out[0][1])
+
+    def nbytes(self, loaded: torch.Tensor | Tiles) -> int:
+        parts = loaded.parts if isinstance(loaded, Tiles) else [loaded]
+        return sum(self._tracer.nbytes(part) for part in parts)
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._hold([tensor] * len(self._mesh.local_chips), None)
@@ -291,7 +302,23 @@ def read_repeatedly(values: torch.Tensor, rows: list[torch.Tensor]) -> list[torc
 
 def _chip_form(least_rows: int) -> Form:
     """The form for chips with a matrix unit."""
-    return Form(least_rows=least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
+    operations = Operations(integer_product=product_in_int32)
+    linear = partial(make_linear, device=Device.MATRIX_UNIT, operations=operations)
+    return Form(linear, least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
+
+
+def _laid_out(
+    part: torch.Tensor, tensor: DecoderTensor, config: ModelConfig, chips: int
+) -> tuple[torch.Tensor, int | None]:
+    """A chip's part of a tensor as chips with a matrix unit hold it, and the axis along which it is split over them."""
+    if not tensor.is_weight or linear_kind(tensor.format, Device.MATRIX_UNIT).layout is not Layout.PIECES:
+        return part, tensor.shard
+    if tensor.are_values:
+        groups = tensor.groups(config, chips)
+        part = in_pieces(part, None if groups is None else part.shape[1] // groups, tensor.is_int4)
+    else:
+        part = part.T.contiguous()
+    return part, axis_in_pieces(tensor.shard, part.dim())
 
 
 def _devices(kind: str, chips: int, cluster: Cluster | None) -> list[Any]:

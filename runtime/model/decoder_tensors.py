@@ -7,7 +7,7 @@ their rows, so it still needs only its own file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,8 +35,22 @@ class DecoderTensor:
     @property
     def are_values(self) -> bool:
         """Whether it holds the values of a linear's weight, rather than their scales or the like."""
-        first = self.parts[0]
-        return first.parameter.row.is_linear and first.part == self.format.parts[0]
+        return self.is_weight and self.parts[0].part == self.format.parts[0]
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is one of the tensors of a linear's weight."""
+        return self.parts[0].parameter.row.is_linear
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether its elements are 4-bit integers, which are int8 on the host."""
+        return self.parts[0].part.element == "int4"
+
+    def groups(self, config: ModelConfig, chips: int) -> int | None:
+        """Into how many groups the scales divide the inputs that a chip holds; None where they don't."""
+        scale = next((part for part in self.format.parts if part.inputs not in (None, 1)), None)
+        return None if scale is None else replace(self.parts[0], part=scale).local_shape(config, chips)[1]
 
     @property
     def shard(self) -> int | None:

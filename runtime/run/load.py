@@ -41,8 +41,9 @@ def load_tensors(
     def load(tensor: DecoderTensor) -> Any:
         nonlocal bytes_per_chip
         loaded = backend.load(shards, tensor)
-        bytes_per_chip += loaded.nbytes // (1 if tensor.shard is None else backend.chips)
-        advance(loaded.nbytes, tensor.name)
+        nbytes = backend.nbytes(loaded)
+        bytes_per_chip += nbytes // (1 if tensor.shard is None else backend.chips)
+        advance(nbytes, tensor.name)
         return loaded
 
     wanted = decoder_parameters(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from converters.formats.compressed_tensors import SCALE_SUFFIX
+from quantize.formats.integers import ZERO_POINT_SUFFIX
 from quantize.formats.weight_format import WeightFormat
 
 
@@ -24,9 +25,19 @@ class LinearWeight:
     tensors: Mapping[str, Any]
 
     @property
+    def values(self) -> Any:
+        """What the scales multiply, or the weight itself."""
+        return self.tensors[self.format.parts[0].suffix]
+
+    @property
     def scale(self) -> torch.Tensor | None:
-        """The scale of each output channel, [out]; None for a format without."""
+        """The scale of each output channel, [out], or of each group, [out, groups]; None for a format without."""
         return self.tensors.get(SCALE_SUFFIX)
+
+    @property
+    def zero_points(self) -> torch.Tensor | None:
+        """What stands for zero, in the scale's shape; None for a format without."""
+        return self.tensors.get(ZERO_POINT_SUFFIX)
 
 
 MakeLinear = Callable[[LinearWeight], nn.Module]
@@ -42,12 +53,18 @@ def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x @ y.mT if x.dim() == y.dim() else torch.tensordot(x, y, dims=([-1], [-1]))
 
 
+def int32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The products of x's and y's rows, int8 [..., R, in] and [..., out, in], summed in int32: [..., R, out]."""
+    return x.int() @ y.int().mT
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
 
     ones: Callable[[int], torch.Tensor] = torch.ones  # a vector of ones of that length, for linears to hold
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
+    integer_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = int32_product
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
     splits_outputs: bool = False  # whether a weight's outputs may be on several chips, so that none is cut there
