@@ -290,14 +290,16 @@ class Mesh:
         if axis is not None:
             shape[axis] *= self.chips
         devices = [self.devices[chip] for chip in self.local_chips]
-        arrays = [jax.device_put(_to_numpy(part), device) for part, device in zip(parts, devices, strict=True)]
+        values = [_to_numpy(part.view(self._held_as(part.dtype))) for part in parts]
+        arrays = [jax.device_put(part, device) for part, device in zip(values, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(tuple(shape), self._sharding(axis, len(shape)), arrays)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int | None) -> Any:
         """An array of zeros, made on the chips."""
         import jax.numpy as jnp
 
-        return jnp.zeros(tuple(shape), _dtype(dtype), device=self._sharding(axis, len(shape)))
+        held = _dtype(self._held_as(dtype))
+        return jnp.zeros(tuple(shape), held, device=self._sharding(axis, len(shape)))
 
     def compile(self, graph: TracedGraph, options: Mapping[str, Any] | None = None) -> Program:
         """The graph compiled for these chips; ``options`` are settings of XLA's. Raises OutOfMemory."""
@@ -319,7 +321,7 @@ class Mesh:
             out_shardings=[self._sharding_of(result) for result in graph.results],
             donate_argnums=tuple(range(kept, len(order))),
             keep_unused=True,
-        ).lower(*[_shape(graph.inputs[index]) for index in order])
+        ).lower(*[_shape(graph.inputs[index], self._held_as(graph.inputs[index].dtype)) for index in order])
         try:
             compiled = lowered.compile(compiler_options=dict(options) if options else None)
         except jax.errors.JaxRuntimeError as error:
@@ -352,6 +354,12 @@ class Mesh:
         found = [self.devices[chip].memory_stats() for chip in self.local_chips]
         peaks = [stats["peak_bytes_in_use"] for stats in found if stats and "peak_bytes_in_use" in stats]
         return max(peaks, default=None)
+
+    def _held_as(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of arrays for this one: on the CPU jax compiles programs of int4 and then refuses its own arrays,
+        for layouts that it takes to be others.
+        """
+        return traced_as(dtype) if self.platform == "cpu" else dtype
 
     def _sharding(self, axis: int | None, rank: int) -> Any:
         import jax
@@ -407,10 +415,10 @@ def _dtype(dtype: torch.dtype) -> Any:
     return jnp.dtype(str(dtype).removeprefix("torch."))
 
 
-def _shape(tensor: TracedTensor) -> Any:
+def _shape(tensor: TracedTensor, dtype: torch.dtype) -> Any:
     import jax
 
-    return jax.ShapeDtypeStruct(tensor.shape, _dtype(tensor.dtype))
+    return jax.ShapeDtypeStruct(tensor.shape, _dtype(dtype))
 
 
 def _donated_last(graph: TracedGraph) -> list[int]:
@@ -429,8 +437,8 @@ def donated_parameters(graph: TracedGraph) -> tuple[int, ...]:
 
 
 def _exported(graph: TracedGraph, platform: str) -> Any:
-    """The graph as something that jax calls: an exported function of the same inputs and results, whose program is
-    replaced by the graph's.
+    """The graph as something that jax calls: an exported function of the same inputs (``traced_as``) and results, whose
+    program is replaced by the graph's.
     """
     import jax
     import jax.numpy as jnp
@@ -439,7 +447,7 @@ def _exported(graph: TracedGraph, platform: str) -> Any:
     def stand_in(*inputs: Any) -> list[Any]:
         return [jnp.zeros(result.shape, _dtype(result.dtype)) for result in graph.results]
 
-    shapes = [jax.ShapeDtypeStruct(each.shape, _dtype(traced_as(each.dtype))) for each in graph.inputs]
+    shapes = [_shape(each, traced_as(each.dtype)) for each in graph.inputs]
     exported = export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
     return replace(exported, mlir_module_serialized=graph.module)
 

@@ -49,6 +49,6 @@ def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
     return _DECODED
 
 
-def make_linear(weight: LinearWeight, device: Device = Device.ANY, operations: Operations = Operations()) -> nn.Module:
-    """The linear for a weight that is held as ``linear_kind`` says."""
-    return linear_kind(weight.format, device).make(weight, operations)
+def make_linear(weight: LinearWeight, device: Device = Device.ANY, operations: Operations | None = None) -> nn.Module:
+    """The linear for a weight that is held as ``linear_kind`` says; ``operations`` are torch's own by default."""
+    return linear_kind(weight.format, device).make(weight, operations or Operations())
