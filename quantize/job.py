@@ -110,9 +110,11 @@ def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
     """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
     scheme, method = shards.manifest.scheme, shards.manifest.method
     same_head = request.quantize_lm_head == scheme.quantize_lm_head
-    if not (request.format.agrees(scheme.format) and same_head and request.method in (METHODS[0], method)):
+    same_method = method is None or request.method in (METHODS[0], method)
+    if not (request.format.agrees(scheme.format) and same_head and same_method):
+        flags = scheme.flags + (f" --method {method}" if method not in (None, METHODS[0]) else "")
         raise InputError(
-            f"{shards.directory} holds shards made with {scheme.flags}; they can only be re-sharded with the same."
+            f"{shards.directory} holds shards made with {flags}; they can only be re-sharded with the same."
         )
 
 

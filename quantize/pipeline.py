@@ -238,11 +238,13 @@ def _do(step: _Step, columns: dict[str, Split], source: BlockSource) -> _Piece:
         block = source.block(step.stored, step.start, step.start + step.count)
     parts = [dict(block.tensors) for _ in step.chips]
     for suffix, split in columns.items():
-        values = block.tensors[suffix]
+        values, stored = block.tensors[suffix], tensors[suffix].part
+        column = stored.fill_column
+        fill = values.new_full((1, 1), stored.fill) if column is None else block.tensors[column]
         if split.repeat > 1:
             values = values.repeat_interleave(split.repeat, dim=1)
         for chip, part in zip(step.chips, parts, strict=True):
-            part[suffix] = _take_columns(values, split.segments[chip], tensors[suffix].part.fill)
+            part[suffix] = _take_columns(values, split.segments[chip], fill)
     first = step.stored.tensors[0].part
     for part in parts if columns else parts[:1]:
         part[first.suffix] = first.to_file(part[first.suffix])
@@ -262,10 +264,10 @@ def _take(piece: _Piece, writers: dict[int, SafetensorsWriter], later: Later, so
     source.passed(step.stored, step.start, piece.block)
 
 
-def _take_columns(values: torch.Tensor, segments: Sequence[Segment], fill: float) -> torch.Tensor:
-    """The columns that one chip holds of rows [n, in]; padding is ``fill``."""
+def _take_columns(values: torch.Tensor, segments: Sequence[Segment], fill: torch.Tensor) -> torch.Tensor:
+    """The columns that one chip holds of rows [n, in]; columns of padding are ``fill``, [n, 1] or [1, 1]."""
     pieces = [
-        values.new_full((values.shape[0], segment.length), fill)
+        fill.expand(len(values), segment.length)
         if segment.start is None
         else values[:, segment.start : segment.start + segment.length]
         for segment in segments

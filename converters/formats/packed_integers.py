@@ -26,11 +26,10 @@ def pack(values: torch.Tensor, axis: int = 1) -> torch.Tensor:
 
     if axis == 0:
         return pack(values.T.contiguous()).T.contiguous()
-    nibbles = values + _OFFSET
-    missing = word_count(values.shape[1]) * PER_WORD - values.shape[1]
-    if missing:
-        nibbles = torch.nn.functional.pad(nibbles, (0, missing))
-    pairs = nibbles.contiguous().view(torch.int16)  # one element in each byte
+    rows, length = values.shape
+    nibbles = torch.zeros(rows, word_count(length) * PER_WORD, dtype=torch.int8)
+    torch.add(values, _OFFSET, out=nibbles[:, :length])
+    pairs = nibbles.view(torch.int16)  # one element in each byte
     return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
 
 
@@ -40,6 +39,8 @@ def unpack(words: torch.Tensor, length: int, axis: int = 1) -> torch.Tensor:
 
     if axis == 0:
         return unpack(words.T.contiguous(), length).T.contiguous()
-    pairs = words.contiguous().view(torch.uint8).to(torch.int16)
+    # ``contiguous`` leaves an axis of length 1 any stride, and then it can't be seen as bytes.
+    words = words.clone(memory_format=torch.contiguous_format)
+    pairs = words.view(torch.uint8).to(torch.int16)
     values = (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.int8).sub_(_OFFSET)
     return values[:, :length].contiguous()

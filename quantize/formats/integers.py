@@ -52,7 +52,9 @@ class Integers:
     def parts(self) -> tuple[Part, ...]:
         packed = self.bits == 4
         scale_dtype = "float32" if self.group_size is None else "bfloat16"
-        values = Part("_packed" if packed else "", "int8", packed_axis=1 if packed else None)
+        # A whole row's zero point counts in its padding too.
+        fill = ZERO_POINT_SUFFIX if self.zero_points and self.group_size is None else None
+        values = Part("_packed" if packed else "", "int8", fill_column=fill, packed_axis=1 if packed else None)
         scale = Part(SCALE_SUFFIX, scale_dtype, self.group_size, fill=1.0)
         if not self.zero_points:
             return values, scale

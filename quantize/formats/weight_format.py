@@ -26,6 +26,7 @@ class Part:
     inputs: int | None = 1  # how many inputs one element stands for; None: all of them
     fill: float = 0.0  # what stands in padding; must decode to zeros
     packed_axis: int | None = None  # int8 elements from -8 to 7, eight in an int32
+    fill_column: str | None = None  # the suffix of a column [out, 1] that stands in padding of inputs instead
 
     def width(self, inputs: int) -> int:
         """Its number of columns for a weight of so many ``inputs``."""

@@ -156,16 +156,6 @@ class StoredParameter:
         """What its tensors, by their names, stand for."""
         return self.format.decode({each.part.suffix: tensors[each.name] for each in self.tensors})
 
-    def check(self) -> None:
-        """Raise InputError where the weight's inputs are not what the format can hold."""
-        for part in self.format.parts:
-            if part.inputs is not None and self.parameter.shape[-1] % part.inputs:
-                sizes = [size for size in GROUP_SIZES if self.parameter.shape[-1] % size == 0]
-                raise InputError(
-                    f"{self.name} has {self.parameter.shape[-1]} inputs, which is no multiple of {part.inputs}. Give "
-                    f"--group-size {' or '.join(map(str, [*sizes, 'channel']))}."
-                )
-
 
 def default_scheme(kind: str, config: ModelConfig, quantize_lm_head: bool = False, zero_points: bool = False) -> Scheme:
     """The scheme of a kind of format where no group size is given.
@@ -202,10 +192,13 @@ def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParamet
     """
     scheme.check(config)
     size = scheme.format.group_size
-    stored = [StoredParameter(each, scheme.format_of(each.row, config), size) for each in parameters(config)]
-    for each in stored:
-        each.check()
-    return stored
+    if size is not None and (misfits := _misfits(config, scheme, size)):
+        sizes = [each for each in GROUP_SIZES if not _misfits(config, scheme, each)]
+        raise InputError(
+            f"{misfits[0].name} has {misfits[0].shape[-1]} inputs, which is no multiple of {size}. Give --group-size "
+            f"{' or '.join(map(str, [*sizes, CHANNEL]))}."
+        )
+    return [StoredParameter(each, scheme.format_of(each.row, config), size) for each in parameters(config)]
 
 
 def quantization_fields(config: ModelConfig, scheme: Scheme) -> dict[str, Any]:
