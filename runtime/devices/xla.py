@@ -317,7 +317,7 @@ def _laid_out(
         groups = tensor.groups(config, chips)
         part = in_pieces(part, None if groups is None else part.shape[1] // groups, tensor.is_int4)
     else:
-        part = part.T.contiguous()
+        part = part.T.contiguous() if part.dim() == 2 else part
     return part, axis_in_pieces(tensor.shard, part.dim())
 
 

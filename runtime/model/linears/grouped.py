@@ -73,9 +73,10 @@ class GroupedLinear(nn.Module):
 
     def _zeros(self, rows: torch.Tensor) -> torch.Tensor:
         """What the products [R, out] have too much where the values' zero isn't 0, in float32."""
-        scale = self.weight_scale.to(rows.dtype)
+        out = self.weight_scale.shape[-1]
+        scale = self.weight_scale.view(-1, out).to(rows.dtype)  # [groups, out]
         sums = rows.float().unflatten(-1, (scale.shape[0], -1)).sum(-1)  # [R, groups]
-        zeros = self.weight_zero_point.to(rows.dtype) * scale
+        zeros = self.weight_zero_point.view(-1, out).to(rows.dtype) * scale
         if rows.dtype == torch.float32:
             return sums @ zeros
         high = sums.to(rows.dtype)  # a second product has what rounding the sums leaves
