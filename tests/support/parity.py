@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import virtual_chips
+from by_hand import decoded, quantized_names
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantize.shards.reading import Shards
@@ -67,15 +68,13 @@ def _places(layers: Layers) -> list[int]:
 
 
 def reference(checkpoint: Path, shards: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """transformers' model of ``checkpoint``, its linears holding what the int8 shards stand for."""
+    """transformers' model of ``checkpoint``, its linears holding what the shards stand for, in any weight format."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    stored = Shards(shards)
+    whole = Shards(shards)
+    tensors = {name: whole.rows(name, 0, tensor.shape[0]) for name, tensor in whole.tensors.items()}
     state = model.state_dict()
-    for name in stored.tensors:
-        if name.endswith("_scale"):
-            weight = name.removesuffix("_scale")
-            rows = state[weight].shape[0]
-            state[weight].copy_(stored.rows(weight, 0, rows).float() * stored.rows(name, 0, rows))
+    for name in quantized_names(tensors):
+        state[name].copy_(torch.from_numpy(decoded(tensors, name, state[name].shape[1])))
     return model.to(dtype)
 
 
