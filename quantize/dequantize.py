@@ -66,5 +66,5 @@ class _Dequantizer(Resharder):
         return Block(stored.format.encode(values).tensors)
 
     def small_files(self) -> dict[str, bytes]:
-        # An empty report: the int8 shards have the errors.
+        # An empty report: the quantized shards have the errors.
         return self._shards.auxiliary_files() | {REPORT: (json.dumps(Report().content(), indent=1) + "\n").encode()}

@@ -35,20 +35,27 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
-    "--shards", type=click.Path(path_type=Path), required=True, metavar="DIR", help="What llama-quantize wrote."
+    "--shards",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    metavar="DIR",
+    help="What llama-quantize wrote. Given again, with shards of the same model in other formats, figure 5 compares "
+    "them all; the other figures measure the first.",
 )
 @click.option(
     "--bf16-shards",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The same model's shards made with --bf16, for figure 5. [default: the int8 ones dequantized, in --out]",
+    help="The same model's shards made with --bf16, for figure 5. [default: those of --shards, or its first "
+    "dequantized, in --out]",
 )
 @click.option(
     "--figures",
     default=",".join(FIGURES),
     show_default=True,
     callback=_parse_figures,
-    help="2: backends. 3: batch size. 4: max-seq-len. 5: int8 against bfloat16. 6: prompt length. "
+    help="2: backends. 3: batch size. 4: max-seq-len. 5: formats of the weights. 6: prompt length. "
     "baseline: transformers. Measured in the order given.",
 )
 @click.option(
@@ -96,7 +103,7 @@ def _parse_figures(context: click.Context, parameter: click.Parameter, text: str
 @click.option("--json", "as_json", is_flag=True, help="Print bench.json in place of the tables.")
 @click.version_option(package_name=DISTRIBUTION)
 def command(
-    shards: Path,
+    shards: tuple[Path, ...],
     bf16_shards: Path | None,
     figures: tuple[str, ...],
     batch_sizes: tuple[int, ...],
@@ -115,6 +122,7 @@ def command(
     \b
     llama-bench --shards out/                                  every figure, into bench/
     llama-bench --shards out/ --figures 3,5 --batch-size 1,16  two of them
+    llama-bench --shards int8/ --shards int4/ --figures 5      two formats and bfloat16
     """
     from converters.console.units import plural
     from quantize.shards.reading import Shards
@@ -122,7 +130,7 @@ def command(
     from runtime.bench.report import to_markdown
     from runtime.json_out import STDOUT, write_json_out
 
-    positions = Shards(shards).config.max_position_embeddings
+    positions = Shards(shards[0]).config.max_position_embeddings
     sizes = fitting_sizes(batch_sizes, prompt_lens, max_seq_lens, new_tokens, positions)
     done = bench(BenchRequest(shards, bf16_shards, figures, sizes, repeat, minutes, layers, out, force))
     if as_json:

@@ -20,7 +20,16 @@ from converters.console.units import format_seconds
 from quantize.shards.reading import Shards
 from runtime.bench.baseline import INSTALL
 from runtime.bench.child import Runner
-from runtime.bench.inputs import BF16_FOLDER, CACHE_FOLDER, BenchRequest, arguments, check_out, environment
+from runtime.bench.inputs import (
+    BF16_FOLDER,
+    CACHE_FOLDER,
+    BenchRequest,
+    arguments,
+    check_out,
+    environment,
+    makes_bf16_shards,
+    open_shards,
+)
 from runtime.bench.journal import FILE_NAME as JOURNAL
 from runtime.bench.journal import RunJournal, open_journal
 from runtime.bench.points import LATENCY, Figure, Point, plan_figures
@@ -43,24 +52,23 @@ def bench(request: BenchRequest) -> Done:
     ``out`` don't fit, and later if a rerun is on another device.
     """
     begin = time.monotonic()
-    shards = Shards(request.shards)
-    config = shards.config.cut(request.layers)
-    shards.require(range(shards.chips))
-    request.sizes.check(config.max_position_embeddings)
-    weights = shards.manifest.scheme.name
-    figures = plan_figures(request.figures, request.sizes, weights)
+    shards = open_shards(request)
+    weights, *others = shards
+    first = shards[weights]
+    request.sizes.check(first.config.cut(request.layers).max_position_embeddings)
+    figures = plan_figures(request.figures, request.sizes, weights, others)
     given = arguments(request, shards)
-    check_out(request)
+    check_out(request, shards)
     request.out.mkdir(parents=True, exist_ok=True)
     with open_journal(request.out / JOURNAL, given, request.force) as journal:
         without = _without_transformers(figures)
         points = [point for point in dict.fromkeys(p for f in figures for p in f.points) if point not in without]
-        if request.makes_bf16_shards and _are_wanting("bf16", points, journal, request.repeat):
-            _make_bf16_shards(shards, request.layers, request.out / BF16_FOLDER, replace=not journal.runs)
+        if makes_bf16_shards(request, shards) and _are_wanting("bf16", points, journal, request.repeat):
+            _make_bf16_shards(first, request.layers, request.out / BF16_FOLDER, replace=not journal.runs)
         if not journal.runs:
             _clear(request.out)
             journal.begin()
-        places = {"bf16": request.bf16_shards or request.out / BF16_FOLDER, weights: request.shards}
+        places = {"bf16": request.out / BF16_FOLDER} | {name: each.directory for name, each in shards.items()}
         runner = Runner(places, request.layers, request.out / CACHE_FOLDER)
         left = sweep(points, journal, runner.measure, request.repeat, begin + 60 * request.minutes)
         report = summarize(figures, journal.runs, without, given | environment())
@@ -131,13 +139,13 @@ def _are_wanting(weights: str, points: list[Point], journal: RunJournal, repeat:
 
 
 def _make_bf16_shards(shards: Shards, layers: int | None, out: Path, replace: bool) -> None:
-    """Make figure 5's shards from the int8 ones; ``replace`` allows replacing different ones of an earlier bench."""
+    """Dequantize ``shards`` for figure 5; ``replace`` allows replacing what an earlier bench made of others."""
     from quantize.dequantize import write_dequantized
 
     if write_dequantized(shards, layers, out, force=replace):
         click.echo(
-            f"Wrote bfloat16 shards to {out}, dequantized from the int8 ones: their values are not the original "
-            "weights, which speed does not depend on. To measure others: --bf16-shards.",
+            f"Wrote bfloat16 shards to {out}, dequantized from those in {shards.directory}: their values are not the "
+            "original weights, which speed does not depend on. To measure others: --bf16-shards.",
             err=True,
         )
 

@@ -31,7 +31,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """Starts the runs. ``shards`` are directories by scheme, ``layers`` is how many layers to run (None: all), and
+    """Starts the runs. ``shards`` are directories by format, ``layers`` is how many layers to run (None: all), and
     ``cache`` is the folder that keeps compiled graphs for later runs.
     """
 

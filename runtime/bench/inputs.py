@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
+from quantize.formats.table import format_title
 from quantize.shards.manifest import FILE_NAME as MANIFEST
 from quantize.shards.reading import Shards
 from runtime.bench.journal import FILE_NAME as JOURNAL
@@ -26,7 +27,7 @@ BF16_FOLDER = "bf16-shards"
 class BenchRequest:
     """What the command line asked for."""
 
-    shards: Path
+    shards: tuple[Path, ...]  # the first are those that all figures but 5 measure
     bf16_shards: Path | None
     figures: tuple[str, ...]
     sizes: Sizes
@@ -36,57 +37,82 @@ class BenchRequest:
     out: Path
     force: bool
 
-    @property
-    def makes_bf16_shards(self) -> bool:
-        """Whether figure 5 is asked for without shards for it."""
-        return "5" in self.figures and self.bf16_shards is None
 
+def open_shards(request: BenchRequest) -> dict[str, Shards]:
+    """The shards by the names of their formats: in the order of --shards, then --bf16-shards.
 
-def arguments(request: BenchRequest, shards: Shards) -> dict[str, Any]:
-    """What determines the figures: sizes, shards and the machine. Raises InputError for unsuitable shards."""
-    if "5" in request.figures and shards.manifest.scheme.name != "int8":
+    Raises InputError where some lack a chip's file, are of another model or for other chips than the first, or of a
+    format that others have too, and where there are none for figure 5 to compare with bfloat16.
+    """
+    found: dict[str, Shards] = {}
+    for directory in request.shards:
+        _add(found, Shards(directory))
+    if "5" in request.figures and found.keys() == {"bf16"}:
         raise InputError(
-            f"Figure 5 compares int8 with bfloat16, and {request.shards} holds bfloat16 shards. Give int8 shards as "
-            "--shards, or leave figure 5 out with --figures."
+            f"Figure 5 compares quantized weights with bfloat16, and {request.shards[0]} holds bfloat16 shards. Give "
+            "quantized shards as well, by another --shards, or leave figure 5 out with --figures."
         )
+    if request.bf16_shards is not None:
+        shards = Shards(request.bf16_shards)
+        if shards.manifest.scheme.name != "bf16":
+            raise InputError(
+                f"--bf16-shards {request.bf16_shards} holds {_title(shards)} shards. Give some made with --bf16."
+            )
+        _add(found, shards)
+    return found
+
+
+def _add(found: dict[str, Shards], shards: Shards) -> None:
+    """Add shards to those ``found`` before. Raises InputError as ``open_shards`` does."""
+    shards.require(range(shards.chips))
+    first = next(iter(found.values()), shards)
+    if shards.config.with_dtype("bfloat16") != first.config.with_dtype("bfloat16"):
+        raise InputError(
+            f"{shards.directory} holds another model than {first.directory}. Give shards of the same checkpoint."
+        )
+    if shards.chips != first.chips:
+        raise InputError(
+            f"{shards.directory} is for {shards.chips} chips and {first.directory} for {first.chips}. Re-shard one "
+            "of them with llama-quantize --chips."
+        )
+    name = shards.manifest.scheme.name
+    if name in found:
+        both = f"{found[name].directory} and {shards.directory}"
+        raise InputError(f"{both} both hold {_title(shards)} shards. Give one of each format.")
+    found[name] = shards
+
+
+def _title(shards: Shards) -> str:
+    return format_title(shards.manifest.scheme.format)
+
+
+def makes_bf16_shards(request: BenchRequest, shards: dict[str, Shards]) -> bool:
+    """Whether figure 5 is asked for without bfloat16 shards for it."""
+    return "5" in request.figures and "bf16" not in shards
+
+
+def arguments(request: BenchRequest, shards: dict[str, Shards]) -> dict[str, Any]:
+    """What determines the figures: sizes, shards (as ``open_shards`` has them) and the machine."""
     sizes = request.sizes
-    shards.config.check_context(max(sizes.max_seq_lens))
+    first, *others = shards.values()
+    first.config.check_context(max(sizes.max_seq_lens))
     return {
-        "model": shards.manifest.model,
-        "shards_digest": _digest(request.shards),
-        "bf16_shards_digest": _bf16_digest(request, shards),
+        "model": first.manifest.model,
+        "shards_digest": _digest(first.directory),
+        "bf16_shards_digest": None,
+        **{f"{each.manifest.scheme.name}_shards_digest": _digest(each.directory) for each in others},
         "figures": list(request.figures),
         "batch_sizes": list(sizes.batch_sizes),
         "prompt_lens": list(sizes.prompt_lens),
         "max_seq_lens": list(sizes.max_seq_lens),
         "max_new_tokens": sizes.new_tokens,
         "repeat": request.repeat,
-        "layers": shards.config.cut(request.layers).num_layers,
+        "layers": first.config.cut(request.layers).num_layers,
         "torch": version("torch"),
         "torch_xla": version("torch_xla"),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
-
-
-def _bf16_digest(request: BenchRequest, shards: Shards) -> str | None:
-    """The digest of --bf16-shards. Raises InputError if they are not bfloat16, or of another model or chip count."""
-    if request.bf16_shards is None:
-        return None
-    other = Shards(request.bf16_shards)
-    other.require(range(other.chips))
-    if other.manifest.scheme.name != "bf16":
-        raise InputError(f"--bf16-shards {request.bf16_shards} holds int8 shards. Give some made with --bf16.")
-    if other.config.with_dtype("bfloat16") != shards.config.with_dtype("bfloat16"):
-        raise InputError(
-            f"{request.bf16_shards} holds another model than {request.shards}. Give shards of the same checkpoint."
-        )
-    if other.chips != shards.chips:
-        raise InputError(
-            f"{request.bf16_shards} is for {other.chips} chips and {request.shards} for {shards.chips}. Re-shard one "
-            "of them with llama-quantize --chips."
-        )
-    return _digest(request.bf16_shards)
 
 
 def _digest(directory: Path) -> str:
@@ -105,16 +131,15 @@ def environment() -> dict[str, str | None]:
         return {"transformers": None}
 
 
-def check_out(request: BenchRequest) -> None:
+def check_out(request: BenchRequest, shards: dict[str, Shards]) -> None:
     """Raise InputError if ``out`` is an input, or holds files with a bench's names that no bench wrote."""
     out = request.out
-    inputs = [path.resolve() for path in (request.shards, request.bf16_shards) if path is not None]
-    if out.resolve() in inputs:
+    if out.resolve() in [each.directory.resolve() for each in shards.values()]:
         raise InputError(f"--out {out} is an input. Give another directory; an input is never changed.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Give --out a directory.")
     if is_journal(out / JOURNAL):
         return
-    for name in (*REPORT_FILES, CACHE_FOLDER, *([BF16_FOLDER] if request.makes_bf16_shards else [])):
+    for name in (*REPORT_FILES, CACHE_FOLDER, *([BF16_FOLDER] if makes_bf16_shards(request, shards) else [])):
         if (out / name).exists():
             raise InputError(f"{out / name} was not written by a bench in {out}. Move it away, or give another --out.")

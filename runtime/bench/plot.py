@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from converters.console.units import plural
+from quantize.formats.table import FORMATS
 
 _DPI = 150
-_COLORS = {"int8": "#1f77b4", "bf16": "#ff7f0e", "transformers": "#7f7f7f"}
+_COLORS = {"transformers": "#7f7f7f"}
+_KIND_COLORS = {"bf16": "#ff7f0e", "fp8": "#2ca02c", "int8": "#1f77b4", "int4": "#d62728"}
 _DEFAULT_COLOR = "#1f77b4"
 _LATENCY = "latency per token (ms)"
-_NAMES = {"int8": "int8", "bf16": "bfloat16"}
+_NAMES = {"bf16": "bfloat16"}  # of formats that are shown by another name than their own
 # Above these ratios of largest to smallest, the axis of latencies, or of sizes, is logarithmic.
 _SLOWEST_LINEAR, _WIDEST_LINEAR = 8, 20
 
@@ -105,36 +109,50 @@ def _prompt_lens(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, A
 
 
 def _grouped_bars(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """One group per batch size, one bar per scheme; above each the ratio of its latency to bfloat16's."""
+    """One group per batch size, one bar per format; above each group how many times as fast as bfloat16 they are."""
     axes = drawing.subplots()
     batches = sorted({row["x"] for row in rows})
-    for place, weights in enumerate(("bf16", "int8")):
+    formats = list(dict.fromkeys(row["weights"] for row in figure["rows"]))
+    colors, width = _format_colors(formats), 0.72 / len(formats)
+    for place, weights in enumerate(formats):
         own = [row for row in rows if row["weights"] == weights]
         if not own:
             continue
         medians, errors = _errors(own, "per_token_latency_ms")
-        places = [batches.index(row["x"]) + 0.36 * (place - 0.5) for row in own]
-        axes.bar(
-            places, medians, 0.34, yerr=errors, capsize=4, color=_COLORS[weights], label=f"{_NAMES[weights]} weights"
-        )
+        places = [batches.index(row["x"]) + width * (place - (len(formats) - 1) / 2) for row in own]
+        label = f"{_NAMES.get(weights, weights)} weights"
+        axes.bar(places, medians, 0.94 * width, yerr=errors, capsize=4, color=colors[weights], label=label)
         for x, row in zip(places, own, strict=True):
             _write_above(axes, x, row["per_token_latency_ms"])
-    axes.set_ylim(0, 1.25 * max(row["per_token_latency_ms"]["max"] for row in rows))
-    for group, batch in enumerate(batches):
-        speedup = _speedup([row for row in rows if row["x"] == batch])
-        if speedup is not None:
-            axes.text(group, axes.get_ylim()[1] * 0.95, f"int8: {speedup:.2f} times as fast", ha="center", fontsize=9)
+    texts = [_speedups([row for row in rows if row["x"] == batch]) for batch in batches]
+    room = min(0.7, 0.1 + 0.045 * max(map(len, texts)))  # of the height, for these lines and a bar's own number
+    axes.set_ylim(0, max(row["per_token_latency_ms"]["max"] for row in rows) / (1 - room))
+    for group, lines in enumerate(texts):
+        upright = axes.get_xaxis_transform()  # from 0 to 1 up the axes
+        axes.text(group, 0.98, "\n".join(lines), transform=upright, ha="center", va="top", fontsize=9)
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    axes.set_xlim(-0.5, len(batches) - 0.5)  # also where bars are missing
     axes.set_ylabel(_LATENCY)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _speedup(rows: list[dict[str, Any]]) -> float | None:
-    """How many times as fast as bfloat16 int8 is at one batch size; None where it wasn't measured."""
-    by_weights = {row["weights"]: row for row in rows}
-    relative = by_weights["int8"]["relative"] if "int8" in by_weights else None
-    return None if relative is None else 1 / relative
+def _format_colors(formats: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Red, green and blue by the name of a format: its kind's colour, lighter for each further format of the kind."""
+    kinds = [FORMATS[name].kind for name in formats]
+    colors = {}
+    for place, (name, kind) in enumerate(zip(formats, kinds, strict=True)):
+        white = 0.8 * kinds[:place].count(kind) / kinds.count(kind)
+        base = to_rgb(_KIND_COLORS.get(kind, _DEFAULT_COLOR))
+        colors[name] = tuple(part + white * (1 - part) for part in base)
+    return colors
+
+
+def _speedups(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines that say how many times as fast as bfloat16 each format is; none where that wasn't measured."""
+    ratios = [(row["weights"], row["relative"]) for row in rows if row["weights"] != "bf16" and row["relative"]]
+    lines = [f"{name}: {1 / relative:.2f}" for name, relative in ratios]
+    return ["times as fast as bfloat16", *lines] if lines else []
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:

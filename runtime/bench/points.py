@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from converters.console.errors import InputError
@@ -11,6 +13,7 @@ from runtime.run.buckets import sections, usable_buckets
 PROMPT_LENS = (128, 10, 1500)  # defaults
 MAX_SEQ_LENS = (256, 1024, 2048)
 FIGURES = ("2", "3", "4", "5", "6", "baseline")
+KINDS_IN_ORDER = ("bf16", "fp8", "int8", "int4")  # of figure 5's rows
 POST_BUCKETS = (128, 256, 384, 512)
 LAZY_TOKENS = 4  # each takes a compilation of the whole model
 LATENCY, REPEATED_LATENCY = "per_token_latency_ms", "repeated_per_token_latency_ms"
@@ -21,7 +24,7 @@ class Point:
     """One thing to measure, in a separate process. Lengths are in tokens.
 
     ``backend`` is one of llama-run's, or ``transformers-eager`` or ``transformers-lazy`` (baseline.py), which have no
-    fixed cache length. ``weights`` is the shards' scheme.
+    fixed cache length. ``weights`` is the name of the shards' format.
     """
 
     backend: str
@@ -135,8 +138,11 @@ def fitting_sizes(
     return Sizes(batch_sizes, prompt_lens, caches, new_tokens)
 
 
-def plan_figures(names: tuple[str, ...], sizes: Sizes, weights: str) -> list[Figure]:
-    """The figures of these names, with the post's rows, for shards of the scheme ``weights``."""
+def plan_figures(names: tuple[str, ...], sizes: Sizes, weights: str, others: Iterable[str] = ()) -> list[Figure]:
+    """The figures of these names, with the post's rows, for shards of the format ``weights``.
+
+    Figure 5 compares this format and ``others`` with bfloat16.
+    """
     fixed = Point(
         "xla", weights, "bfloat16", sizes.batch_sizes[0], sizes.prompt_lens[0], sizes.new_tokens, sizes.max_seq_lens[0]
     )
@@ -144,7 +150,7 @@ def plan_figures(names: tuple[str, ...], sizes: Sizes, weights: str) -> list[Fig
         "2": _backends,
         "3": _batch_sizes,
         "4": _max_seq_lens,
-        "5": _quantization,
+        "5": partial(_formats, formats=_in_order({"bf16", weights, *others})),
         "6": _prompt_lens,
         "baseline": _baseline,
     }
@@ -175,15 +181,24 @@ def _max_seq_lens(fixed: Point, sizes: Sizes) -> Figure:
     return Figure("4", "Figure 4: length of the KV cache", "max-seq-len (tokens)", rows)
 
 
-def _quantization(fixed: Point, sizes: Sizes) -> Figure:
-    """The smallest and the largest batch, bfloat16 before int8."""
+def _in_order(formats: Iterable[str]) -> list[str]:
+    """Names of formats by KINDS_IN_ORDER, other kinds at the end; within a kind as the table has them."""
+    from quantize.formats.table import FORMATS  # not before figures are planned: --help must answer at once
+
+    kinds = list(dict.fromkeys((*KINDS_IN_ORDER, *(each.kind for each in FORMATS.values()))))
+    names = list(FORMATS)
+    return sorted(formats, key=lambda name: (kinds.index(FORMATS[name].kind), names.index(name)))
+
+
+def _formats(fixed: Point, sizes: Sizes, formats: Sequence[str]) -> Figure:
+    """The smallest and the largest batch in each of the ``formats``, of which bfloat16 is the first."""
     rows: list[Row] = []
     for batch in sorted({min(sizes.batch_sizes), max(sizes.batch_sizes)}):
         reference = len(rows)
-        for weights in ("bf16", "int8"):
+        for weights in formats:
             point = replace(fixed, weights=weights, batch_size=batch)
             rows.append(Row(f"batch {batch}, {weights}", weights, point, batch, reference=reference))
-    title = "Figure 5: int8 against bfloat16 weights"
+    title = "Figure 5: formats of the weights"
     return Figure("5", title, "batch size (rows)", tuple(rows), "to bf16 of the same batch")
 
 

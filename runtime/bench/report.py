@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 REPORT_FILES = ("bench.json", "bench.csv", "bench.md", *(f"figure-{name}.png" for name in FIGURES))
 _MEMORY = ("host_peak_rss_bytes",)
 _MEASURED = ("per_token_latency_ms", "throughput_tokens_per_s", "prefill_ms", "load_s", "compile_s", *_MEMORY)
-NOT_TPU = "Figures of a CPU are not TPU figures: on the CPU the chips are virtual and int8 is converted at every step."
+NOT_TPU = "Figures of a CPU are not TPU figures: its chips are virtual and it converts quantized weights at every step."
 
 
 def summarize(
@@ -132,6 +132,8 @@ def to_csv(report: dict[str, Any]) -> str:
 def to_markdown(report: dict[str, Any]) -> str:
     """bench.md: a table for each figure."""
     settings = report["settings"]
+    others = (figure["rows"][0]["weights"] for figure in report["figures"] if figure["figure"] != "5")
+    unnamed = next((f" Rows that name no format measure {weights} shards." for weights in others), "")
     lines = [
         f"# {settings['model']}, {plural(settings['layers'], 'layer')}",
         "",
@@ -142,7 +144,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         "Per-token latency is T/L, throughput B*L/T; prefill, loading and compiling are not part of it. Every run is a "
         f"process of its own and decodes up to {settings['max_new_tokens']} tokens. Medians, with the smallest and the "
-        "largest value in brackets.",
+        f"largest value in brackets.{unnamed}",
     ]
     for figure in report["figures"]:
         lines += ["", f"## {figure['title']}", "", *_table(figure)]

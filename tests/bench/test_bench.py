@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from invoke import SUPPORT, invoke, refuse
+from invoke import SUPPORT, Result, invoke, refuse
 from models import edit_json, snapshot, write_hf
 
 from converters.cli import command as convert
@@ -46,6 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source, *options in (
         ("shards", "hf", "--int8", "--chips", 2), ("bf16", "hf", "--bf16", "--chips", 2),
         ("bf16-of-3", "hf", "--bf16", "--chips", 3), ("bf16-of-another", "other", "--bf16", "--chips", 2),
+        ("fp8", "hf", "--fp8", "--chips", 2), ("int4", "hf", "--int4", "--group-size", "channel", "--chips", 2),
+        ("int8-zp", "hf", "--int8", "--zero-points", "--chips", 2),
     ):  # fmt: skip
         invoke(quantize, root / source, *options, "--out", root / name)
     invoke(quantize, root / "hf", "--int8", "--chips", 2, "--out", root / "part")
@@ -75,7 +78,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--shards", "shards", "--prompt-len", "100", "--max-new-tokens", "30"), "need a cache of 129"),
         (("--shards", "shards", "--prompt-len", "40", "--max-seq-len", "64,32"), "--max-seq-len has 32 (the first"),
         (("--shards", "shards", "--prompt-len", "8,60", "--max-seq-len", "64,50"), "A prompt of 60"),
-        (("--shards", "bf16", *SIZES), "Figure 5 compares int8 with bfloat16"),
+        (("--shards", "bf16", *SIZES), "bf16 holds bfloat16 shards. Give quantized shards as well"),
+        (("--shards", "fp8", "--shards", "none", *SIZES), "none"),
+        (("--shards", "fp8", "--shards", "part", *SIZES), "part lacks chip-01-of-02"),
+        (("--shards", "fp8", "--shards", "bf16-of-another", *SIZES), "bf16-of-another holds another model than fp8"),
+        (("--shards", "bf16-of-3", "--shards", "fp8", *SIZES), "fp8 is for 2 chips and bf16-of-3 for 3"),
+        (("--shards", "fp8", "--shards", "int8-zp", "--shards", "fp8", *SIZES), "fp8 and fp8 both hold fp8 shards"),
+        (("--shards", "fp8", "--shards", "bf16", *SIZES, "--bf16-shards", "bf16"), "both hold bf16 shards"),
+        (("--shards", "fp8", "--shards", "int4", *SIZES, "--out", "int4"), "is an input"),
+        (("--shards", "shards", *SIZES, "--bf16-shards", "int8-zp"), "holds int8, zero points shards"),
         (("--shards", "shards", *SIZES, "--bf16-shards", "shards"), "holds int8 shards"),
         (("--shards", "shards", *SIZES, "--bf16-shards", "bf16-of-3"), "for 3 chips and shards for 2"),
         (("--shards", "shards", *SIZES, "--bf16-shards", "bf16-of-another"), "another model"),
@@ -275,7 +286,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     measured: list[Point] = []
 
     def measure(self: Runner, point: Point) -> dict[str, Any]:
-        assert (self.shards[point.weights] / "shards.json").exists()
+        assert Shards(self.shards[point.weights]).manifest.scheme.name == point.weights
         measured.append(point)
         figures = {"per_token_latency_ms": 1.0, "prefill_ms": 0.0, "platform": "cpu/xla", "chips": 1}
         return {"point": point.to_json(), "wall_s": 0.0, "figures": figures}
@@ -304,6 +315,42 @@ def test_forced_figure_5_is_measured_anew_with_other_arguments(
     edit_json(tmp_path / "shards" / "shards.json", lambda content: content.update(source_fingerprint="other"))
     invoke(bench, "--shards", tmp_path / "shards", *arguments[2:], "--layers", 2, "--force")
     assert len(quick) == 8
+
+
+def _bench(root: Path, out: Path, names: Sequence[str]) -> Result:
+    given = [word for name in names for word in ("--shards", root / name)]
+    return invoke(bench, *given, "--figures", "3,5", *SIZES, "--repeat", 1, "--out", out)
+
+
+def test_figure_5_compares_every_format_that_is_given(root: Path, tmp_path: Path, quick: list[Point]) -> None:
+    """Figure 3 measures the first, of which bfloat16 is made; a rerun is the same with the others in another order."""
+    out, names = tmp_path / "out", ("int8-zp", "shards", "fp8", "int4")
+    assert f"dequantized from those in {root / 'int8-zp'}" in _bench(root, out, names).stderr
+    report = json.loads((out / "bench.json").read_text())
+    batches, formats = (figure["rows"] for figure in report["figures"])
+    assert [row["weights"] for row in batches] == ["int8-zp"] * 2
+    order = ("bf16", "fp8", "int8", "int8-zp", "int4")
+    assert [row["label"] for row in formats] == [f"batch {batch}, {name}" for batch in (1, 2) for name in order]
+    assert all(row["runs"] == 1 for row in formats)
+    assert len(quick) == 10
+    assert {key for key in report["settings"] if key.endswith("digest") and report["settings"][key]} == {
+        "shards_digest", "int8_shards_digest", "fp8_shards_digest", "int4_shards_digest"
+    }  # fmt: skip
+    assert _bench(root, out, ("int8-zp", "int4", "fp8", "shards")).stdout == (out / "bench.md").read_text()
+    assert len(quick) == 10
+    shutil.copytree(root / "int4", tmp_path / "int4")
+    edit_json(tmp_path / "int4" / "shards.json", lambda content: content.update(source_fingerprint="other"))
+    with pytest.raises(AssertionError, match=r"other shards \(int4-shards\)"):
+        _bench(root, out, ("int8-zp", "shards", "fp8", tmp_path / "int4"))
+
+
+@pytest.mark.parametrize("names", [("bf16", "int8"), ("int8", "bf16")])
+def test_bf16_among_the_shards_is_figure_5s(root: Path, tmp_path: Path, quick: list[Point], names: Any) -> None:
+    _bench(root, tmp_path / "out", ["shards" if name == "int8" else name for name in names])
+    assert not (tmp_path / "out" / "bf16-shards").exists()
+    assert {point.weights for point in quick} == {"bf16", "int8"}
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert {row["weights"] for row in report["figures"][0]["rows"]} == {names[0]}
 
 
 def test_a_bench_that_measured_nothing_gives_way(root: Path, tmp_path: Path, quick: list[Point]) -> None:

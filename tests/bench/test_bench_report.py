@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import random
 import statistics
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_spread_of_nothing_is_nothing() -> None:
 
 
 def test_ratios_are_to_the_row_that_the_column_names() -> None:
-    figures = plan_figures(("3", "5"), SIZES, "int8")
+    figures = plan_figures(("3", "5"), SIZES, "int8", ("int4-g32", "int4-g128", "fp8"))
     runs = _runs(figures, 3)
     batches, quantization = summarize(figures, runs, {}, SETTINGS)["figures"]
     median = {
@@ -83,7 +84,7 @@ def test_ratios_are_to_the_row_that_the_column_names() -> None:
     for row in batches["rows"]:
         assert row["relative"] == pytest.approx(median["int8", row["batch_size"]] / median["int8", 1])
     assert [(row["weights"], row["batch_size"]) for row in quantization["rows"]] == [
-        ("bf16", 1), ("int8", 1), ("bf16", 8), ("int8", 8)
+        (weights, batch) for batch in (1, 8) for weights in ("bf16", "fp8", "int8", "int4-g128", "int4-g32")
     ]  # fmt: skip
     for row in quantization["rows"]:
         batch = row["batch_size"]
@@ -111,6 +112,7 @@ def test_csv_and_tables_say_what_the_json_says() -> None:
         assert line[2] == f"{latency['median']:.2f} ({latency['min']:.2f} - {latency['max']:.2f})"
         assert line[3] == f"{row['relative']:.2f}"
     assert "CPU are not TPU figures" in markdown
+    assert "Rows that name no format measure int8 shards." in markdown
     assert "|---" in markdown
 
 
@@ -149,6 +151,31 @@ def test_pictures_open_and_show_something(tmp_path: Path) -> None:
         assert 500 <= height <= 1500
         assert 900 <= width <= 2000
         assert len({tuple(pixel) for pixel in imread(path)[::7, ::7, :3].reshape(-1, 3).tolist()}) > 3
+
+
+def test_every_format_has_its_bars_and_says_how_fast_it_is() -> None:
+    """In colours of its own, in the table's order; above a group where bfloat16 was measured."""
+    from matplotlib.figure import Figure as Drawing
+
+    from runtime.bench.plot import _grouped_bars
+
+    names = ("bf16", "fp8", "int8", "int4", "int4-zp", "int4-g128")
+    figures = plan_figures(("5",), SIZES, "int8", names)
+    runs = [run for run in _runs(figures, 3) if (run["point"]["weights"], run["point"]["batch_size"]) != ("bf16", 8)]
+    [figure] = summarize(figures, runs, {}, SETTINGS)["figures"]
+    rows, drawing = [row for row in figure["rows"] if row["runs"]], Drawing()
+    _grouped_bars(drawing, figure, rows)
+    [axes] = drawing.axes
+    bars = [container for container in axes.containers if hasattr(container, "patches")]
+    assert [bar.get_label() for bar in bars] == [f"{name} weights" for name in ("bfloat16", *names[1:])]
+    assert len({bar.patches[0].get_facecolor() for bar in bars}) == len(names)
+    places = sorted(patch.get_x() for bar in bars for patch in bar.patches)
+    assert min(b - a for a, b in itertools.pairwise(places)) > bars[0].patches[0].get_width()
+    [ratios, nothing] = [text.get_text() for text in axes.texts if "\n" in text.get_text() or not text.get_text()]
+    medians = {row["weights"]: row["per_token_latency_ms"]["median"] for row in rows if row["batch_size"] == 1}
+    lines = [f"{name}: {medians['bf16'] / medians[name]:.2f}" for name in names[1:]]
+    assert ratios.splitlines() == ["times as fast as bfloat16", *lines]
+    assert nothing == ""
 
 
 @pytest.mark.filterwarnings("error")
