@@ -1,0 +1,211 @@
+"""Weights quantized in groups of inputs, with the scale of each group chosen from the weights alone.
+
+A group's scale in 4 bits is the one of a few dozen candidates that costs the least. A pass over the weights for each
+would take too long; here all are tried in one. For the choice alone a group is brought to a common range and its
+weights are rounded to a few hundred levels. What a level costs under every candidate is a row of a table, made once,
+and what the group costs is the sum of its weights' rows.
+
+In 8 bits nothing is chosen: the scale by the largest magnitude costs at most 3 percent more than the best.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from converters.files.row_blocks import row_blocks
+from quantize.formats.weight_format import RowErrors
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_ELEMENTS = 1 << 17  # three buffers of 512 KB and the table stay in a core's own cache
+_SMALLEST_UNIT = 2.0**-120  # the smallest candidate of a scale is then a normal number, and what divides by it too
+_CANDIDATES = 32  # a power of two
+_CANDIDATE_STEP = 1 / 40  # from the scale by the largest magnitude down; 7/8 of it, where -8 is used, is one of them
+_LEVELS_A_STEP = 16  # a multiple of 8: what is representable with one of these two scales is itself a level
+_POWER = 2  # of a weight's error, as it costs
+
+
+class GroupQuantized(NamedTuple):
+    """``values`` int8 [n, in], ``scale`` [n, groups] and ``zeros`` int8 [n, groups]: about (values - zeros) * scale."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def quantize_groups(
+    weight: torch.Tensor, group: int | None, bits: int, *, zero_points: bool = False, search: bool = True
+) -> tuple[GroupQuantized, RowErrors]:
+    """Quantize whole rows [n, in] of a floating weight in groups of so many inputs, and measure what that costs.
+
+    ``in`` is a multiple of ``group``; None makes a row one group. Scales are bfloat16 [n, in / group], or float32
+    [n, 1] for whole rows, and values are chosen for the scale as it is stored. Rows are independent, so a weight may be
+    quantized in any blocks of rows. Without ``search`` the scale follows from the largest magnitude.
+
+    A group of zeros, or of nothing that float32 could divide by, has scale 1 and values 0. NaN or an infinity in a
+    group makes its scale not finite.
+    """
+    import torch
+
+    rows, width = weight.shape
+    size = group or width
+    scheme = _Scheme(bits, zero_points, group is not None, search and bits == 4)
+    values = torch.empty(rows, width, dtype=torch.int8)
+    found = [torch.empty(rows, width // size) for _ in range(5)]
+    blocks = list(row_blocks(0, rows, width, BLOCK_ELEMENTS))
+    buffers = _Buffers.for_groups(blocks[0][1] * width // size, size)
+    for start, stop in blocks:
+        block = buffers.first((stop - start) * width // size)
+        block.weight.view(stop - start, width).copy_(weight[start:stop])
+        scale, zeros = _choose(block, scheme)
+        columns = (scale, zeros, *_round(block, scheme, scale, zeros))
+        values[start:stop] = block.work.view(stop - start, width)
+        for whole, column in zip(found, columns, strict=True):
+            whole[start:stop] = column.view(stop - start, -1)
+    scales, zeros, squared_errors, squared_weights, max_errors = found
+    unit = scales.double()
+    errors = RowErrors(
+        (squared_errors.double().square_() * unit.square()).sum(1),
+        (squared_weights.double().square_() * unit.square()).sum(1),
+        (max_errors * unit).amax(1),
+    )
+    stored = scales.bfloat16() if scheme.in_bfloat16 else scales
+    return GroupQuantized(values, stored, zeros.to(torch.int8) if zero_points else None), errors
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """Which whole numbers stand for a group's weights, how its scale is stored and whether it is searched for."""
+
+    bits: int
+    zero_points: bool
+    in_bfloat16: bool
+    searched: bool
+
+    @property
+    def lowest(self) -> int:
+        """8 bits without zero points leave -128 unused, as int8 per channel does."""
+        return -(1 << self.bits - 1) + (self.bits == 8 and not self.zero_points)
+
+    @property
+    def highest(self) -> int:
+        return (1 << self.bits - 1) - 1
+
+    @property
+    def span(self) -> int:
+        return self.highest - self.lowest
+
+
+class _Buffers(NamedTuple):
+    """Memory [groups, inputs of a group] for a block; fresh memory for each would cost more than the arithmetic."""
+
+    weight: torch.Tensor
+    work: torch.Tensor
+    index: torch.Tensor
+
+    @classmethod
+    def for_groups(cls, count: int, size: int) -> _Buffers:
+        import torch
+
+        return cls(*(torch.empty(count, size, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.int32)))
+
+    def first(self, count: int) -> _Buffers:
+        return _Buffers(*(buffer[:count] for buffer in self))
+
+
+def _choose(block: _Buffers, scheme: _Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero point of each group [groups, 1], both in float32; without zero points they are 0."""
+    import torch
+
+    if scheme.zero_points:
+        high = block.weight.amax(1, keepdim=True).clamp_min_(0).div_(scheme.span)
+        low = block.weight.amin(1, keepdim=True).clamp_max_(0).div_(scheme.span)
+        unit = high.sub_(low)
+        nothing = unit < _SMALLEST_UNIT
+        unit.masked_fill_(nothing, 1.0)
+        zeros = low.mul_(-scheme.span).div_(unit).round_().add_(scheme.lowest).masked_fill_(nothing, 0.0)
+    else:
+        # In 4 bits without a search half a step is cut off: wider steps for all would cost more.
+        largest = scheme.highest if scheme.searched else scheme.span / 2
+        unit = torch.abs(block.weight, out=block.work).amax(1, keepdim=True).div_(largest)
+        unit.masked_fill_(unit < _SMALLEST_UNIT, 1.0)
+        zeros = torch.zeros_like(unit)
+    scale = unit * _best_factors(block, scheme, unit, zeros) if scheme.searched else unit
+    return scale.bfloat16().float() if scheme.in_bfloat16 else scale, zeros
+
+
+def _best_factors(block: _Buffers, scheme: _Scheme, unit: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """By what to multiply each group's ``unit`` [groups, 1] for the least cost; the larger of two alike."""
+    import torch
+
+    candidates = _candidates(scheme)
+    torch.mul(block.weight, _LEVELS_A_STEP / unit, out=block.work)
+    if scheme.zero_points:
+        sections = zeros - scheme.lowest
+        block.work.add_(sections * (candidates.section + _LEVELS_A_STEP) + (_LEVELS_A_STEP + 1) / 2)
+    else:
+        block.work.add_(-scheme.lowest * _LEVELS_A_STEP + (_LEVELS_A_STEP + 1) / 2)
+    finite = unit.isfinite()
+    if not finite.all():
+        block.work.masked_fill_(~finite, 0.0)
+    block.index.copy_(block.work)
+    costs = torch.nn.functional.embedding_bag(block.index, candidates.costs, mode="sum")
+    # The order of floats that are not negative is that of their bits, so the last few can say which candidate it is.
+    ranked = costs.view(torch.int32).bitwise_and_(-_CANDIDATES).bitwise_or_(candidates.numbers)
+    best = ranked.amin(1).bitwise_and_(_CANDIDATES - 1)
+    return candidates.factors.index_select(0, best).unsqueeze(1)
+
+
+class _Candidates(NamedTuple):
+    """What scales to try, as factors of the one by the largest magnitude, and what a weight costs with each.
+
+    A weight is measured in steps of that scale, in levels of 1 / _LEVELS_A_STEP. ``costs`` [sections * section,
+    candidates] has a section for every zero point, each with all levels from half a step below the lowest value on.
+    """
+
+    factors: torch.Tensor
+    numbers: torch.Tensor  # 0, 1, 2, ...
+    costs: torch.Tensor
+    section: int
+
+
+@functools.lru_cache
+def _candidates(scheme: _Scheme) -> _Candidates:
+    import torch
+
+    factors = 1 - _CANDIDATE_STEP * torch.arange(_CANDIDATES, dtype=torch.float64)
+    section = (scheme.span + 1) * _LEVELS_A_STEP + 1
+    levels = torch.arange(section, dtype=torch.float64).div_(_LEVELS_A_STEP).sub_(0.5).unsqueeze(1)
+    costs = []
+    for lowest in range(0, -scheme.span - 1, -1) if scheme.zero_points else [scheme.lowest]:
+        weights = levels + lowest
+        rounded = (weights / factors).round_().clamp_(lowest, lowest + scheme.span) * factors
+        costs.append((weights - rounded).abs_().pow_(_POWER))
+    numbers = torch.arange(_CANDIDATES, dtype=torch.int32)
+    return _Candidates(factors.float(), numbers, torch.cat(costs).float(), section)
+
+
+def _round(
+    block: _Buffers, scheme: _Scheme, scale: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put the stored values into ``block.work``. Returns in steps of the scale, as columns [groups, 1]: the norms of
+    the error and of the weight, and the largest error. ``block.weight`` is lost.
+    """
+    import torch
+
+    steps, whole = block.weight.div_(scale), block.work
+    torch.round(steps, out=whole)
+    if scheme.zero_points:
+        whole.add_(zeros).clamp_(scheme.lowest, scheme.highest).sub_(zeros)
+    else:
+        whole.clamp_(scheme.lowest, scheme.highest)
+    weight_norm = torch.linalg.vector_norm(steps, 2, 1, keepdim=True)
+    errors = torch.sub(whole, steps, out=steps)
+    error_norm = torch.linalg.vector_norm(errors, 2, 1, keepdim=True)
+    largest = errors.abs_().amax(1, keepdim=True)
+    if scheme.zero_points:
+        whole.add_(zeros)
+    return error_norm, weight_norm, largest
