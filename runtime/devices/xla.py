@@ -115,7 +115,9 @@ class XLABackend:
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
-        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16, chips > 1)
+        self._operations = Operations(
+            self._ones_of, product_in_float32, to_bfloat16=to_bfloat16, splits_outputs=chips > 1
+        )
         if self.tiled:
             self.cache_type = StretchKVCache
             one = partial(attend_one_by_products, operations=self._operations)

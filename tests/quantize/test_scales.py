@@ -68,7 +68,7 @@ def least_errors(weight: torch.Tensor, group: int, zero_points: bool) -> torch.T
 @pytest.mark.parametrize("group", [32, 64, 128, 2048])
 @pytest.mark.parametrize("kind", KINDS)
 def test_squared_error_is_within_two_percent_of_the_least(kind: str, group: int, zero_points: bool) -> None:
-    """Within five for 32 inputs and zero points, where a scale beyond the largest magnitude's may happen to fit best."""
+    """Within five for 32 inputs and zero points, where a scale above the largest magnitude's may fit best."""
     weight = weights(kind, 64, 2048)
     found, errors = quantize_groups(weight, group, 4, zero_points=zero_points)
     least = least_errors(weight, group, zero_points).sum()
