@@ -6,7 +6,7 @@ their inputs in one fusion with what is done to the weight, which it reads as it
 estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at five to
 twenty times the cost, and sums scaled group by group cost ten times as much for a prompt.
 
-``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, and those of
+``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, those of
 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well.
 
 Zero points are taken off after the product, as a small product of each group's sum of inputs: subtracted from every
