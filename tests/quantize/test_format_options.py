@@ -12,8 +12,9 @@ from invoke import Killed, invoke, invoke_error, kill_at, notes, refuse
 from models import SMALL, write_hf
 
 from converters.model.config import ModelConfig
+from converters.output import journal
+from converters.output.journal import Journal
 from quantize.cli import command as quantize
-from quantize.pipeline import Journal
 
 SIZES = replace(SMALL, num_layers=1, vocab_size=51)
 WIDE = replace(SIZES, hidden_size=128, intermediate_size=384, head_dim=32)
@@ -234,28 +235,29 @@ def test_a_finished_output_of_another_format_needs_force(wide: Path, tmp_path: P
 @pytest.mark.parametrize("parameters", [1, 5, 10])
 def test_an_interrupted_run_is_resumed(wide: Path, flags: list[str], parameters: int, tmp_path: Path) -> None:
     """Killed after so many parameters: the rest gives the files of an undisturbed run, report included."""
-    run = (wide, *flags, "--chips", 3, "--out")
-    kill_after(parameters, *run, tmp_path / "out")
-    invoke(quantize, *run, tmp_path / "out")
-    invoke(quantize, *run, tmp_path / "straight")
+    run = (wide, *flags, "--chips", 3)
+    kill_after(parameters, tmp_path / "out", *run)
+    invoke(quantize, *run, "--out", tmp_path / "out")
+    invoke(quantize, *run, "--out", tmp_path / "straight")
     assert files(tmp_path / "out") == files(tmp_path / "straight")
 
 
 def test_an_interrupted_run_is_not_resumed_by_another_method(wide: Path, tmp_path: Path) -> None:
     """Nor with other groups or zero points; where --method changes nothing, it may be another."""
-    run = (wide, "--chips", 3, "--out", tmp_path / "out")
-    kill_after(5, *run, "--int4")
+    run = (wide, "--int4", "--chips", 3)
+    kill_after(5, tmp_path / "out", *run)
     for flags in (["--method", "rtn"], ["--group-size", "64"], ["--zero-points"]):
-        refuse(tmp_path, quantize, *run, "--int4", *flags, says=["--force"])
-    invoke(quantize, *run, "--int4", "--method", "rtn", "--force")
-    invoke(quantize, wide, "--int4", "--method", "rtn", "--chips", 3, "--out", tmp_path / "straight")
+        refuse(tmp_path, quantize, *run, *flags, "--out", tmp_path / "out", says=["--force"])
+    invoke(quantize, *run, "--method", "rtn", "--out", tmp_path / "out", "--force")
+    invoke(quantize, *run, "--method", "rtn", "--out", tmp_path / "straight")
     assert files(tmp_path / "out") == files(tmp_path / "straight")
-    kill_after(5, wide, "--fp8", "--chips", 3, "--out", tmp_path / "fp8")
-    invoke(quantize, wide, "--fp8", "--chips", 3, "--method", "rtn", "--out", tmp_path / "fp8")
+    run = (wide, "--fp8", "--chips", 3)
+    kill_after(5, tmp_path / "fp8", *run)
+    invoke(quantize, *run, "--method", "rtn", "--out", tmp_path / "fp8")
 
 
-def kill_after(parameters: int, *run: object) -> None:
-    """Kill a run of llama-quantize when it notes that so many parameters are in the files."""
+def kill_after(parameters: int, out: Path, *run: object) -> None:
+    """Kill a run of llama-quantize once so many parameters are in the files, and the journal says so."""
     noted = []
     note = Journal.note
 
@@ -266,4 +268,9 @@ def kill_after(parameters: int, *run: object) -> None:
         if len(noted) == parameters:
             raise Killed
 
-    kill_at(Journal, "note", quantize, *run, instead=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SYNC_BYTES", 0)
+        kill_at(Journal, "note", quantize, *run, "--out", out, instead=count)
+    positions = json.loads((out / ".journal.json").read_text())["positions"]
+    assert len(positions) == 3
+    assert all(0 < position <= (out / f"{name}.partial").stat().st_size for name, position in positions.items())
