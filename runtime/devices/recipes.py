@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -75,13 +75,14 @@ class Recipes:
         for graph, loading in self._loading.items():
             self._loading[graph] = self._thread.submit(_rehearsed, loading)
 
-    def find(self, graph: str) -> tuple[Recipe, Program] | None:
+    def find(self, graph: str, holds: Callable[[str], bool]) -> tuple[Recipe, Program] | None:
         """The recipe and the program of a graph, by what tells it from all others of the session.
 
-        None where there is none, or its program can't be loaded: a trace will find out why.
+        None where there is none, or what it takes is not held by its label, or its program can't be loaded: a trace
+        will find out why.
         """
         recipe, loading = self._found.get(graph), self._loading.pop(graph, None)
-        if recipe is None:
+        if recipe is None or not all(holds(take) for take in recipe.takes if isinstance(take, str)):
             return None
         try:
             program = loading.result() if loading else self._load(recipe)

@@ -311,20 +311,18 @@ class _Compiled:
         return call
 
     def _known(self, kinds: Sequence[Any]) -> tuple[Recipe, pjrt.Program] | None:
-        """What an earlier start found out, where all that the program takes is held."""
-        recipes = self._backend._recipes
-        found = recipes.find(self._identity(kinds)) if recipes and self._name else None
-        if found is None:
+        """What an earlier start found out, if any did."""
+        backend = self._backend
+        if backend._recipes is None or self._name is None:
             return None
-        labels = [take for take in found[0].takes if isinstance(take, str)]
-        return None if any(self._backend.held(label) is None for label in labels) else found
+        return backend._recipes.find(self._identity(kinds), lambda label: backend.held(label) is not None)
 
     def _traced(self, kinds: Sequence[Any]) -> tuple[Recipe, pjrt.Program]:
         backend = self._backend
         trace = backend._tracer.trace(self._function, kinds, self._donates, self._exact)
         program = backend.program(trace.graph, getattr(self._function, "__name__", "graph"))
         recipe = Recipe.of(trace, backend.file_name(trace.graph))
-        if backend._recipes and self._name:
+        if backend._recipes is not None and self._name is not None:
             backend._recipes.add(self._identity(kinds), recipe)
         return recipe, program
 

@@ -254,3 +254,12 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
+
+
+def test_what_is_held_otherwise_is_traced(folder: Path, tmp_path: Path, traced: list[str]) -> None:
+    """Tensors of other values than those that the program was given by their label."""
+    first, _ = generated(folder / "out1", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.devices.xla.value_of", lambda tensor: "another")
+        assert generated(folder / "out1", tmp_path) == (first, (GRAPHS, 0, 0))
+    assert len(traced) == 2 * GRAPHS
