@@ -73,14 +73,21 @@ class Backend(Protocol):
         """A compiled function's result on the host. Waits for it."""
         ...
 
-    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
+    def compile(
+        self, function: Callable[..., Any], donates: int, exact: bool = False, name: str | None = None
+    ) -> Callable[..., Any]:
         """``function`` of tensors and lists of them, compiled once per shape of its inputs.
 
         It takes, and gives, this backend's inputs and results, which need not be torch's tensors.
         The last results replace, in order, the tensors of the argument with index ``donates``. They may be written over
         those tensors, which must not be used again. With ``exact``, float32 matrix products are computed in float32
-        even on a device that would round their inputs to bfloat16.
+        even on a device that would round their inputs to bfloat16. ``name`` tells the function from all others of the
+        session that the backend was started for; what has none is traced in every start.
         """
+        ...
+
+    def keep_recipes(self) -> None:
+        """Have the next start of such a session know the graphs that were compiled so far, to load them ahead."""
         ...
 
     def wait(self) -> None:

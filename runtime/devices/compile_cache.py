@@ -24,7 +24,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +47,7 @@ _FORMAT = 1  # another one for any change of the file or of what a key means
 _HEAD = struct.Struct(">16sIQ32s")
 _LENGTH = struct.Struct(">Q")
 _SUFFIX = ".program"
+_RECIPES_SUFFIX = ".recipes"
 _THREADS = "NPROC"  # by which XLA:CPU cuts loops into parts
 _SIZES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -61,7 +62,8 @@ def check_folder(folder: Path, needs_writing: bool = False) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-        programs = [(path, path.lstat()) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in (_SUFFIX, _RECIPES_SUFFIX)]
+        programs = [(path, path.lstat()) for path in files]
     except OSError:
         found = None
     if found is None or (needs_writing and not os.access(folder, os.W_OK)):
@@ -137,7 +139,7 @@ class CompileCache:
         kept, replaces = self._find(graph)
         if kept is not None:
             try:
-                program = self._mesh.load(kept.program, graph)
+                program = self._mesh.load(kept.program, graph.order, len(graph.donated))
             except Exception as error:  # the runtime's own, for a program of another version for instance
                 self._fail(self._path(graph), str(error).strip().split("\n", 1)[0])
             else:
@@ -177,6 +179,45 @@ class CompileCache:
         then = "compiled anew" if replaced else "compiled and not kept; the file is left as it is"
         note(f"{path} can't be loaded ({why}): {then}.")
 
+    def load(self, name: str, order: Sequence[int], donated: int) -> Program:
+        """The program in the file of this name, which ``file_name`` gave for it, with what ``Program`` takes besides.
+
+        Nothing is counted or said. Raises an error of any kind where it can't be loaded.
+        """
+        path = self._folder / Path(name).name
+        return self._mesh.load(_read(path, path.stem.partition("-")[2]).program, order, donated)
+
+    def file_name(self, graph: TracedGraph) -> str:
+        return self._path(graph).name
+
+    def count_hit(self) -> None:
+        self._hits += 1
+
+    def read_recipes(self, session: str) -> dict[str, Any] | None:
+        """What ``write_recipes`` wrote for this session and this cache's circumstances; else nothing.
+
+        None where another file has the place, which is left as it is.
+        """
+        path, key = self._recipes(session)
+        try:
+            return _read(path, key).description["recipes"]
+        except FileNotFoundError:
+            return {}
+        except (OSError, _Unusable) as error:
+            ours = isinstance(error, _Unusable) and error.ours
+            then = "traced anew" if ours else "traced; the file is left as it is"
+            note(f"{path} can't be used ({error}): graphs are {then}.")
+            return {} if ours else None
+
+    def write_recipes(self, session: str, recipes: Mapping[str, Any]) -> None:
+        path, key = self._recipes(session)
+        self._write(path, lambda: Kept({"key": key, "recipes": recipes}, b"", b""))
+
+    def _recipes(self, session: str) -> tuple[Path, str]:
+        """Where a session's recipes are, and their key."""
+        key = digest([_FORMAT, "recipes", session, self._circumstances])
+        return self._folder / f"{key}{_RECIPES_SUFFIX}", key
+
     def _compile(self, graph: TracedGraph, name: str, keeps: bool) -> tuple[Program, dict[str, Any]]:
         begin = time.perf_counter()
         program = self._mesh.compile(graph, self._options)
@@ -184,19 +225,21 @@ class CompileCache:
         description["compile_s"] = time.perf_counter() - begin
         description |= program.memory._asdict() if self._mesh.platform == "tpu" else {}
         if keeps:
-            try:
-                text = zlib.compress(program.text.encode()) if self._mesh.platform == "tpu" else b""
-                content = _content(Kept(description, program.serialize(), text))
-                replace_file(self._path(graph), content, mode=0o600)
-            except Exception as error:  # a full disk, a folder for reading only, a device that doesn't give programs
-                why = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n", 1)[0]
-                note(
-                    f"A compiled program could not be kept in {self._folder} ({why}); the next start compiles it, too."
-                )
+            self._write(self._path(graph), lambda: Kept(description, program.serialize(), self._text(program)))
         return program, description
 
+    def _text(self, program: Program) -> bytes:
+        return zlib.compress(program.text.encode()) if self._mesh.platform == "tpu" else b""
+
+    def _write(self, path: Path, make: Callable[[], Kept]) -> None:
+        try:
+            replace_file(path, _content(make()), mode=0o600)
+        except Exception as error:  # a full disk, a folder for reading only, a device that doesn't give programs
+            why = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n", 1)[0]
+            note(f"A compiled program could not be kept in {self._folder} ({why}); the next start compiles it, too.")
+
     def _key(self, graph: TracedGraph) -> str:
-        return _digest([_FORMAT, _described(graph), self._circumstances])
+        return digest([_FORMAT, _described(graph), self._circumstances])
 
     def _path(self, graph: TracedGraph) -> Path:
         """Files of the same graph have the same beginning, whatever they were compiled for."""
@@ -225,7 +268,7 @@ def _circumstances(mesh: Mesh, options: Mapping[str, Any] | None) -> dict[str, A
         "environment": pjrt.environment(),
         "versions": pjrt.versions(),
         # How programs are traced, and wrapped for the compiler, determines what they take in which order.
-        "code": _digest([Path(module.__file__).read_text("utf-8") for module in (pjrt, tracing)]),
+        "code": digest([Path(module.__file__).read_text("utf-8") for module in (pjrt, tracing)]),
     }
     if mesh.platform == "cpu":
         found |= {"processor": _processor(), "threads": os.environ.get(_THREADS, "")}
@@ -241,7 +284,7 @@ def _processor() -> str:
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
         lines += [" ".join(line.split()) for line in first if line.split(":")[0].strip() in named]
-    return _digest(lines)
+    return digest(lines)
 
 
 def _described(graph: TracedGraph) -> dict[str, Any]:
@@ -250,7 +293,7 @@ def _described(graph: TracedGraph) -> dict[str, Any]:
         "inputs": [_kind(tensor) for tensor in graph.inputs],
         "results": [_kind(tensor) for tensor in graph.results],
         "donated": list(graph.donated),
-        "constants": [[index, *_value(tensor)] for index, tensor in sorted(graph.constants.items())],
+        "constants": [[index, *value_of(tensor)] for index, tensor in sorted(graph.constants.items())],
     }
 
 
@@ -258,7 +301,8 @@ def _kind(tensor: TracedTensor) -> list[Any]:
     return [list(tensor.shape), str(tensor.dtype), tensor.axis]
 
 
-def _value(tensor: torch.Tensor) -> list[Any]:
+def value_of(tensor: torch.Tensor) -> list[Any]:
+    """What tells a tensor of these values from others."""
     import torch
 
     values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -266,10 +310,11 @@ def _value(tensor: torch.Tensor) -> list[Any]:
 
 
 def _prefix(graph: TracedGraph) -> str:
-    return _digest(_described(graph))[:16]
+    return digest(_described(graph))[:16]
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """The sha256 of what JSON has."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -78,9 +78,14 @@ class HostBackend:
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu()
 
-    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
+    def compile(
+        self, function: Callable[..., Any], donates: int, exact: bool = False, name: str | None = None
+    ) -> Callable[..., Any]:
         """``exact`` has no effect: PyTorch computes float32 products exactly by default, on CUDA too."""
         return function if self._mode == "eager" else capture(function, "inductor")
+
+    def keep_recipes(self) -> None:
+        """Do nothing: Inductor's cache finds its graphs by Dynamo's capture alone."""
 
     def wait(self) -> None:
         if self._device.type == "cuda":

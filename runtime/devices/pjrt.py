@@ -8,6 +8,8 @@ from it (``_exported``).
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from runtime.devices.cluster import WAIT_S, Cluster, meet
 from runtime.devices.processes import Processes, expect_aborts
 from runtime.devices.tracing import TracedGraph, TracedTensor, traced_as
 
+REHEARSED_BYTES = 1 << 30  # on each chip
 _AXIS = "tp"  # of the mesh: tensor parallel
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
 _HEARTBEAT_S = 20  # without a sign of life of a process, after which jax ends the others
@@ -187,8 +190,11 @@ class Program:
     """A program compiled for a mesh."""
 
     def __init__(self, compiled: Any, order: Sequence[int], donated: int) -> None:
-        """``order`` has the graph's inputs as the program takes them, of which the last ``donated`` are donated."""
-        self._compiled, self._order = compiled, order
+        """``order`` has the graph's inputs as the program takes them, of which the last ``donated`` are donated.
+
+        jax writes a result over the first donated input that is like it and that no result before it has taken.
+        """
+        self._compiled, self.order = compiled, order
         self.donated = tuple(range(len(order) - donated, len(order)))  # by the numbers of the text's parameters
 
     @cached_property
@@ -209,7 +215,30 @@ class Program:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The results for ``inputs``, arrays in the order of the graph's. Those that it donates are used up."""
-        return self._compiled(*[inputs[place] for place in self._order])
+        return self._compiled(*[inputs[place] for place in self.order])
+
+    def rehearse(self) -> None:
+        """Run it on zeros once: XLA:CPU builds the kernels of matrix products when they first run.
+
+        All inputs but those that it donates share memory, none of which the system has to provide, as it is only read.
+        A program of larger inputs than REHEARSED_BYTES is left alone: its first run takes little longer than others.
+        """
+        import jax
+        import numpy as np
+
+        [arguments, _], [shardings, _] = self._compiled.args_info, self._compiled.input_shardings
+        shapes = [sharding.shard_shape(each.shape) for each, sharding in zip(arguments, shardings, strict=True)]
+        sizes = [math.prod(shape) * each.dtype.itemsize for each, shape in zip(arguments, shapes, strict=True)]
+        if sum(sizes) > REHEARSED_BYTES:
+            return
+        memory = mmap.mmap(-1, max(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        inputs = []
+        for place, (each, sharding) in enumerate(zip(arguments, shardings, strict=True)):
+            zeros = np.frombuffer(memory, np.uint8, sizes[place]).view(each.dtype).reshape(shapes[place])
+            devices, aliases = sharding.mesh.devices.flat, place not in self.donated
+            parts = [jax.device_put(zeros, device, may_alias=aliases) for device in devices]
+            inputs.append(jax.make_array_from_single_device_arrays(each.shape, sharding, parts))
+        wait(self._compiled(*inputs))
 
     def serialize(self) -> bytes:
         """What ``Mesh.load`` makes the program of again."""
@@ -305,7 +334,7 @@ class Mesh:
         """The graph compiled for these chips; ``options`` are settings of XLA's. Raises OutOfMemory."""
         import jax
 
-        exported, order = _exported(graph, self.platform), _donated_last(graph)
+        exported, order = _exported(graph, self.platform), graph.order
         kept = len(order) - len(graph.donated)
 
         def run(*inputs: Any) -> list[Any]:
@@ -330,9 +359,9 @@ class Mesh:
             raise
         return Program(compiled, order, len(graph.donated))
 
-    def load(self, serialized: bytes, graph: TracedGraph) -> Program:
-        """A program that ``Program.serialize`` gave, for the same graph. It can do whatever it likes to this process:
-        load none from strangers.
+    def load(self, serialized: bytes, order: Sequence[int], donated: int) -> Program:
+        """A program that ``Program.serialize`` gave, ``order`` and ``donated`` being as ``Program`` takes them. It can
+        do whatever it likes to this process: load none from strangers.
         """
         from jax.experimental import serialize_executable
 
@@ -341,7 +370,7 @@ class Mesh:
         compiled = serialize_executable.deserialize_and_load(
             payload, in_tree, out_tree, backend=client, execution_devices=self.devices
         )
-        return Program(compiled, _donated_last(graph), len(graph.donated))
+        return Program(compiled, order, donated)
 
     def free_bytes(self) -> int | None:
         """The bytes that are free on the fullest of the local chips; None where they keep no account."""
@@ -421,18 +450,9 @@ def _shape(tensor: TracedTensor, dtype: torch.dtype) -> Any:
     return jax.ShapeDtypeStruct(tensor.shape, _dtype(dtype))
 
 
-def _donated_last(graph: TracedGraph) -> list[int]:
-    """The graph's inputs but for its constants, those that it donates last, in the order of the results.
-
-    jax writes a result over the first donated input that is like it and that no result before it has taken.
-    """
-    kept = [index for index in range(len(graph.inputs)) if index not in graph.donated and index not in graph.constants]
-    return kept + list(graph.donated)
-
-
 def donated_parameters(graph: TracedGraph) -> tuple[int, ...]:
     """The numbers of the parameters, in the text of the graph's program, that results replace."""
-    count = len(_donated_last(graph))
+    count = len(graph.order)
     return tuple(range(count - len(graph.donated), count))
 
 

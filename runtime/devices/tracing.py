@@ -58,6 +58,14 @@ class TracedGraph:
     constants: dict[int, torch.Tensor]  # the inputs whose values the function itself determines, by index
     lower: Callable[[], bytes] = field(repr=False, compare=False)  # what gives the module
 
+    @property
+    def order(self) -> list[int]:
+        """The inputs but for the constants, those that it donates last, in the order of the results: a program takes
+        them so.
+        """
+        others = {*range(len(self.inputs))} - {*self.donated} - {*self.constants}
+        return [*sorted(others), *self.donated]
+
     @cached_property
     def module(self) -> bytes:
         """StableHLO as a portable artifact, which later versions of the compiler read as well. It takes longer to make

@@ -26,7 +26,7 @@ from runtime.devices import pjrt
 from runtime.devices.backend import CacheUse, Memory
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.cluster import Cluster
-from runtime.devices.compile_cache import CompileCache
+from runtime.devices.compile_cache import CompileCache, digest, value_of
 from runtime.devices.cpu.attention import attend_by_products, attend_one_by_products
 from runtime.devices.cpu.process import (
     compiler_options,
@@ -34,6 +34,7 @@ from runtime.devices.cpu.process import (
     prepare_cpu_process,
     return_freed_memory,
 )
+from runtime.devices.recipes import Recipe, Recipes
 from runtime.devices.tracing import (
     StretchKVCache,
     TracedGraph,
@@ -57,6 +58,7 @@ TPU_FUSE_BYTES = 24_000_000  # a larger weight is not prefetched into on-chip me
 PROBE_SIZE = 11520  # side of a square bfloat16 matrix, 253 MiB on each chip: more than on-chip memories hold
 PROBE_ROWS = 8  # multiplied by the matrix at each read
 PROBE_READS = 16  # reads per program, enough that it runs far longer than its launch takes
+_ONES = "ones, "  # begins the labels of vectors of ones
 _BLOCK_BYTES = 1 << 24  # read at once of a weight that is cut into tiles
 _PROBE_RUNS, _PROBE_REPEATS = 4, 5  # programs launched back to back per timing, and timings
 
@@ -93,11 +95,14 @@ class XLABackend:
     steps_ahead = 4
     tiled = False  # whether weights are cut into tiles, for XLA:CPU; TPUs take them as they are
 
-    def __init__(self, chips: int, compile_cache: Path | None = None, cluster: Cluster | None = None) -> None:
+    def __init__(
+        self, chips: int, compile_cache: Path | None = None, cluster: Cluster | None = None, session: str | None = None
+    ) -> None:
         """Start XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
 
-        ``compile_cache`` is a folder in which compiled programs are kept for later processes. With ``cluster`` the
-        chips are those of several processes, on the CPU as many virtual ones of each.
+        ``compile_cache`` is a folder in which compiled programs are kept for later processes. ``session`` says all that
+        named functions follow from, beside this package's source: on one host's CPU a later start for the same need not
+        trace them. With ``cluster`` the chips are those of several processes, on the CPU as many virtual ones of each.
 
         Raises InputError where this machine's slice has another number of chips or lacks the device that PJRT_DEVICE
         asks for, and where the other processes don't come.
@@ -110,7 +115,13 @@ class XLABackend:
         self._mesh = pjrt.Mesh(_devices(kind, chips, cluster), kind.lower())
         self.processes = self._mesh.processes()
         self._compile_cache = CompileCache(compile_cache, self._mesh, self._options) if compile_cache else None
+        self._recipes: Recipes | None = None
+        if kind == "CPU" and self._compile_cache and session is not None and self.processes.count == 1:
+            self._recipes = Recipes(self._compile_cache, session)
         self._tracer = Tracer()
+        if self._recipes:
+            self._recipes.rehearse()
+        self._held: dict[str, Any] = {}  # the arrays that placeholders stand for, by their labels
         self.chips = chips
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
@@ -140,19 +151,19 @@ class XLABackend:
         if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).layout is Layout.TILES:
             rows = tensor.local_shape(shards.config, self.chips)[0]
             tiles = [copy_tiles(_blocks(shards, tensor, chip), rows) for chip in chips]
-            return self._hold_tiles(tiles, tensor.shard)
+            return self._hold_tiles(tiles, tensor.shard, tensor.name)
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
         if self.tiled:
-            return self._hold(parts, tensor.shard)
+            return self._hold(parts, tensor.shard, tensor.name)
         laid_out = [_laid_out(part, tensor, shards.config, self.chips) for part in parts]
-        return self._hold([part for part, _ in laid_out], laid_out[0][1])
+        return self._hold([part for part, _ in laid_out], laid_out[0][1], tensor.name)
 
     def nbytes(self, loaded: torch.Tensor | Tiles) -> int:
         parts = loaded.parts if isinstance(loaded, Tiles) else [loaded]
         return sum(self._tracer.nbytes(part) for part in parts)
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._hold([tensor] * len(self._mesh.local_chips), None)
+        return self._hold([tensor] * len(self._mesh.local_chips), None, digest(value_of(tensor)))
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> Any:
         return self._mesh.zeros(shape, dtype, axis)
@@ -163,9 +174,15 @@ class XLABackend:
     def fetch(self, tensor: Any) -> torch.Tensor:
         return pjrt.to_host(tensor)
 
-    def compile(self, function: Callable[..., Any], donates: int, exact: bool = False) -> Callable[..., Any]:
+    def compile(
+        self, function: Callable[..., Any], donates: int, exact: bool = False, name: str | None = None
+    ) -> Callable[..., Any]:
         """``function`` traced and compiled by XLA, once per shape of its inputs."""
-        return _Compiled(self, function, donates, exact)
+        return _Compiled(self, function, donates, exact, name)
+
+    def keep_recipes(self) -> None:
+        if self._recipes:
+            self._recipes.keep()
 
     def wait(self) -> None:
         """Block until the chips have finished all launched work."""
@@ -175,7 +192,10 @@ class XLABackend:
     def release(self) -> None:
         self._pending = []
         self._ones.clear()
+        self._held.clear()
         self._tracer.release()
+        if self._recipes:
+            self._recipes.close()
 
     def compilations(self) -> int:
         """Programs compiled, or loaded from the compile cache, so far in this process."""
@@ -189,6 +209,19 @@ class XLABackend:
         if self._compile_cache:
             return self._compile_cache.program(graph, name)
         return self._mesh.compile(graph, self._options)
+
+    def file_name(self, graph: TracedGraph) -> str:
+        """That of the graph's program in the compile cache."""
+        return self._compile_cache.file_name(graph) if self._compile_cache else ""
+
+    def held(self, label: str) -> Any:
+        """The array that the placeholders with this label stand for; None where there is none.
+
+        Ones may be wanted by a trace first, and so by what takes a trace's place.
+        """
+        if label.startswith(_ONES):
+            self._ones_of(int(label.removeprefix(_ONES)))
+        return self._held.get(label)
 
     def read_bandwidth(self) -> float:
         if self.tiled:  # virtual chips share the host's memory
@@ -214,18 +247,24 @@ class XLABackend:
         """None on virtual chips, whose memory is the host's."""
         return self._mesh.peak_bytes()
 
-    def _hold(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
-        """A placeholder for the local chips' parts, placed as one array split on ``axis`` (None: copied)."""
+    def _hold(self, parts: Sequence[torch.Tensor], axis: int | None, label: str) -> torch.Tensor:
+        """A placeholder for the local chips' parts, placed as one array split on ``axis`` (None: copied).
+
+        What has the same ``label`` must be the same in all starts for a session, or have other values only.
+        """
         array = self._mesh.place(parts, axis)
         self._pending = array
-        return self._tracer.placeholder(array.shape, parts[0].dtype, axis, stands_for=array)
+        while label in self._held:
+            label += "'"
+        self._held[label] = array
+        return self._tracer.placeholder(array.shape, parts[0].dtype, axis, stands_for=label)
 
-    def _hold_tiles(self, tiles: Sequence[Sequence[torch.Tensor]], axis: int | None) -> Tiles:
+    def _hold_tiles(self, tiles: Sequence[Sequence[torch.Tensor]], axis: int | None, name: str) -> Tiles:
         """The tiles of every local chip's part of a weight [out, in]."""
-        by_place = zip(*tiles, strict=True)
-        if axis != 1 or self.chips == 1:
-            return Tiles([self._hold(parts, axis) for parts in by_place])
-        return Tiles([self._hold([part[None] for part in parts], 0) for parts in by_place])
+        by_place = list(zip(*tiles, strict=True))
+        if axis == 1 and self.chips > 1:
+            axis, by_place = 0, [[part[None] for part in parts] for parts in by_place]
+        return Tiles([self._hold(parts, axis, f"{name}, tile {place}") for place, parts in enumerate(by_place)])
 
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
         return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._operations)
@@ -238,7 +277,8 @@ class XLABackend:
 
     def _ones_of(self, length: int) -> torch.Tensor:
         if length not in self._ones:
-            self._ones[length] = self.hold(torch.ones(length))
+            parts = [torch.ones(length)] * len(self._mesh.local_chips)
+            self._ones[length] = self._hold(parts, None, f"{_ONES}{length}")
         return self._ones[length]
 
 
@@ -248,8 +288,11 @@ class _Compiled:
     The arrays of the placeholders that it uses, such as a model's weights, also become inputs of the programs.
     """
 
-    def __init__(self, backend: XLABackend, function: Callable[..., Any], donates: int, exact: bool) -> None:
+    def __init__(
+        self, backend: XLABackend, function: Callable[..., Any], donates: int, exact: bool, name: str | None
+    ) -> None:
         self._backend, self._function, self._donates, self._exact = backend, function, donates, exact
+        self._name = name
         self._programs: dict[Any, Callable[[list[Any]], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -262,13 +305,13 @@ class _Compiled:
 
     def _compile(self, kinds: Sequence[Any]) -> Callable[[list[Any]], Any]:
         backend = self._backend
-        trace = backend._tracer.trace(self._function, kinds, self._donates, self._exact)
-        program = backend.program(trace.graph, getattr(self._function, "__name__", "graph"))
+        recipe, program = self._known(kinds) or self._traced(kinds)
         if backend.tiled:
             keep_freed_memory()
             return_freed_memory()
-        inputs: list[Any] = [trace.held.get(index) for index in range(len(trace.graph.inputs))]
-        arguments = list(trace.arguments.items())
+        inputs = [backend.held(take) if isinstance(take, str) else None for take in recipe.takes]
+        arguments = [(index, take) for index, take in enumerate(recipe.takes) if isinstance(take, int)]
+        structure = pytree.treespec_loads(recipe.structure)
 
         def call(arrays: list[Any]) -> Any:
             given = inputs.copy()
@@ -276,9 +319,29 @@ class _Compiled:
                 given[index] = arrays[place]
             backend._pending = []  # where the next line is interrupted, these may have been donated already
             backend._pending = program(given)
-            return pytree.tree_unflatten(backend._pending, trace.structure)
+            return pytree.tree_unflatten(backend._pending, structure)
 
         return call
+
+    def _known(self, kinds: Sequence[Any]) -> tuple[Recipe, pjrt.Program] | None:
+        """What an earlier start found out, if any did."""
+        backend = self._backend
+        if backend._recipes is None or self._name is None:
+            return None
+        return backend._recipes.find(self._identity(kinds), lambda label: backend.held(label) is not None)
+
+    def _traced(self, kinds: Sequence[Any]) -> tuple[Recipe, pjrt.Program]:
+        backend = self._backend
+        trace = backend._tracer.trace(self._function, kinds, self._donates, self._exact)
+        program = backend.program(trace.graph, getattr(self._function, "__name__", "graph"))
+        recipe = Recipe.of(trace, backend.file_name(trace.graph))
+        if backend._recipes is not None and self._name is not None:
+            backend._recipes.add(self._identity(kinds), recipe)
+        return recipe, program
+
+    def _identity(self, kinds: Sequence[Any]) -> str:
+        """What tells the program from the others of the session."""
+        return digest([self._name, self._exact, self._donates, repr(kinds)])
 
 
 def _blocks(shards: Shards, tensor: DecoderTensor, chip: int) -> Iterator[torch.Tensor]:

@@ -95,7 +95,8 @@ class Generator:
 
         def compiled(make: MakeGraph) -> Graph:
             graph, exact = make(decoder, backend.cache_type), decoder.dtype == torch.float32
-            return backend.compile(graph, donates=CACHE_ARGUMENT, exact=exact)
+            name = f"{graph.__name__} in {decoder.dtype}"
+            return backend.compile(graph, donates=CACHE_ARGUMENT, exact=exact, name=name)
 
         self._fill = _Sections(compiled(fill_graph), compiled(later_fill_graph))
         self._score = _Sections(compiled(score_graph), compiled(later_score_graph))

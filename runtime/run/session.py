@@ -14,7 +14,6 @@ from torch import Tensor
 from converters.console.errors import InputError, shown
 from converters.console.progress import progress, spinner
 from converters.model.config import ModelConfig
-from quantize.shards.reading import Shards
 from quantize.shards.stored import stored_tensors
 from runtime.devices.backend import Backend
 from runtime.devices.cluster import Cluster
@@ -115,7 +114,7 @@ class Session:
         Raises InputError where the device doesn't suit the shards, chips' files are missing, or processes disagree.
         """
         self.model, self.options = model, options
-        self.backend = _backend(model.shards, options)
+        self.backend = _backend(model, options)
         _agree(model, options, self.backend, plans or {})
         sizes = (options.batch_size, options.max_seq_len, options.cache_dtype)
         check_memory(Needs.of(model.config, model.shards.manifest.scheme, self.backend.chips, *sizes), self.backend)
@@ -166,6 +165,7 @@ class Session:
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up(longest_prompt)
+        self.backend.keep_recipes()
         self.compile_s += time.perf_counter() - begin
 
     @torch.no_grad()
@@ -176,6 +176,7 @@ class Session:
         begin = time.perf_counter()
         with spinner("Compiling"):
             self.generator.warm_up_scores(longest_row)
+        self.backend.keep_recipes()
         self.compile_s += time.perf_counter() - begin
 
     @torch.no_grad()
@@ -263,11 +264,11 @@ class Session:
         return found
 
 
-def _backend(shards: Shards, options: SessionOptions) -> Backend:
+def _backend(model: StoredModel, options: SessionOptions) -> Backend:
     if options.backend == "xla":
         from runtime.devices.xla import XLABackend
 
-        return XLABackend(shards.chips, options.compile_cache, options.cluster)
+        return XLABackend(model.shards.chips, options.compile_cache, options.cluster, _opened_for(model, options))
     from runtime.devices.host import HostBackend
 
     return HostBackend(options.backend, options.compile_cache)
@@ -278,7 +279,7 @@ def _agree(model: StoredModel, options: SessionOptions, backend: Backend, plans:
     manifest = model.shards.manifest
     facts: dict[str, object] = {
         "model": (model.config, manifest.chips, manifest.scheme, manifest.source_fingerprint),
-        **{field.name: getattr(options, field.name) for field in fields(options) if field.name not in _OWN_OPTIONS},
+        **_shared(options),
     }
     fault: Exception | None = None
     try:
@@ -286,6 +287,17 @@ def _agree(model: StoredModel, options: SessionOptions, backend: Backend, plans:
     except (InputError, OSError) as error:
         fault = error
     backend.processes.agree(facts | plans, fault)
+
+
+def _opened_for(model: StoredModel, options: SessionOptions) -> str:
+    """All that the session's graphs follow from, beside the package's source and the device."""
+    manifest = model.shards.manifest
+    return repr((model.config, manifest.chips, manifest.scheme, _shared(options)))
+
+
+def _shared(options: SessionOptions) -> dict[str, object]:
+    """Those that all of several processes are given alike, by name."""
+    return {field.name: getattr(options, field.name) for field in fields(options) if field.name not in _OWN_OPTIONS}
 
 
 def _load(model: StoredModel, backend: Backend) -> tuple[DecoderParameters, int]:

@@ -293,10 +293,13 @@ def test_somebody_elses(tmp_path: Path, mesh: pjrt.Mesh, monkeypatch: pytest.Mon
     assert use(tmp_path, mesh) == (1, 0, 0)
 
 
-def _start(shards: Path, backend: str, cache: Path, *more: str) -> dict[str, Any]:
-    """Figures of llama-run in a process of its own."""
+_UNTRACED = "from runtime.devices.tracing import Tracer; Tracer.trace = None; "  # any trace is an error
+
+
+def _start(shards: Path, backend: str, cache: Path, *more: str, before: str = "") -> dict[str, Any]:
+    """Figures of llama-run in a process of its own, which runs ``before`` first."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    line = [sys.executable, "-c", "from runtime.cli import main; main()", "--shards", str(shards)]
+    line = [sys.executable, "-c", f"{before}from runtime.cli import main; main()", "--shards", str(shards)]
     line += ["--backend", backend, "--prompt-ids", "3,4,5", "--max-new-tokens", "3", "--buckets", "8"]
     line += ["--max-seq-len", "16", "--compile-cache", str(cache), "--json", "-", *more]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -322,10 +325,11 @@ def test_inductor_loads_on_the_second_start(shards: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_xla_loads_on_the_second_start(shards: Path, tmp_path: Path) -> None:
-    """On 1 and on 4 chips, from one folder; another batch size is another program."""
+    """On 1 and on 4 chips, from one folder, without a trace; another batch size is another program."""
     invoke(quantize, shards.parent / "hf", "--int8", "--chips", 4, "--out", tmp_path / "out4")
     for made, chips in ((shards, 1), (tmp_path / "out4", 4)):
-        first, second = (_start(made, "xla", tmp_path / "cache") for _ in range(2))
+        first = _start(made, "xla", tmp_path / "cache")
+        second = _start(made, "xla", tmp_path / "cache", before=_UNTRACED)
         assert first["chips"] == chips
         assert first["compile_cache"] == {"hits": 0, "misses": 2, "failures": 0}
         assert second["compile_cache"] == {"hits": 2, "misses": 0, "failures": 0}
@@ -333,7 +337,8 @@ def test_xla_loads_on_the_second_start(shards: Path, tmp_path: Path) -> None:
         assert first["recompilations"] == second["recompilations"] == 0
     other = _start(shards, "xla", tmp_path / "cache", "--batch-size", "2")
     assert other["compile_cache"] == {"hits": 0, "misses": 2, "failures": 0}
-    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert len(list((tmp_path / "cache").glob("*.program"))) == 6
+    assert len(list((tmp_path / "cache").glob("*.recipes"))) == 3
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ class RecordingBackend(HostBackend):
         super().__init__("eager")
         self.events: list[str] = []
 
-    def compile(self, function: Any, donates: int, exact: bool = False) -> Any:
+    def compile(self, function: Any, donates: int, exact: bool = False, name: str | None = None) -> Any:
         def launch(*args: Any) -> Any:
             results = function(*args)
             if function.__name__ != greedy_graph.__name__:
