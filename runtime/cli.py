@@ -12,7 +12,7 @@ from converters.console.command import DISTRIBUTION, run
 from converters.console.errors import shown
 from converters.console.standard_streams import keep_stdout_from_libraries
 from converters.console.units import parse_integers
-from runtime.model.sizing import CACHE_DTYPES
+from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 from runtime.run.buckets import DEFAULT_BUCKETS
 
 if TYPE_CHECKING:
@@ -95,6 +95,13 @@ def _parse_ids(context: click.Context, parameter: click.Parameter, text: str | N
     help="Of the cache alone; int8 has a scale per token and head, and its logit error is reported.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="auto",
+    show_default=True,
+    help="int8 rounds every token's activations for products of integers: for int8 and int4 weights, one scale a row.",
+)
+@click.option(
     "--backend",
     type=click.Choice(["xla", "inductor", "eager"]),
     default="xla",
@@ -132,6 +139,7 @@ def command(
     seed: int,
     dtype: str,
     kv_cache_dtype: str,
+    activations: str,
     backend: str,
     layers: int | None,
     compile_cache: Path | None,
@@ -184,6 +192,7 @@ def command(
             backend=backend,
             dtype=getattr(torch, dtype),
             kv_cache_dtype=None if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype),
+            activations=activations,
             max_seq_len=max_seq_len,
             buckets=sizes,
             layers=layers,

@@ -10,7 +10,7 @@ import click
 
 from converters.console.command import DISTRIBUTION, run
 from quantize.format_options import KIND_FLAGS, AskedFormat, format_options
-from runtime.model.sizing import CACHE_DTYPES
+from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 
 if TYPE_CHECKING:
     from converters.model.config import ModelConfig
@@ -51,6 +51,13 @@ _MOST = 1 << 24  # far above any batch or sequence, low enough that every figure
     help="Of the KV cache; auto is bfloat16.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="auto",
+    show_default=True,
+    help="With --compile, as llama-run's option: int8 for int8 and int4 weights with one scale per output channel.",
+)
+@click.option(
     "--compile",
     "compile_",
     is_flag=True,
@@ -75,6 +82,7 @@ def command(
     batch_size: int,
     max_seq_len: int,
     kv_cache_dtype: str,
+    activations: str,
     compile_: bool,
     buckets: str | None,
     compile_cache: Path | None,
@@ -105,6 +113,8 @@ def command(
         raise InputError("--compile is for one model on one slice: give --config or --shards, and --target.")
     if buckets is not None and not compile_:
         raise InputError("--buckets are compiled prompts; give --compile with them.")
+    if activations != "auto" and not compile_:
+        raise InputError("--activations changes only what is compiled; give --compile with it.")
     if compile_cache is not None:
         if not compile_:
             raise InputError("--compile-cache keeps compiled programs; give --compile with it.")
@@ -113,7 +123,7 @@ def command(
     if config_name is None and shards is None:
         text, content = _presets(asked, slice_, shape)
     else:
-        text, content = _model(config_name, shards, asked, slice_, shape, sizes, compile_cache)
+        text, content = _model(config_name, shards, asked, slice_, shape, sizes, compile_cache, activations)
     _put(text, content, json_out)
 
 
@@ -147,6 +157,7 @@ def _model(
     shape: Shape,
     buckets: tuple[int, ...] | None,
     compile_cache: Path | None,
+    activations: str,
 ) -> tuple[str, Any]:
     """Text and JSON of one model's plan, with the compiler's verdict where ``buckets`` (maybe none) are given."""
     from runtime.plan.plan import Plan, Workload
@@ -158,7 +169,7 @@ def _model(
     else:
         config, scheme, chips = _read_shards(shards, asked, target)
     config.check_context(shape[1])
-    workload = Workload(config, scheme, *shape)
+    workload = Workload(config, scheme, *shape, activations)
     if target is None and chips is None:
         workload.require_slice()
     if buckets is None:
@@ -172,13 +183,17 @@ def _model(
 
 
 def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...], compile_cache: Path | None) -> CompiledPlan:
-    """The compiler's verdict. Raises InputError where it isn't installed, before anything slow is loaded."""
+    """The compiler's verdict. Raises InputError where it isn't installed, before anything slow is loaded, and where the
+    weights don't allow the activations.
+    """
     from converters.console.progress import spinner
     from runtime.plan.tpu_compiler import require_libtpu
 
     require_libtpu()
+    from runtime.model.linears.table import check_activations
     from runtime.plan.compiled_plan import compile_plan
 
+    check_activations(workload.activations, workload.scheme.format)
     with spinner(f"Compiling for {target.name}"):
         return compile_plan(workload, target, buckets, compile_cache=compile_cache)
 

@@ -35,15 +35,16 @@ class HostBackend:
     fuse_bytes = None
     steps_ahead = 0  # on a CPU a call returns when the step is done; on CUDA, reading waits for all launched work
 
-    def __init__(self, mode: str, compile_cache: Path | None = None) -> None:
-        """``compile_cache`` is the folder in which Inductor keeps its kernels; by default, torch chooses one.
+    def __init__(self, mode: str, compile_cache: Path | None = None, int8_activations: bool = False) -> None:
+        """``compile_cache`` is the folder in which Inductor keeps its kernels; by default, torch chooses one. With
+        ``int8_activations`` weights that allow it are multiplied by activations in int8.
 
         Raises InputError for a folder that others can write to.
         """
         if compile_cache is not None:
             check_folder(compile_cache, needs_writing=True)  # Inductor's files are run as well
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache.absolute())
-        self._mode = mode
+        self._mode, self._int8_activations = mode, int8_activations
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             prepare_cpu_process()
@@ -52,7 +53,7 @@ class HostBackend:
         # On CUDA, Inductor fuses the weight's conversion into the product without help.
         self._kind = Device.INDUCTOR_CPU if self.platform == "cpu/inductor" else Device.ANY
         on_cpu = Form(self._make_linear, attend_many=attend_fused)
-        self.form = on_cpu if self._device.type == "cpu" else Form()
+        self.form = on_cpu if self._device.type == "cpu" else Form(self._make_linear)
 
     def check_files(self, shards: Shards) -> None:
         shards.check(range(shards.chips))
@@ -65,7 +66,7 @@ class HostBackend:
         return loaded.nbytes
 
     def _make_linear(self, weight: LinearWeight) -> nn.Module:
-        return make_linear(weight, self._kind)
+        return make_linear(weight, self._kind, int8_activations=self._int8_activations)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._device)

@@ -47,9 +47,9 @@ from runtime.devices.tracing import (
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
-from runtime.model.linears.layouts import Layout, axis_in_pieces, in_pieces
+from runtime.model.linears.grouped import axis_in_pieces, cut_into_pieces
 from runtime.model.linears.linear import LinearWeight, Operations
-from runtime.model.linears.table import Device, linear_kind, make_linear
+from runtime.model.linears.table import Device, Layout, linear_kind, make_linear
 from runtime.model.linears.tiled import Tiles, copy_tiles
 from runtime.model.parts.attention import attend_exactly
 
@@ -69,13 +69,14 @@ class TPUForm:
     fuse_bytes: int | None = TPU_FUSE_BYTES
     cache_type = FunctionalKVCache
 
-    def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS) -> None:
-        self.chips, self.form, self.tracer = chips, _chip_form(least_rows), Tracer()
+    def __init__(self, chips: int, least_rows: int = TPU_LEAST_ROWS, int8_activations: bool = False) -> None:
+        self.chips, self.int8_activations, self.tracer = chips, int8_activations, Tracer()
+        self.form = _chip_form(least_rows, chips, int8_activations)
 
     def load(self, config: ModelConfig, tensor: DecoderTensor) -> torch.Tensor:
         """A placeholder for a tensor, as ``XLABackend.load`` returns it."""
         part = torch.empty(tensor.local_shape(config, self.chips), dtype=tensor.dtype, device="meta")
-        part, axis = _laid_out(part, tensor, config, self.chips)
+        part, axis = _laid_out(part, tensor, config, self.chips, self.int8_activations)
         shape = list(part.shape)
         if axis is not None:
             shape[axis] *= self.chips
@@ -96,13 +97,19 @@ class XLABackend:
     tiled = False  # whether weights are cut into tiles, for XLA:CPU; TPUs take them as they are
 
     def __init__(
-        self, chips: int, compile_cache: Path | None = None, cluster: Cluster | None = None, session: str | None = None
+        self,
+        chips: int,
+        compile_cache: Path | None = None,
+        cluster: Cluster | None = None,
+        session: str | None = None,
+        int8_activations: bool = False,
     ) -> None:
         """Start XLA on ``chips`` chips: those of the TPU slice where there is one, else virtual ones on the CPU.
 
         ``compile_cache`` is a folder in which compiled programs are kept for later processes. ``session`` says all that
         named functions follow from, beside this package's source: on one host's CPU a later start for the same need not
         trace them. With ``cluster`` the chips are those of several processes, on the CPU as many virtual ones of each.
+        With ``int8_activations``, weights that allow it are multiplied by activations in int8.
 
         Raises InputError where this machine's slice has another number of chips or lacks the device that PJRT_DEVICE
         asks for, and where the other processes don't come.
@@ -122,12 +129,12 @@ class XLABackend:
         if self._recipes:
             self._recipes.rehearse()
         self._held: dict[str, Any] = {}  # the arrays that placeholders stand for, by their labels
-        self.chips = chips
+        self.chips, self._int8_activations = chips, int8_activations
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
         self._operations = Operations(
-            self._ones_of, product_in_float32, to_bfloat16=to_bfloat16, splits_outputs=chips > 1
+            self._ones_of, product_in_float32, product_in_int32, to_bfloat16=to_bfloat16, chips=chips
         )
         if self.tiled:
             self.cache_type = StretchKVCache
@@ -136,7 +143,7 @@ class XLABackend:
                 self._cpu_linear, attend_one=one, attend_many=attend_by_products, materialize=self._materialize
             )
         else:
-            self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1)
+            self.form = _chip_form(TPU_LEAST_ROWS if kind == "TPU" else 1, chips, int8_activations)
         self.fuse_bytes = TPU_FUSE_BYTES if kind == "TPU" else None
         self.leader = 0 in self._mesh.local_chips
         self._pending: Any = []  # the results of the last launch
@@ -148,14 +155,15 @@ class XLABackend:
     def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         chips = self._mesh.local_chips
-        if self.tiled and tensor.are_values and linear_kind(tensor.format, Device.XLA_CPU).layout is Layout.TILES:
+        kind = linear_kind(tensor.format, Device.XLA_CPU, self._int8_activations)
+        if self.tiled and tensor.are_values and kind.layout is Layout.TILES:
             rows = tensor.local_shape(shards.config, self.chips)[0]
             tiles = [copy_tiles(_blocks(shards, tensor, chip), rows) for chip in chips]
             return self._hold_tiles(tiles, tensor.shard, tensor.name)
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
         if self.tiled:
             return self._hold(parts, tensor.shard, tensor.name)
-        laid_out = [_laid_out(part, tensor, shards.config, self.chips) for part in parts]
+        laid_out = [_laid_out(part, tensor, shards.config, self.chips, self._int8_activations) for part in parts]
         return self._hold([part for part, _ in laid_out], laid_out[0][1], tensor.name)
 
     def nbytes(self, loaded: torch.Tensor | Tiles) -> int:
@@ -267,7 +275,7 @@ class XLABackend:
         return Tiles([self._hold(parts, axis, f"{name}, tile {place}") for place, parts in enumerate(by_place)])
 
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
-        return linear_kind(weight.format, Device.XLA_CPU).make(weight, self._operations)
+        return make_linear(weight, Device.XLA_CPU, self._operations, self._int8_activations)
 
     def _materialize(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, divided by ones so that XLA:CPU computes it once: it would recompute sines in every kernel that
@@ -365,25 +373,33 @@ def read_repeatedly(values: torch.Tensor, rows: list[torch.Tensor]) -> list[torc
     return [product]
 
 
-def _chip_form(least_rows: int) -> Form:
+def _chip_form(least_rows: int, chips: int, int8_activations: bool = False) -> Form:
     """The form for chips with a matrix unit."""
-    operations = Operations(integer_product=product_in_int32)
-    linear = partial(make_linear, device=Device.MATRIX_UNIT, operations=operations)
+    linear = partial(
+        make_linear,
+        device=Device.MATRIX_UNIT,
+        operations=Operations(integer_product=product_in_int32, chips=chips),
+        int8_activations=int8_activations,
+    )
     return Form(linear, least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
 
 
 def _laid_out(
-    part: torch.Tensor, tensor: DecoderTensor, config: ModelConfig, chips: int
+    part: torch.Tensor, tensor: DecoderTensor, config: ModelConfig, chips: int, int8_activations: bool
 ) -> tuple[torch.Tensor, int | None]:
-    """A chip's part of a tensor as chips with a matrix unit hold it, and the axis along which it is split over them."""
-    if not tensor.is_weight or linear_kind(tensor.format, Device.MATRIX_UNIT).layout is not Layout.PIECES:
-        return part, tensor.shard
-    if tensor.are_values:
-        groups = tensor.groups(config, chips)
-        part = in_pieces(part, None if groups is None else part.shape[1] // groups, tensor.is_int4)
-    else:
-        part = part.T.contiguous() if part.dim() == 2 else part
-    return part, axis_in_pieces(tensor.shard, part.dim())
+    """A chip's part of a tensor as chips with a matrix unit hold it, and the axis along which it is split over them.
+
+    Integers of 4 bits are held as such.
+    """
+    axis, kind = tensor.shard, linear_kind(tensor.format, Device.MATRIX_UNIT, int8_activations)
+    if tensor.is_weight and kind.layout is Layout.PIECES:
+        if tensor.are_values:
+            groups = tensor.groups(config, chips)
+            part = cut_into_pieces(part, None if groups is None else part.shape[1] // groups)
+        else:
+            part = part.T.contiguous() if part.dim() == 2 else part  # [groups, out], or [out]
+        axis = axis_in_pieces(axis, part.dim())
+    return part.view(torch.int4) if tensor.is_int4 and tensor.are_values else part, axis
 
 
 def _devices(kind: str, chips: int, cluster: Cluster | None) -> list[Any]:

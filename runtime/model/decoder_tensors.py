@@ -154,7 +154,8 @@ def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTenso
     held: dict[str, Any] = {}
     for parameter in parameters:
         tensors = {suffix: load(tensor) for suffix, tensor in parameter.tensors.items()}
-        value = LinearWeight(parameter.format, tensors) if parameter.is_linear else tensors[""]
+        splits_inputs = next(iter(parameter.tensors.values())).shard == 1
+        value = LinearWeight(parameter.format, tensors, splits_inputs) if parameter.is_linear else tensors[""]
         if parameter.group is None:
             held[parameter.name] = value
         else:

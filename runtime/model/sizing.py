@@ -18,6 +18,8 @@ from quantize.shards.stored import Scheme, StoredParameter, stored_parameters
 BFLOAT16_BYTES = 2
 # What a KV cache may be held in: bytes of one element of a key or value, and of the scale that each key and value has.
 CACHE_DTYPES = {"bfloat16": (2, 0), "float32": (4, 0), "int8": (1, 4)}
+# What activations are multiplied by weights in: as they are, or rounded to int8 for each token.
+ACTIVATIONS = ("auto", "int8")
 # "Each TPU v4 chip has 32GB of available High-Bandwidth Memory": of 10^9 bytes, as its Table 2 counts.
 POST_HBM_BYTES = 32 * 10**9
 

@@ -180,7 +180,7 @@ def trace_graph(
 ) -> TracedGraph:
     """Trace a graph of ``graphs.py`` for ``tokens`` tokens per row; ``dtype`` is that of activations."""
     config, rows = workload.config, workload.batch_size
-    slice_ = TPUForm(chips, least_rows)
+    slice_ = TPUForm(chips, least_rows, workload.activations == "int8")
     with torch.no_grad():
         wanted = decoder_parameters(config, workload.scheme, chips, slice_.fuse_bytes)
         parameters = collect(wanted, lambda tensor: slice_.load(config, tensor))

@@ -67,6 +67,7 @@ class Workload:
     batch_size: int
     max_seq_len: int
     cache_dtype: str = "bfloat16"
+    activations: str = "auto"  # one of ACTIVATIONS
 
     @property
     def parameters(self) -> int:

@@ -18,7 +18,9 @@ from quantize.shards.stored import stored_tensors
 from runtime.devices.backend import Backend
 from runtime.devices.cluster import Cluster
 from runtime.model.decoder_tensors import DecoderParameters
+from runtime.model.linears.table import check_activations
 from runtime.model.sampling import Sampling
+from runtime.model.sizing import ACTIVATIONS
 from runtime.run.buckets import DEFAULT_BUCKETS, are_buckets
 from runtime.run.generate import Generation, Generator
 from runtime.run.load import load_tensors, make_cache, make_decoder
@@ -42,6 +44,7 @@ class SessionOptions:
     backend: str = "xla"  # one of BACKENDS
     dtype: torch.dtype = torch.bfloat16  # of activations
     kv_cache_dtype: torch.dtype | None = None  # None: the same as the activations
+    activations: str = "auto"  # one of ACTIVATIONS: int8 rounds them before the products with weights
     batch_size: int = 1  # rows of every batch
     max_seq_len: int = 256  # slots of the cache
     buckets: tuple[int, ...] = DEFAULT_BUCKETS  # prompt lengths to compile for
@@ -56,6 +59,8 @@ class SessionOptions:
         for name, dtype, known in (("dtype", self.dtype, _DTYPES), ("kv_cache_dtype", self.cache_dtype, _CACHE_DTYPES)):
             if dtype not in known:
                 raise InputError(f"{name} can't be {dtype}; give one of {', '.join(map(str, known))}.")
+        if self.activations not in ACTIVATIONS:
+            raise InputError(f"activations {self.activations!r} are none; give one of {', '.join(ACTIVATIONS)}.")
         for name, count in (("batch_size", self.batch_size), ("max_seq_len", self.max_seq_len)):
             if type(count) is not int or count < 1:
                 raise InputError(f"{name} is {shown(count)}; give a whole number from 1 on.")
@@ -77,6 +82,7 @@ def open_session(
     backend: str = "xla",
     dtype: torch.dtype = torch.bfloat16,
     kv_cache_dtype: torch.dtype | None = None,
+    activations: str = "auto",
     batch_size: int = 1,
     max_seq_len: int = 256,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
@@ -94,7 +100,17 @@ def open_session(
     """
     cache = None if compile_cache is None else Path(compile_cache)
     options = SessionOptions(
-        backend, dtype, kv_cache_dtype, batch_size, max_seq_len, tuple(buckets), layers, cache, sampled, cluster
+        backend,
+        dtype,
+        kv_cache_dtype,
+        activations,
+        batch_size,
+        max_seq_len,
+        tuple(buckets),
+        layers,
+        cache,
+        sampled,
+        cluster,
     )
     return Session(open_model(Path(path), max_seq_len, layers), options)
 
@@ -114,6 +130,7 @@ class Session:
         Raises InputError where the device doesn't suit the shards, chips' files are missing, or processes disagree.
         """
         self.model, self.options = model, options
+        check_activations(options.activations, model.shards.manifest.scheme.format)
         self.backend = _backend(model, options)
         _agree(model, options, self.backend, plans or {})
         sizes = (options.batch_size, options.max_seq_len, options.cache_dtype)
@@ -268,10 +285,16 @@ def _backend(model: StoredModel, options: SessionOptions) -> Backend:
     if options.backend == "xla":
         from runtime.devices.xla import XLABackend
 
-        return XLABackend(model.shards.chips, options.compile_cache, options.cluster, _opened_for(model, options))
+        return XLABackend(
+            model.shards.chips,
+            options.compile_cache,
+            options.cluster,
+            _opened_for(model, options),
+            options.activations == "int8",
+        )
     from runtime.devices.host import HostBackend
 
-    return HostBackend(options.backend, options.compile_cache)
+    return HostBackend(options.backend, options.compile_cache, options.activations == "int8")
 
 
 def _agree(model: StoredModel, options: SessionOptions, backend: Backend, plans: Mapping[str, object]) -> None:

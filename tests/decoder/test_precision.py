@@ -70,7 +70,7 @@ def warmed_up(shards: Shards) -> dict[torch.dtype, list[str]]:
     virtual_chips.start()
     backend = xla.XLABackend(shards.chips)
     backend.tiled, backend.cache_type = False, FunctionalKVCache
-    backend.form, backend.fuse_bytes = xla._chip_form(xla.TPU_LEAST_ROWS), xla.TPU_FUSE_BYTES
+    backend.form, backend.fuse_bytes = xla._chip_form(xla.TPU_LEAST_ROWS, shards.chips), xla.TPU_FUSE_BYTES
     found = {}
     with torch.no_grad(), virtual_chips.quickly_compiled():
         tensors, _ = load_tensors(shards, shards.config, backend, lambda *done: None)

@@ -40,7 +40,7 @@ def main(shards_path: str, result_path: str) -> None:
     pjrt.Mesh = Recording
     backend = xla.XLABackend(shards.chips)
     backend.tiled, backend.cache_type = False, FunctionalKVCache
-    backend.form, backend.fuse_bytes = xla._chip_form(xla.TPU_LEAST_ROWS), xla.TPU_FUSE_BYTES
+    backend.form, backend.fuse_bytes = xla._chip_form(xla.TPU_LEAST_ROWS, shards.chips), xla.TPU_FUSE_BYTES
     with torch.no_grad():
         decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
         cache = make_cache(shards.config, backend, ROWS, SLOTS, torch.bfloat16)

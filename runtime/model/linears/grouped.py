@@ -45,6 +45,11 @@ def cut_into_pieces(values: torch.Tensor, group: int | None = None) -> torch.Ten
     return pieces if group in (None, size) else pieces.unflatten(0, (inputs // group, -1))
 
 
+def axis_in_pieces(axis: int | None, dimensions: int) -> int | None:
+    """The axis along which a tensor of so many dimensions is split over chips that was split along ``axis``."""
+    return {0: dimensions - 1, 1: 0, None: None}[axis]
+
+
 class GroupedLinear(nn.Module):
     """y = x W^T, without a bias, for x [..., in] and a weight in pieces, floating or integers."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from runtime.model.linears.linear import Operations
+from runtime.model.linears.linear import LinearWeight, Operations
 
 _QMAX = 127
 _SMALLEST_UNIT = torch.finfo(torch.float32).tiny
@@ -16,17 +16,17 @@ class Int8ActivationsLinear(nn.Module):
 
     The largest activation of every row becomes 127. Sums of products are int32: exact up to 130,000 inputs of int8.
 
-    With ``parts`` greater than one, the inputs are that many equal parts, each with its own largest activation. So a
-    weight whose inputs are split over as many chips needs nothing of other chips before the product, and what the chips
-    then add up has the dtype of the activations.
+    Where a weight's inputs are split over chips, each chip's part of a row has its own largest activation: the chips
+    need nothing of each other before the product, and what they then add up has the dtype of the activations.
     """
 
-    def __init__(self, values: torch.Tensor, scale: torch.Tensor, operations: Operations, parts: int = 1) -> None:
-        """``values`` are int8 [out, in], ``scale`` float32 [out]."""
+    def __init__(self, weight: LinearWeight, operations: Operations) -> None:
+        """Values are integers of one byte [out, in], scales float32 [out]."""
         super().__init__()
-        self.register_buffer("weight", values)
-        self.register_buffer("weight_scale", scale)
-        self.operations, self.parts = operations, parts
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale)
+        self.operations = operations
+        self.parts = operations.chips if weight.splits_inputs else 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.parts, x.shape[-1] // self.parts).transpose(0, 1)  # [parts, R, in / parts]

@@ -23,6 +23,7 @@ class LinearWeight:
 
     format: WeightFormat
     tensors: Mapping[str, Any]
+    splits_inputs: bool = False  # whether chips hold some of the inputs each, rather than some of the outputs
 
     @property
     def values(self) -> Any:
@@ -54,8 +55,10 @@ def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def int32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The products of x's and y's rows, int8 [..., R, in] and [..., out, in], summed in int32: [..., R, out]."""
-    return x.int() @ y.int().mT
+    """The products of x's and y's rows, int8 [N, R, in] and [N, out, in], summed in int32: [N, R, out]."""
+    if x.device.type != "cpu":
+        return (x.double() @ y.double().mT).int()  # exact
+    return torch.stack([torch._int_mm(rows, weight.mT) for rows, weight in zip(x, y, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Operations:
     integer_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = int32_product
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
-    splits_outputs: bool = False  # whether a weight's outputs may be on several chips, so that none is cut there
+    chips: int = 1  # over which a weight's outputs, or its inputs, are split
 
 
 class Linear(nn.Module):

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from converters.console.errors import InputError
 from quantize.formats.floating import Floating
+from quantize.formats.table import format_title
 from quantize.formats.weight_format import WeightFormat
 from runtime.model.linears.grouped import GroupedLinear
-from runtime.model.linears.layouts import Layout
+from runtime.model.linears.int8_activations import Int8ActivationsLinear
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import PackedLinear
 from runtime.model.linears.tiled import TiledLinear
@@ -26,6 +28,14 @@ class Device(Enum):
     INDUCTOR_CPU = auto()
 
 
+class Layout(Enum):
+    """How a device holds the tensors of a weight [out, in]."""
+
+    AS_STORED = auto()
+    TILES = auto()  # the values as in tiled.py
+    PIECES = auto()  # the values as in grouped.py, scales and zero points [groups, out], or [out]
+
+
 class LinearKind(NamedTuple):
     """How a linear is made of a weight, with its device's operations, and how the device holds the weight."""
 
@@ -37,11 +47,31 @@ _PLAIN = LinearKind(lambda weight, operations: Linear(weight))
 _TILED = LinearKind(TiledLinear, Layout.TILES)
 _PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
 _DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
+_INTEGERS = LinearKind(Int8ActivationsLinear)
 _GROUPED = LinearKind(lambda weight, operations: GroupedLinear(weight), Layout.PIECES)
 
 
-def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
-    """The linear for weights of this format on this device; a format that has none of its own there is decoded."""
+def takes_int8_activations(weight_format: WeightFormat) -> bool:
+    """Whether activations can be rounded to int8 for it: integers with one scale for each output."""
+    return weight_format.name in ("int8", "int4")
+
+
+def check_activations(activations: str, weight_format: WeightFormat) -> None:
+    """Raise InputError where ``activations``, one of ACTIVATIONS, are int8 and the weights don't allow it."""
+    if activations == "int8" and not takes_int8_activations(weight_format):
+        raise InputError(
+            "Activations in int8 are for int8 and int4 weights with one scale for each output, and these are "
+            f"{format_title(weight_format)}. Leave --activations out, or quantize with --group-size channel."
+        )
+
+
+def linear_kind(weight_format: WeightFormat, device: Device, int8_activations: bool = False) -> LinearKind:
+    """The linear for weights of this format on this device; a format that has none of its own there is decoded.
+
+    With ``int8_activations``, formats that can are multiplied by activations in int8.
+    """
+    if int8_activations and takes_int8_activations(weight_format):
+        return _INTEGERS
     if isinstance(weight_format, Floating) or weight_format.name == "int8":
         return {Device.XLA_CPU: _TILED, Device.INDUCTOR_CPU: _PACKED}.get(device, _PLAIN)
     if device is Device.MATRIX_UNIT and weight_format.kind in ("int8", "int4", "fp8"):
@@ -49,6 +79,11 @@ def linear_kind(weight_format: WeightFormat, device: Device) -> LinearKind:
     return _DECODED
 
 
-def make_linear(weight: LinearWeight, device: Device = Device.ANY, operations: Operations | None = None) -> nn.Module:
+def make_linear(
+    weight: LinearWeight,
+    device: Device = Device.ANY,
+    operations: Operations | None = None,
+    int8_activations: bool = False,
+) -> nn.Module:
     """The linear for a weight that is held as ``linear_kind`` says; ``operations`` are torch's own by default."""
-    return linear_kind(weight.format, device).make(weight, operations or Operations())
+    return linear_kind(weight.format, device, int8_activations).make(weight, operations or Operations())

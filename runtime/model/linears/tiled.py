@@ -167,7 +167,7 @@ class TiledLinear(nn.Module):
     def _blocks(self, tiles: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
         """The tiles, each cut along its outputs unless these may be split over chips."""
         out, width = tiles[0].shape[-2:]
-        are_large = out * width >= 2 * _BLOCK and not self.operations.splits_outputs
+        are_large = out * width >= 2 * _BLOCK and self.operations.chips == 1
         return [tile.split(max(1, _BLOCK // width) if are_large else out, dim=-2) for tile in tiles]
 
 
