@@ -67,13 +67,15 @@ class Recipes:
         self._new: dict[str, Recipe] = {}
         self._thread = ThreadPoolExecutor(1, "load programs")
         self._loading = {graph: self._thread.submit(self._load, recipe) for graph, recipe in self._found.items()}
+        self._rehearsing: dict[str, Future[None]] = {}
 
     def rehearse(self) -> None:
-        """Have the thread run the programs, once it has loaded them. Before this, torch_xla must have been started: it
-        sets environment variables, and no thread may read any meanwhile, as XLA:CPU does when it builds a kernel.
+        """Have the thread run the programs once it has loaded them, the last one first, as one that is asked for early
+        needs no rehearsal. Before this, torch_xla must have been started: it sets environment variables, and no thread
+        may read any meanwhile, as XLA:CPU does when it builds a kernel.
         """
-        for graph, loading in self._loading.items():
-            self._loading[graph] = self._thread.submit(_rehearsed, loading)
+        for graph, loading in reversed(self._loading.items()):
+            self._rehearsing[graph] = self._thread.submit(lambda loading=loading: loading.result().rehearse())
 
     def find(self, graph: str, holds: Callable[[str], bool]) -> tuple[Recipe, Program] | None:
         """The recipe and the program of a graph, by what tells it from all others of the session.
@@ -82,9 +84,12 @@ class Recipes:
         will find out why.
         """
         recipe, loading = self._found.get(graph), self._loading.pop(graph, None)
+        rehearsing = self._rehearsing.pop(graph, None)
         if recipe is None or not all(holds(take) for take in recipe.takes if isinstance(take, str)):
             return None
         try:
+            if rehearsing and not rehearsing.cancel():  # it has begun
+                rehearsing.result()
             program = loading.result() if loading else self._load(recipe)
         except Exception:
             return None
@@ -106,15 +111,10 @@ class Recipes:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._loading.clear()
+        self._rehearsing.clear()
 
     def _load(self, recipe: Recipe) -> Program:
         return self._programs.load(recipe.program, recipe.order, recipe.donated)
-
-
-def _rehearsed(loading: Future[Program]) -> Program:
-    program = loading.result()
-    program.rehearse()
-    return program
 
 
 @cache

@@ -123,7 +123,14 @@ def test_a_serialized_program_has_three_parts_and_runs(mesh: pjrt.Mesh, graph: T
     parts = serialize_executable.serialize(program._compiled)
     assert len(parts) == 3, f"serialize_executable.serialize gives {len(parts)} parts; compiled programs kept are of 3"
     assert isinstance(parts[0], bytes), "serialize_executable.serialize doesn't begin with bytes"
-    check_results(mesh.load(program.serialize(), graph)(inputs(mesh)))
+    loaded = mesh.load(program.serialize(), graph.order, len(graph.donated))
+    check_results(loaded(inputs(mesh)))
+    given, _ = loaded._compiled.args_info
+    shardings, _ = loaded._compiled.input_shardings
+    assert [(each.shape, str(each.dtype)) for each in given] == [
+        (graph.inputs[index].shape, str(graph.inputs[index].dtype).removeprefix("torch.")) for index in graph.order
+    ], "args_info of a loaded program doesn't describe its inputs; Program.rehearse makes zeros by it"
+    assert len(shardings) == len(given), "input_shardings of a loaded program aren't those of its inputs"
 
 
 def test_zeros_are_made_on_the_chips(mesh: pjrt.Mesh) -> None:
