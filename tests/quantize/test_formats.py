@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from converters.cli import command as convert
+from converters.console.errors import InputError
 from quantize.cli import command as quantize
 from quantize.formats.table import FORMATS
 from quantize.formats.weight_format import WeightFormat
@@ -341,28 +343,41 @@ def test_int8_outputs_of_version_1_stay_readable(made: Made, recorded: bool, tmp
     assert file_digests(tmp_path / "new") == file_digests(made.shards("int8", 8))
 
 
+@pytest.fixture
+def copied(made: Made, tmp_path: Path) -> Path:
+    """Shards in int4 in groups of 32 with zero points, to be changed."""
+    return shutil.copytree(made.shards("int4-g32-zp", 1), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        lambda content: content.update(format_version=3),
-        lambda content: content.update(format_version=True),
-        lambda content: content.update(scheme="int5"),
-        lambda content: content.update(group_size=48),
-        lambda content: content.update(group_size=32.0),
-        lambda content: content.update(zero_points=False),
-        lambda content: content.update(zero_points=1),
-        lambda content: content.update(method="best"),
-        lambda content: content.update(method=None),
-        lambda content: content.pop("group_size"),
-        lambda content: content.pop("method"),
+        (lambda content: content.update(format_version=3), "of format version 3"),
+        (lambda content: content.update(format_version=True), "of format version True"),
+        (lambda content: content.update(scheme="int5"), "damaged"),
+        (lambda content: content.update(group_size=48), "damaged"),
+        (lambda content: content.update(group_size=32.0), "damaged"),
+        (lambda content: content.update(zero_points=1), "damaged"),
+        (lambda content: content.update(method="best"), "damaged"),
+        (lambda content: content.update(method=None), "damaged"),
+        (lambda content: content.pop("method"), "damaged"),
+        (lambda content: content.update(zero_points=False), "lists other tensors"),
+        (lambda content: content.update(group_size=64), "lists other tensors"),
+        (lambda content: content.pop("group_size"), "lists other tensors"),
+        (lambda content: content.update(scheme="int8"), "lists other tensors"),
     ],
 )
 def test_a_manifest_that_names_another_format_is_refused(
-    made: Made, change: Callable[[dict], object], tmp_path: Path
+    copied: Path, change: Callable[[dict], object], says: str
 ) -> None:
-    options = (made.checkpoint("int4-g32-zp"), *flags_of("int4-g32-zp"), "--out", tmp_path / "out")
-    invoke(quantize, *options)
-    edit_json(tmp_path / "out" / "shards.json", change)
-    line = invoke(quantize, "--verify", "--out", tmp_path / "out", exit_code=2).stderr
-    assert "shards.json" in line
-    assert len(line.splitlines()) == 1
+    Shards(copied)
+    edit_json(copied / "shards.json", change)
+    with pytest.raises(InputError, match=f"shards.json (is )?{says}"):
+        Shards(copied)
+
+
+def test_a_method_is_none_where_there_is_no_choice(made: Made, tmp_path: Path) -> None:
+    out = shutil.copytree(made.shards("fp8", 1), tmp_path / "out")
+    edit_json(out / "shards.json", lambda content: content.update(method="rtn"))
+    with pytest.raises(InputError, match=r"shards.json is damaged"):
+        Shards(out)
