@@ -22,7 +22,7 @@ import torch
 from converters.console.errors import InputError
 from runtime.devices.cluster import WAIT_S, Cluster, meet
 from runtime.devices.processes import Processes, expect_aborts
-from runtime.devices.tracing import TracedGraph, TracedTensor
+from runtime.devices.tracing import TracedGraph, TracedTensor, traced_as
 
 _AXIS = "tp"  # of the mesh: tensor parallel
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax records for every program it compiles
@@ -290,14 +290,16 @@ class Mesh:
         if axis is not None:
             shape[axis] *= self.chips
         devices = [self.devices[chip] for chip in self.local_chips]
-        arrays = [jax.device_put(_to_numpy(part), device) for part, device in zip(parts, devices, strict=True)]
+        values = [_to_numpy(part.view(self._held_as(part.dtype))) for part in parts]
+        arrays = [jax.device_put(part, device) for part, device in zip(values, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(tuple(shape), self._sharding(axis, len(shape)), arrays)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, axis: int | None) -> Any:
         """An array of zeros, made on the chips."""
         import jax.numpy as jnp
 
-        return jnp.zeros(tuple(shape), _dtype(dtype), device=self._sharding(axis, len(shape)))
+        held = _dtype(self._held_as(dtype))
+        return jnp.zeros(tuple(shape), held, device=self._sharding(axis, len(shape)))
 
     def compile(self, graph: TracedGraph, options: Mapping[str, Any] | None = None) -> Program:
         """The graph compiled for these chips; ``options`` are settings of XLA's. Raises OutOfMemory."""
@@ -308,8 +310,10 @@ class Mesh:
 
         def run(*inputs: Any) -> list[Any]:
             by_index = dict(zip(order, inputs, strict=True))
-            constants = {index: _to_numpy(value) for index, value in graph.constants.items()}
-            return exported.call(*[(by_index | constants)[index] for index in range(len(graph.inputs))])
+            by_index |= {index: _to_numpy(value) for index, value in graph.constants.items()}
+            return exported.call(
+                *[by_index[index].astype(_dtype(traced_as(kind.dtype))) for index, kind in enumerate(graph.inputs)]
+            )
 
         lowered = jax.jit(
             run,
@@ -317,7 +321,7 @@ class Mesh:
             out_shardings=[self._sharding_of(result) for result in graph.results],
             donate_argnums=tuple(range(kept, len(order))),
             keep_unused=True,
-        ).lower(*[_shape(graph.inputs[index]) for index in order])
+        ).lower(*[_shape(graph.inputs[index], self._held_as(graph.inputs[index].dtype)) for index in order])
         try:
             compiled = lowered.compile(compiler_options=dict(options) if options else None)
         except jax.errors.JaxRuntimeError as error:
@@ -350,6 +354,12 @@ class Mesh:
         found = [self.devices[chip].memory_stats() for chip in self.local_chips]
         peaks = [stats["peak_bytes_in_use"] for stats in found if stats and "peak_bytes_in_use" in stats]
         return max(peaks, default=None)
+
+    def _held_as(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of arrays for this one: on the CPU jax compiles programs of int4 and then refuses its own arrays,
+        for layouts that it takes to be others.
+        """
+        return traced_as(dtype) if self.platform == "cpu" else dtype
 
     def _sharding(self, axis: int | None, rank: int) -> Any:
         import jax
@@ -392,11 +402,11 @@ def to_host(array: Any) -> torch.Tensor:
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
     """The tensor's own memory, as numpy and jax see it."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach()
     try:
-        return tensor.numpy()
-    except TypeError:  # bfloat16, float8: numpy has them by the package ml_dtypes
-        return tensor.view(_INTEGERS[tensor.itemsize]).numpy().view(_dtype(tensor.dtype))
+        return tensor.contiguous().numpy()
+    except (TypeError, NotImplementedError):  # bfloat16, float8, int4: numpy has them by the package ml_dtypes
+        return tensor.view(_INTEGERS[tensor.itemsize]).contiguous().numpy().view(_dtype(tensor.dtype))
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -405,10 +415,10 @@ def _dtype(dtype: torch.dtype) -> Any:
     return jnp.dtype(str(dtype).removeprefix("torch."))
 
 
-def _shape(tensor: TracedTensor) -> Any:
+def _shape(tensor: TracedTensor, dtype: torch.dtype) -> Any:
     import jax
 
-    return jax.ShapeDtypeStruct(tensor.shape, _dtype(tensor.dtype))
+    return jax.ShapeDtypeStruct(tensor.shape, _dtype(dtype))
 
 
 def _donated_last(graph: TracedGraph) -> list[int]:
@@ -427,8 +437,8 @@ def donated_parameters(graph: TracedGraph) -> tuple[int, ...]:
 
 
 def _exported(graph: TracedGraph, platform: str) -> Any:
-    """The graph as something that jax calls: an exported function of the same inputs and results, whose program is
-    replaced by the graph's.
+    """The graph as something that jax calls: an exported function of the same inputs (``traced_as``) and results, whose
+    program is replaced by the graph's.
     """
     import jax
     import jax.numpy as jnp
@@ -437,7 +447,7 @@ def _exported(graph: TracedGraph, platform: str) -> Any:
     def stand_in(*inputs: Any) -> list[Any]:
         return [jnp.zeros(result.shape, _dtype(result.dtype)) for result in graph.results]
 
-    shapes = map(_shape, graph.inputs)
+    shapes = [_shape(each, traced_as(each.dtype)) for each in graph.inputs]
     exported = export.export(jax.jit(stand_in, keep_unused=True), platforms=[platform])(*shapes)
     return replace(exported, mlir_module_serialized=graph.module)
 

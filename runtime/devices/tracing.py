@@ -23,11 +23,24 @@ from runtime.model.kv_cache import SLOT_AXIS, FunctionalKVCache
 
 @dataclass(frozen=True)
 class TracedTensor:
-    """An input or a result of a traced program, over all chips together."""
+    """An input or a result of a traced program, over all chips together.
+
+    The dtype of an input is that of its values on the chips, which ``traced_as`` may have turned into another.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     axis: int | None  # along which it is split over the chips; None where every chip has all of it
+
+
+# Dtypes of chips that torch_xla lacks, by those that graphs are traced with in their place: the program converts such
+# an input first, which TPUs' compilers fuse into what uses it.
+_TRACED_AS = {torch.int4: torch.int8}
+
+
+def traced_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype as which a graph knows an input whose values have this dtype on the chips."""
+    return _TRACED_AS.get(dtype, dtype)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Trace:
 
 class _Placeholder(NamedTuple):
     tensor: torch.Tensor  # kept, so that torch_xla doesn't give its id to another
+    dtype: torch.dtype  # on the chips
     axis: int | None
     stands_for: Any
 
@@ -83,10 +97,10 @@ class Tracer:
     ) -> torch.Tensor:
         """A tensor of this shape over all chips, which share it along ``axis`` or, with None, have all of it each.
 
-        ``stands_for`` is what ``Trace.held`` says of it.
+        It has the dtype that ``traced_as`` gives for ``dtype``. ``stands_for`` is what ``Trace.held`` says of it.
         """
         tensor = _placeholder(shape, dtype)
-        self._placeholders[_id(tensor)] = _Placeholder(tensor, axis, stands_for)
+        self._placeholders[_id(tensor)] = _Placeholder(tensor, dtype, axis, stands_for)
         return tensor
 
     def release(self) -> None:
@@ -109,7 +123,7 @@ class Tracer:
         results, result_structure = pytree.tree_flatten(function(*pytree.tree_unflatten(tensors, structure)))
         keys, values = _XLAC._get_tensors_xla_device_data_node(results)  # in the order of XLA's parameters
         fingerprint = _fingerprint(results, exact)
-        found = [_described(result) for result in results]
+        found = [TracedTensor(tuple(result.shape), result.dtype, None) for result in results]
 
         def lower() -> bytes:
             with _precision(exact):
@@ -123,13 +137,16 @@ class Tracer:
         constants = {
             index: value.cpu() for index, value in enumerate(values) if index not in arguments and index not in held
         }
-        axes = {index: kinds[place].axis for index, place in arguments.items()}
-        axes |= {index: placeholder.axis for index, placeholder in held.items()}
+        given = {index: (kinds[place].dtype, kinds[place].axis) for index, place in arguments.items()}
+        given |= {index: (placeholder.dtype, placeholder.axis) for index, placeholder in held.items()}
         others = len(found) - len(donated)
         by_place = {place: index for index, place in arguments.items()}
         graph = TracedGraph(
             fingerprint,
-            inputs=tuple(_described(value, axes.get(index)) for index, value in enumerate(values)),
+            inputs=tuple(
+                TracedTensor(tuple(value.shape), *given.get(index, (value.dtype, None)))
+                for index, value in enumerate(values)
+            ),
             results=(*found[:others], *(kinds[place] for place in donated)),
             donated=tuple(by_place[place] for place in donated),
             constants=constants,
@@ -153,10 +170,6 @@ def _fingerprint(results: Sequence[torch.Tensor], exact: bool) -> str:
     return hashlib.sha256(lowering.hlo()).hexdigest()
 
 
-def _described(tensor: torch.Tensor, axis: int | None = None) -> TracedTensor:
-    return TracedTensor(tuple(tensor.shape), tensor.dtype, axis)
-
-
 @contextmanager
 def _on_cpu() -> Iterator[None]:
     """Have torch_xla take the CPU as its device, which it chooses once, by its environment."""
@@ -172,10 +185,17 @@ def _on_cpu() -> Iterator[None]:
             os.environ["PJRT_DEVICE"] = asked
 
 
+# XLA's names of dtypes that torch_xla's own function for placeholders lacks, although its tensors have them.
+_XLA_NAMES = {torch.float8_e4m3fn: "f8e4m3fn"}
+
+
 def _placeholder(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     import torch_xla.core.xla_builder as xb
+    from torch_xla import _XLAC
 
-    return xb.create_placeholder_tensor(tuple(shape), dtype)
+    if dtype in _XLA_NAMES:
+        return _XLAC._xla_create_placeholder_tensor(xb.mkshape(_XLA_NAMES[dtype], tuple(shape)).shape)
+    return xb.create_placeholder_tensor(tuple(shape), traced_as(dtype))
 
 
 def _id(tensor: torch.Tensor) -> int:
@@ -259,6 +279,15 @@ def product_in_float32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     batch = list(range(x.dim() - 2)) if x.dim() == y.dim() else []
     dimensions = (([x.dim() - 1], [y.dim() - 1]), (batch, batch) if batch else ())
     return _XLAC._xla_dot_general(x, y, dimensions, preferred_element_type=torch.float32)
+
+
+def product_in_int32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``int32_product``; torch's own product of int8 would give its result that dtype."""
+    from torch_xla import _XLAC
+
+    batch = list(range(x.dim() - 2))
+    dimensions = (([x.dim() - 1], [y.dim() - 1]), (batch, batch) if batch else ())
+    return _XLAC._xla_dot_general(x, y, dimensions, preferred_element_type=torch.int32)
 
 
 def to_bfloat16(values: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # other names end in the number of bits
-_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:2|4|8|16|32|64))\[([0-9,]*)\](?:\{[^}]*\})?")
+# Other names end in the number of bits.
+_ITEM_BITS = {"pred": 8, "f8e4m3fn": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_ARRAY = re.compile(r"\b(pred|f8e4m3fn|bf16|f16|f32|f64|[su](?:2|4|8|16|32|64))\[([0-9,]*)\](?:\{[^}]*\})?")
 _HEAD = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')

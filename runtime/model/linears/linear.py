@@ -42,12 +42,18 @@ def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x @ y.mT if x.dim() == y.dim() else torch.tensordot(x, y, dims=([-1], [-1]))
 
 
+def int32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The products of x's and y's rows, int8 [..., R, in] and [..., out, in], summed in int32: [..., R, out]."""
+    return x.int() @ y.int().mT
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
 
     ones: Callable[[int], torch.Tensor] = torch.ones  # a vector of ones of that length, for linears to hold
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
+    integer_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = int32_product
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
     splits_outputs: bool = False  # whether a weight's outputs may be on several chips, so that none is cut there
