@@ -10,8 +10,8 @@ import virtual_chips
 from torch import nn
 
 from runtime.devices import pjrt
-from runtime.devices.tracing import TracedTensor, Tracer, product_in_int32
-from runtime.model.linears.grouped import GroupedLinear, cut_into_pieces, piece_size
+from runtime.devices.tracing import TracedTensor, Tracer, kept_in_shape, product_in_int32
+from runtime.model.linears.grouped import GroupedLinear, cut_into_pieces, offset_of, piece_size
 from runtime.model.linears.int8_activations import Int8ActivationsLinear, rounded_to_int8
 from runtime.model.linears.linear import Operations
 
@@ -38,10 +38,14 @@ class Weight:
         self.size = ((by_group.abs() + abs(zeros)) * self.scale.double()[:, :, None]).flatten(1)
 
     def laid_out(self) -> list[torch.Tensor]:
-        """What GroupedLinear takes."""
-        scale = self.scale.T.contiguous() if self.group else self.scale[:, 0]
-        zeros = [] if self.zeros is None else [self.zeros.T.contiguous()]
-        return [cut_into_pieces(self.values, self.group), scale, *zeros]
+        """Values, scale and offset as ``grouped`` takes them."""
+        scale = self.scale.T.float().contiguous() if self.group else self.scale[:, 0]
+        offset = [] if self.zeros is None else [offset_of(self.zeros.T, scale)]
+        return [cut_into_pieces(self.values, self.group), scale, *offset]
+
+
+def grouped(values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> GroupedLinear:
+    return GroupedLinear(values, scale, Operations(), offset)
 
 
 def rows_of(inputs: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
@@ -49,10 +53,13 @@ def rows_of(inputs: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
 
 
 def check(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> None:
-    """Within the rounding of the result and of every scaled value to x's dtype."""
+    """Within the rounding of the result, of every scaled value to x's dtype, and of offsets to bfloat16."""
     assert (found.dtype, found.shape) == (x.dtype, (*x.shape[:-1], len(weight.values)))
     exact, size = x.double() @ weight.exact.T, x.double().abs() @ weight.size.T
-    off, step = (found.double() - exact).abs(), 2**-8 if x.dtype == torch.bfloat16 else 2**-20
+    off, step = (
+        (found.double() - exact).abs(),
+        2**-8 if x.dtype == torch.bfloat16 or weight.zeros is not None else 2**-20,
+    )
     assert (off <= step * size).all()
     assert (off <= 2**-5 * exact.square().mean().sqrt()).all() or len(weight.values) < 3
 
@@ -65,14 +72,14 @@ def test_grouped(shape: tuple[int, int, int | None], has_zeros: bool, dtype: tor
         return
     weight = Weight(*shape, has_zeros)
     x = rows_of(shape[1], dtype)
-    check(GroupedLinear(*weight.laid_out())(x), x, weight)
+    check(grouped(*weight.laid_out())(x), x, weight)
 
 
 def test_grouped_of_float8() -> None:
     weight = Weight(7, 256, 128)
     values, scale = weight.laid_out()
     x = rows_of(256, torch.bfloat16)
-    check(GroupedLinear(values.to(torch.float8_e4m3fn), scale)(x), x, weight)
+    check(grouped(values.to(torch.float8_e4m3fn), scale)(x), x, weight)
 
 
 def test_zero_points_and_a_large_mean() -> None:
@@ -80,7 +87,7 @@ def test_zero_points_and_a_large_mean() -> None:
     weight = Weight(64, 1024, 128, has_zeros=True)
     x = (rows_of(1024, torch.float32) + 10).bfloat16()
     exact = x.double() @ weight.exact.T
-    found = GroupedLinear(*weight.laid_out())(x).double()
+    found = grouped(*weight.laid_out())(x).double()
     assert (found - exact).norm() < 0.01 * exact.norm()
 
 
@@ -154,8 +161,13 @@ def test_grouped_on_chips(shape: tuple[int, int, int | None], splits_inputs: boo
         kind = tensor.view(torch.int4) if tensor.dtype == torch.int8 else tensor
         axis = 0 if splits_inputs else tensor.dim() - 1
         held.append((kind, None if splits_inputs and tensor.dim() == 1 else axis))
+    operations = Operations(kept_in_shape=kept_in_shape)
+
+    def make(values: torch.Tensor, scale: torch.Tensor, *offset: torch.Tensor) -> nn.Module:
+        return GroupedLinear(values, scale, operations, *offset)
+
     x = rows_of(shape[1], dtype)
-    check(on_chips(GroupedLinear, held, x), x, weight)
+    check(on_chips(make, held, x), x, weight)
 
 
 @pytest.mark.parametrize("splits_inputs", [False, True])
