@@ -303,6 +303,14 @@ def product_in_int32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _XLAC._xla_dot_general(x, y, dimensions, preferred_element_type=torch.int32)
 
 
+def kept_in_shape(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor behind a barrier, which XLA moves no reshaping across."""
+    from torch_xla import _XLAC
+
+    _XLAC._xla_optimization_barrier_([tensor])  # in place
+    return tensor
+
+
 def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
     """Numbers that bfloat16 represents exactly, converted to it: as their float32's upper half, since XLA:CPU takes
     twice as long to round.

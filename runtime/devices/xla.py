@@ -40,6 +40,7 @@ from runtime.devices.tracing import (
     TracedGraph,
     TracedTensor,
     Tracer,
+    kept_in_shape,
     product_in_float32,
     product_in_int32,
     to_bfloat16,
@@ -378,7 +379,7 @@ def _chip_form(least_rows: int, chips: int, int8_activations: bool = False) -> F
     linear = partial(
         make_linear,
         device=Device.MATRIX_UNIT,
-        operations=Operations(integer_product=product_in_int32, chips=chips),
+        operations=Operations(integer_product=product_in_int32, kept_in_shape=kept_in_shape, chips=chips),
         int8_activations=int8_activations,
     )
     return Form(linear, least_rows, attend_one=attend_exactly, attend_many=attend_exactly)
@@ -398,6 +399,7 @@ def _laid_out(
             part = cut_into_pieces(part, None if groups is None else part.shape[1] // groups)
         else:
             part = part.T.contiguous() if part.dim() == 2 else part  # [groups, out], or [out]
+            part = part.float() if part.is_floating_point() else part
         axis = axis_in_pieces(axis, part.dim())
     return part.view(torch.int4) if tensor.is_int4 and tensor.are_values else part, axis
 

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.model.linears.linear import MakeLinear
+from runtime.model.linears.linear import MakeLinear, as_it_is
 from runtime.model.linears.table import make_linear
 from runtime.model.parts.attention import Attend, attend
-
-
-def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, unchanged."""
-    return tensor
 
 
 @dataclass(frozen=True)

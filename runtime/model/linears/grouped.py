@@ -6,8 +6,13 @@ their inputs in one fusion with what is done to the weight, which it reads as it
 estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at five to
 twenty times the cost, and sums scaled group by group cost ten times as much for a prompt.
 
-``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, those of
-32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well.
+``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, and those
+of 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well.
+
+The product's result is ``kept_in_shape``: else the compiler gives it the shape that what follows brings it to, heads
+or the next weight's pieces, turns the weight to fit, and writes it to memory in bfloat16 for that.
+
+Scales are float32. Of bfloat16 the compiler makes a float32 copy before every product, which takes a tenth longer.
 
 Zero points are taken off after the product, as a small product of each group's sum of inputs: subtracted from every
 value, they cost a fifth more.
@@ -21,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.linear import LinearWeight, Operations
 
 PIECE = 64  # inputs of a piece, the most
 
@@ -53,40 +58,43 @@ def axis_in_pieces(axis: int | None, dimensions: int) -> int | None:
 class GroupedLinear(nn.Module):
     """y = x W^T, without a bias, for x [..., in] and a weight in pieces, floating or integers."""
 
-    def __init__(self, weight: LinearWeight) -> None:
-        """Its values are as ``cut_into_pieces`` gives them, and its scale is [groups, out]: the first axis of both is
-        the groups. Or the scale is [out], one for all inputs of an output. Zero points have the scale's shape.
+    def __init__(self, weight: LinearWeight, operations: Operations) -> None:
+        """Its values are as ``cut_into_pieces`` gives them, and its scale is float32 [groups, out]: the first axis of
+        both is the groups. Or the scale is [out], one for all inputs of an output. Zero points have the scale's shape.
         """
         super().__init__()
+        self.operations = operations
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale)
         self.register_buffer("weight_zero_point", weight.zero_points)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, in]
-        weight = self.weight.to(x.dtype)
-        if self.weight_scale.dim() == 2:
-            groups, out = self.weight_scale.shape
-            between = [1] * (weight.dim() - 2)
-            weight = weight * self.weight_scale.to(x.dtype).view(groups, *between, out)
-        y = sum_of_products(rows, weight)
+        y = self.operations.kept_in_shape(sum_of_products(rows, self._scaled(x.dtype)))
         if self.weight_scale.dim() == 1:
             y = y * self.weight_scale
         if self.weight_zero_point is not None:
-            y = y.float() - self._zeros(rows)
+            y = y.float() - self._offsets(rows)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def _zeros(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the products [R, out] have too much where the values' zero isn't 0, in float32."""
-        out = self.weight_scale.shape[-1]
-        scale = self.weight_scale.view(-1, out).to(rows.dtype)  # [groups, out]
-        sums = rows.float().unflatten(-1, (scale.shape[0], -1)).sum(-1)  # [R, groups]
-        zeros = self.weight_zero_point.view(-1, out).to(rows.dtype) * scale
+    def _scaled(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values, times their groups' scales if any, in the shape in which they are held."""
+        if self.weight_scale.dim() == 1:
+            return self.weight.to(dtype)
+        groups, out = self.weight_scale.shape
+        scale = self.weight_scale.view(groups, *[1] * (self.weight.dim() - 2), out)
+        return (self.weight.float() * scale).to(dtype)
+
+    def _offsets(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the products [R, out] of ``rows`` [R, in] have too much, in float32."""
+        zeros, scale = (each.view(-1, each.shape[-1]) for each in (self.weight_zero_point, self.weight_scale))
+        offset = (zeros * scale).to(rows.dtype)  # [groups, out]
+        sums = rows.float().unflatten(-1, (len(offset), -1)).sum(-1)  # [R, groups]
         if rows.dtype == torch.float32:
-            return sums @ zeros
+            return sums @ offset
         high = sums.to(rows.dtype)  # a second product has what rounding the sums leaves
         low = (sums - high.float()).to(rows.dtype)
-        both = torch.cat([high, low]) @ zeros
+        both = torch.cat([high, low]) @ offset
         return both[: len(rows)].float() + both[len(rows) :].float()
 
 

@@ -61,6 +61,11 @@ def int32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch._int_mm(rows, weight.mT) for rows, weight in zip(x, y, strict=True)])
 
 
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, unchanged."""
+    return tensor
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
@@ -68,6 +73,8 @@ class Operations:
     ones: Callable[[int], torch.Tensor] = torch.ones  # a vector of ones of that length, for linears to hold
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
     integer_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = int32_product
+    # A tensor, unchanged, that the compiler computes in the shape that it has, whatever is done to it afterwards.
+    kept_in_shape: Callable[[torch.Tensor], torch.Tensor] = as_it_is
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
     chips: int = 1  # over which a weight's outputs, or its inputs, are split

@@ -48,7 +48,7 @@ _TILED = LinearKind(TiledLinear, Layout.TILES)
 _PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
 _DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
 _INTEGERS = LinearKind(Int8ActivationsLinear)
-_GROUPED = LinearKind(lambda weight, operations: GroupedLinear(weight), Layout.PIECES)
+_GROUPED = LinearKind(GroupedLinear, Layout.PIECES)
 
 
 def takes_int8_activations(weight_format: WeightFormat) -> bool:
