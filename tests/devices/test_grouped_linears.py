@@ -169,7 +169,7 @@ def test_grouped_on_chips(shape: tuple[int, int, int | None], splits_inputs: boo
     for tensor in weight.laid_out():
         kind = tensor.view(torch.int4) if tensor.dtype == torch.int8 else tensor
         axis = 0 if splits_inputs else tensor.dim() - 1
-        held.append((kind, None if splits_inputs and tensor.dim() == 1 else axis))
+        placed.append((kind, None if splits_inputs and tensor.dim() == 1 else axis))
     operations = Operations(kept_in_shape=kept_in_shape)
 
     def make(*tensors: torch.Tensor) -> nn.Module:
