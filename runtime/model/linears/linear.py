@@ -58,6 +58,8 @@ def int32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The products of x's and y's rows, int8 [N, R, in] and [N, out, in], summed in int32: [N, R, out]."""
     if x.device.type != "cpu":
         return (x.double() @ y.double().mT).int()  # exact
+    if x.shape[1] == 1:  # which Inductor's _int_mm gets wrong in torch 2.9
+        return (x.int() * y.int()).sum(-1, dtype=torch.int32)[:, None]
     return torch.stack([torch._int_mm(rows, weight.mT) for rows, weight in zip(x, y, strict=True)])
 
 
