@@ -39,6 +39,7 @@ from runtime.devices.tracing import (
     TracedGraph,
     TracedTensor,
     Tracer,
+    floats_of_half_bits,
     product_in_float32,
     to_bfloat16,
 )
@@ -111,7 +112,9 @@ class XLABackend:
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
-        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16, chips > 1)
+        self._operations = Operations(
+            self._ones_of, product_in_float32, to_bfloat16, floats_of_half_bits, splits_outputs=chips > 1
+        )
         if self.tiled:
             self.cache_type = StretchKVCache
             one = partial(attend_one_by_products, operations=self._operations)

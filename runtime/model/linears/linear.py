@@ -42,6 +42,11 @@ def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x @ y.mT if x.dim() == y.dim() else torch.tensordot(x, y, dims=([-1], [-1]))
 
 
+def floats_of_half_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The float16 numbers with these bits, int16, in float32."""
+    return bits.view(torch.float16).float()
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
@@ -50,6 +55,7 @@ class Operations:
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = float32_product
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    floats_of_half_bits: Callable[[torch.Tensor], torch.Tensor] = floats_of_half_bits
     splits_outputs: bool = False  # whether a weight's outputs may be on several chips, so that none is cut there
 
 
