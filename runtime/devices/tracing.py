@@ -321,6 +321,18 @@ def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
     return _operation(_as_float)((bits >> 16).to(torch.int16))
 
 
+def floats_of_half_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The float16 numbers with these bits, int16, in float32."""
+    return _operation(_as_half)(bits).float()
+
+
+def _as_half(bits: Any) -> Any:
+    """The float16 numbers with these int16 ``bits``."""
+    import torch_xla.core.xla_builder as xb
+
+    return bits.bitcast(xb.Type.F16)
+
+
 def _as_bits(floats: Any) -> Any:
     """The bits of float32 numbers, as int32."""
     import torch_xla.core.xla_builder as xb

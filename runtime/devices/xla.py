@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from runtime.devices.tracing import (
     TracedGraph,
     TracedTensor,
     Tracer,
+    floats_of_half_bits,
     kept_in_shape,
     product_in_float32,
     product_in_int32,
@@ -48,9 +50,10 @@ from runtime.devices.tracing import (
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import FunctionalKVCache
+from runtime.model.linears.codes import Coded, coding_of
 from runtime.model.linears.grouped import axis_in_pieces, cut_into_pieces
 from runtime.model.linears.linear import LinearWeight, Operations
-from runtime.model.linears.table import Device, Layout, linear_kind, make_linear
+from runtime.model.linears.table import Device, Layout, linear_kind, make_linear, values_kind
 from runtime.model.linears.tiled import Tiles, copy_tiles
 from runtime.model.parts.attention import attend_exactly
 
@@ -135,7 +138,12 @@ class XLABackend:
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
         self._operations = Operations(
-            self._ones_of, product_in_float32, product_in_int32, to_bfloat16=to_bfloat16, chips=chips
+            self._ones_of,
+            product_in_float32,
+            product_in_int32,
+            to_bfloat16=to_bfloat16,
+            floats_of_half_bits=floats_of_half_bits,
+            chips=chips,
         )
         if self.tiled:
             self.cache_type = StretchKVCache
@@ -153,23 +161,21 @@ class XLABackend:
         """Those of the chips of this process, which reads no others."""
         shards.check(self._mesh.local_chips)
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles:
+    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles | Coded:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         chips = self._mesh.local_chips
-        kind = linear_kind(tensor.format, Device.XLA_CPU, self._int8_activations)
-        if self.tiled and tensor.are_values and kind.layout is Layout.TILES:
-            rows = tensor.local_shape(shards.config, self.chips)[0]
-            tiles = [copy_tiles(_blocks(shards, tensor, chip), rows) for chip in chips]
-            return self._hold_tiles(tiles, tensor.shard, tensor.name)
+        layout = linear_kind(tensor.format, Device.XLA_CPU, self._int8_activations).layout
+        if self.tiled and tensor.are_values and layout in (Layout.TILES, Layout.CODED):
+            return self._load_pieces(shards, tensor, layout)
         parts = [tensor.join([shards.local(part.name, chip) for part in tensor.parts]) for chip in chips]
         if self.tiled:
             return self._hold(parts, tensor.shard, tensor.name)
         laid_out = [_laid_out(part, tensor, shards.config, self.chips, self._int8_activations) for part in parts]
         return self._hold([part for part, _ in laid_out], laid_out[0][1], tensor.name)
 
-    def nbytes(self, loaded: torch.Tensor | Tiles) -> int:
-        parts = loaded.parts if isinstance(loaded, Tiles) else [loaded]
-        return sum(self._tracer.nbytes(part) for part in parts)
+    def nbytes(self, loaded: torch.Tensor | Tiles | Coded) -> int:
+        pieces = [loaded] if isinstance(loaded, torch.Tensor) else loaded.pieces
+        return sum(self._tracer.nbytes(piece) for piece in pieces)
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._hold([tensor] * len(self._mesh.local_chips), None, digest(value_of(tensor)))
@@ -268,12 +274,23 @@ class XLABackend:
         self._held[label] = array
         return self._tracer.placeholder(array.shape, parts[0].dtype, axis, stands_for=label)
 
-    def _hold_tiles(self, tiles: Sequence[Sequence[torch.Tensor]], axis: int | None, name: str) -> Tiles:
-        """The tiles of every local chip's part of a weight [out, in]."""
-        by_place = list(zip(*tiles, strict=True))
+    def _load_pieces(self, shards: Shards, tensor: DecoderTensor, layout: Layout) -> Tiles | Coded:
+        """The values of a weight, as XLA:CPU's linears read them; every local chip's come as blocks of rows."""
+        rows, inputs = tensor.local_shape(shards.config, self.chips)
+        blocks = [_blocks(shards, tensor, chip) for chip in self._mesh.local_chips]
+        if layout is Layout.TILES:
+            tiles = [copy_tiles(each, rows) for each in blocks]
+            return Tiles(self._hold_pieces(tiles, tensor))
+        coding = coding_of(values_kind(tensor.format), inputs, tensor.groups(shards.config, self.chips))
+        coded = [coding.encode_blocks(each, rows) for each in blocks]
+        return replace(coded[0], pieces=self._hold_pieces([each.pieces for each in coded], tensor))
+
+    def _hold_pieces(self, pieces: Sequence[Sequence[torch.Tensor]], tensor: DecoderTensor) -> list[torch.Tensor]:
+        """Pieces [out, ...] of every local chip's part of a weight [out, in]; [chips, out, ...] if inputs are split."""
+        axis, by_place = tensor.shard, list(zip(*pieces, strict=True))
         if axis == 1 and self.chips > 1:
             axis, by_place = 0, [[part[None] for part in parts] for parts in by_place]
-        return Tiles([self._hold(parts, axis, f"{name}, tile {place}") for place, parts in enumerate(by_place)])
+        return [self._hold(parts, axis, f"{tensor.name}, piece {place}") for place, parts in enumerate(by_place)]
 
     def _cpu_linear(self, weight: LinearWeight) -> nn.Module:
         return make_linear(weight, Device.XLA_CPU, self._operations, self._int8_activations)

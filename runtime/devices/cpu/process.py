@@ -6,6 +6,9 @@
   7B's feed-forward layer, where the one that saves memory needs 7 MB, which stay in the cache.
 - One of XLA's passes (gemv-rewriter) turns a matrix times a vector into a product of two matrices, for which the whole
   weight is converted in memory first: five times slower.
+- XLA hands sums to a library, which reads only what has been decoded in memory before; products of bfloat16 need that
+  library. Sums that it isn't given are split for precision, which also writes all terms to memory
+  (tree_reduction_rewriter). XLA's own loops over a sum decode in registers.
 - The C library returns large blocks to the system as soon as they are freed, and XLA allocates its temporaries again at
   every execution: the page faults cost more than the arithmetic. So the library is told to keep freed blocks, in one
   arena, since only its first arena can hold large blocks.
@@ -27,11 +30,13 @@ import torch
 from runtime.devices.pjrt import environment, versions
 
 _DISABLED_PASSES = "xla_disable_hlo_passes"
-_OPTIONS = {"xla_cpu_prefer_vector_width": 512, _DISABLED_PASSES: "gemv-rewriter"}
+_SLOW_PASSES = "gemv-rewriter,tree_reduction_rewriter"
+_OPTIONS = {"xla_cpu_prefer_vector_width": 512, _DISABLED_PASSES: _SLOW_PASSES}
+_LIBRARY = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 _SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _OLD_SCHEDULER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # of jaxlib 0.6, which Python 3.10 gets
 _ONE_THREAD_OPTIONS = {
-    _DISABLED_PASSES: "gemv-rewriter,cpu-parallel-task-assigner",
+    _DISABLED_PASSES: f"{_SLOW_PASSES},cpu-parallel-task-assigner",
     "xla_cpu_multi_thread_eigen": False,
 }
 _ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
@@ -52,8 +57,8 @@ def prepare_cpu_process() -> None:
 
 def compiler_options(chips: int) -> dict[str, Any]:
     """XLA's settings for programs on ``chips`` virtual chips, but for those that the user names in XLA_FLAGS."""
-    scheduler = _OLD_SCHEDULER if versions()["jaxlib"].startswith("0.6.") else _SCHEDULER
-    options = _OPTIONS | scheduler | (_ONE_THREAD_OPTIONS if chips >= available_cpus() else {})
+    by_version = _OLD_SCHEDULER if versions()["jaxlib"].startswith("0.6.") else _SCHEDULER | _LIBRARY
+    options = _OPTIONS | by_version | (_ONE_THREAD_OPTIONS if chips >= available_cpus() else {})
     named = {flag.lstrip("-").split("=")[0] for flag in environment().get("XLA_FLAGS", [])}
     return {name: value for name, value in options.items() if name not in named}
 

@@ -68,6 +68,11 @@ def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def floats_of_half_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The float16 numbers with these bits, int16, in float32."""
+    return bits.view(torch.float16).float()
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
@@ -79,6 +84,7 @@ class Operations:
     kept_in_shape: Callable[[torch.Tensor], torch.Tensor] = as_it_is
     # Numbers that bfloat16 represents exactly, converted to it.
     to_bfloat16: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16
+    floats_of_half_bits: Callable[[torch.Tensor], torch.Tensor] = floats_of_half_bits
     chips: int = 1  # over which a weight's outputs, or its inputs, are split
 
 

@@ -12,10 +12,12 @@ from converters.console.errors import InputError
 from quantize.formats.floating import Floating
 from quantize.formats.table import format_title
 from quantize.formats.weight_format import WeightFormat
+from runtime.model.linears.codes import Values
 from runtime.model.linears.grouped import GroupedLinear
 from runtime.model.linears.int8_activations import Int8ActivationsLinear
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import PackedLinear
+from runtime.model.linears.summed import SummedLinear
 from runtime.model.linears.tiled import TiledLinear
 
 
@@ -33,6 +35,7 @@ class Layout(Enum):
 
     AS_STORED = auto()
     TILES = auto()  # the values as in tiled.py
+    CODED = auto()  # the values as in codes.py
     PIECES = auto()  # the values as in grouped.py, scales and zero points [groups, out], or [out]
 
 
@@ -45,10 +48,14 @@ class LinearKind(NamedTuple):
 
 _PLAIN = LinearKind(lambda weight, operations: Linear(weight))
 _TILED = LinearKind(TiledLinear, Layout.TILES)
+_SUMMED = LinearKind(SummedLinear, Layout.CODED)
 _PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
 _DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
 _INTEGERS = LinearKind(Int8ActivationsLinear)
 _GROUPED = LinearKind(GroupedLinear, Layout.PIECES)
+
+
+_VALUES = {"int8": Values.INT8, "int4": Values.INT4, "fp8": Values.FP8}  # by the kind of a format
 
 
 def takes_int8_activations(weight_format: WeightFormat) -> bool:
@@ -65,6 +72,11 @@ def check_activations(activations: str, weight_format: WeightFormat) -> None:
         )
 
 
+def values_kind(weight_format: WeightFormat) -> Values:
+    """What a quantized weight's values are."""
+    return _VALUES[weight_format.kind]
+
+
 def linear_kind(weight_format: WeightFormat, device: Device, int8_activations: bool = False) -> LinearKind:
     """The linear for weights of this format on this device; a format that has none of its own there is decoded.
 
@@ -74,9 +86,11 @@ def linear_kind(weight_format: WeightFormat, device: Device, int8_activations: b
         return _INTEGERS
     if isinstance(weight_format, Floating) or weight_format.name == "int8":
         return {Device.XLA_CPU: _TILED, Device.INDUCTOR_CPU: _PACKED}.get(device, _PLAIN)
-    if device is Device.MATRIX_UNIT and weight_format.kind in ("int8", "int4", "fp8"):
-        return _PLAIN if weight_format.name == "fp8" else _GROUPED
-    return _DECODED
+    if weight_format.kind not in _VALUES:
+        return _DECODED
+    if weight_format.name == "fp8" and device is Device.MATRIX_UNIT:
+        return _PLAIN
+    return {Device.XLA_CPU: _SUMMED, Device.MATRIX_UNIT: _GROUPED}.get(device, _DECODED)
 
 
 def make_linear(

@@ -21,6 +21,7 @@ sums in float32. Up to a few dozen rows XLA's library is faster with the weight 
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,16 +45,12 @@ _LANES = 16  # tiles start at a multiple of a vector register's float32 lanes
 class Tiles:
     """A weight cut along its inputs: tiles [out, width], or [chips, out, width] if its inputs are split over chips."""
 
-    parts: list[torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+    pieces: list[torch.Tensor]
 
     @property
     def inputs(self) -> int:
         """The number of inputs; per chip where they are split over chips."""
-        return sum(part.shape[-1] for part in self.parts)
+        return sum(piece.shape[-1] for piece in self.pieces)
 
 
 def cut(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -70,25 +67,26 @@ def copy_tiles(blocks: Iterable[torch.Tensor], out: int) -> list[torch.Tensor]:
     begin = 0
     for block in blocks:
         pieces = cut(block)
-        tiles = tiles or _empty_tiles(out, [piece.shape[1] for piece in pieces], block.dtype)
+        tiles = tiles or empty_in_huge_pages([(out, piece.shape[1]) for piece in pieces], block.dtype)
         for tile, piece in zip(tiles, pieces, strict=True):
             tile[begin : begin + len(piece)] = piece
         begin += len(block)
     return tiles
 
 
-def _empty_tiles(out: int, widths: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Tiles [out, width] in one anonymous mapping, which lives as long as any of them. In huge pages, where Linux has
-    them to give, a step of the 7B shape takes 0.85 to 0.95 of its time.
+def empty_in_huge_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors in one anonymous mapping, which lives as long as any of them. In huge pages, where Linux has them to
+    give, a step of the 7B shape takes 0.85 to 0.95 of its time.
     """
-    sizes = [-(-out * width * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for width in widths]
+    counts = [math.prod(shape) for shape in shapes]
+    sizes = [-(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for count in counts]
     memory = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     begins = [sum(sizes[:place]) for place in range(len(sizes))]
     return [
-        torch.frombuffer(memory, dtype=dtype, count=out * width, offset=begin).view(out, width)
-        for width, begin in zip(widths, begins, strict=True)
+        torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(*shape)
+        for shape, count, begin in zip(shapes, counts, begins, strict=True)
     ]
 
 
@@ -108,7 +106,7 @@ class TiledLinear(nn.Module):
         """
         super().__init__()
         values = weight.tensors[""]
-        parts = values.parts if isinstance(values, Tiles) else [values]
+        parts = values.pieces if isinstance(values, Tiles) else [values]
         self.tiles = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
         self.operations = operations
         self.register_buffer("scale", weight.scale)
