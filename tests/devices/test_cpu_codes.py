@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from quantize.formats.float8 import Float8
 from quantize.formats.integers import Integers
 from runtime.model.linears import summed
 from runtime.model.linears.codes import PIECE, Coded, Values, coding_of
@@ -124,7 +125,7 @@ def test_every_code_of_float8_is_exact() -> None:
     codes = torch.tensor([code for code in range(-128, 128) if code & 127 != 127], dtype=torch.int8)
     values = codes.view(torch.float8_e4m3fn)[:, None]
     weight = coding_of(Values.FP8, 1, None).encode_blocks([values], len(values))
-    linear = SummedLinear(weight, torch.ones(len(values)), None, Operations())
+    linear = SummedLinear(LinearWeight(Float8(), {"": weight, "_scale": torch.ones(len(values))}), Operations())
     for rows in (1, VECTOR_ROWS[Values.FP8] + 1):
         for dtype in (torch.float32, torch.bfloat16):
             found = linear(torch.ones(rows, 1, dtype=dtype))
@@ -138,7 +139,7 @@ def test_encoded_block_by_block(kind: Values, groups: int | None) -> None:
     held = coding_of(kind, 4 * 1376, groups)
     coded = held.encode_blocks(case.values.split(7), 50)
     assert all(map(torch.equal, coded.pieces, held.encode(case.values)))
-    assert (coded.inputs, coded.nbytes) == (4 * 1376, case.values.numel() // held.halves)
+    assert (coded.inputs, sum(piece.nbytes for piece in coded.pieces)) == (4 * 1376, case.values.numel() // held.halves)
     assert max(piece[0].numel() for piece in coded.pieces) * held.halves <= 1.5 * PIECE[kind]
     with pytest.raises(ValueError, match="rows"):
         held.encode_blocks(case.values.split(7), 51)

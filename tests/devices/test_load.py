@@ -28,6 +28,7 @@ class OneHostOfTwo(XLABackend):
     def __init__(self) -> None:
         """No device is brought up."""
         self._mesh = SimpleNamespace(local_chips=(2, 3))
+        self._int8_activations = False
 
     def _hold(self, parts: Sequence[torch.Tensor], axis: int | None, label: str) -> torch.Tensor:
         return parts[0] if axis is None else torch.cat(list(parts), dim=axis)

@@ -31,8 +31,8 @@ class Values(Enum):
     FP8 = auto()
 
 
-# Inputs of a piece, approximately. The prepared row of a larger one doesn't stay in the nearest cache; with smaller ones
-# 8-bit values are still in a cache for the next row, to which 4-bit values come fast enough anyway.
+# Inputs of a piece, approximately. The prepared row of a larger one doesn't stay in the nearest cache; with smaller
+# ones 8-bit values are still in a cache for the next row, to which 4-bit values come fast enough anyway.
 PIECE = {Values.INT4: 4096, Values.INT8: 1024, Values.FP8: 1024}
 
 
