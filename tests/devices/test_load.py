@@ -29,7 +29,7 @@ class OneHostOfTwo(XLABackend):
         """No device is brought up."""
         self._mesh = SimpleNamespace(local_chips=(2, 3))
 
-    def _hold(self, parts: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
+    def _hold(self, parts: Sequence[torch.Tensor], axis: int | None, label: str) -> torch.Tensor:
         return parts[0] if axis is None else torch.cat(list(parts), dim=axis)
 
 
