@@ -9,11 +9,14 @@ import torch
 import virtual_chips
 from torch import nn
 
+from quantize.slices import find_slice
 from runtime.devices import pjrt
 from runtime.devices.tracing import TracedTensor, Tracer, kept_in_shape, product_in_int32
-from runtime.model.linears.grouped import GroupedLinear, cut_into_pieces, offset_of, piece_size
+from runtime.model.linears.grouped import GroupedLinear, cut_into_pieces, piece_size
 from runtime.model.linears.int8_activations import Int8ActivationsLinear, rounded_to_int8
 from runtime.model.linears.linear import Operations
+from runtime.plan.hlo import parse_module
+from runtime.plan.tpu_compiler import TPUCompiler
 
 CHIPS = 4
 # out, in, inputs of a group (None: one scale for each output)
@@ -38,14 +41,14 @@ class Weight:
         self.size = ((by_group.abs() + abs(zeros)) * self.scale.double()[:, :, None]).flatten(1)
 
     def laid_out(self) -> list[torch.Tensor]:
-        """Values, scale and offset as ``grouped`` takes them."""
+        """Values, scale and zero points as ``grouped`` takes them."""
         scale = self.scale.T.float().contiguous() if self.group else self.scale[:, 0]
-        offset = [] if self.zeros is None else [offset_of(self.zeros.T, scale)]
-        return [cut_into_pieces(self.values, self.group), scale, *offset]
+        zeros = [] if self.zeros is None else [self.zeros.T.float().contiguous()]
+        return [cut_into_pieces(self.values, self.group), scale, *zeros]
 
 
-def grouped(values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> GroupedLinear:
-    return GroupedLinear(values, scale, Operations(), offset)
+def grouped(values: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None = None) -> GroupedLinear:
+    return GroupedLinear(values, scale, Operations(), zeros)
 
 
 def rows_of(inputs: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
@@ -53,12 +56,12 @@ def rows_of(inputs: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
 
 
 def check(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> None:
-    """Within the rounding of the result, of every scaled value to x's dtype, and of offsets to bfloat16."""
+    """Within the rounding of the result and of every scaled value to x's dtype."""
     assert (found.dtype, found.shape) == (x.dtype, (*x.shape[:-1], len(weight.values)))
     exact, size = x.double() @ weight.exact.T, x.double().abs() @ weight.size.T
     off, step = (
         (found.double() - exact).abs(),
-        2**-8 if x.dtype == torch.bfloat16 or weight.zeros is not None else 2**-20,
+        2**-8 if x.dtype == torch.bfloat16 else 2**-20,
     )
     assert (off <= step * size).all()
     assert (off <= 2**-5 * exact.square().mean().sqrt()).all() or len(weight.values) < 3
@@ -163,8 +166,8 @@ def test_grouped_on_chips(shape: tuple[int, int, int | None], splits_inputs: boo
         held.append((kind, None if splits_inputs and tensor.dim() == 1 else axis))
     operations = Operations(kept_in_shape=kept_in_shape)
 
-    def make(values: torch.Tensor, scale: torch.Tensor, *offset: torch.Tensor) -> nn.Module:
-        return GroupedLinear(values, scale, operations, *offset)
+    def make(values: torch.Tensor, scale: torch.Tensor, *zeros: torch.Tensor) -> nn.Module:
+        return GroupedLinear(values, scale, operations, *zeros)
 
     x = rows_of(shape[1], dtype)
     check(on_chips(make, held, x), x, weight)
@@ -182,3 +185,25 @@ def test_int8_activations_on_chips(splits_inputs: bool) -> None:
 
     held = [(weight.values, 1 if splits_inputs else 0), (weight.scale[:, 0], None if splits_inputs else 0)]
     assert torch.allclose(on_chips(make, held, x), on_host(x), rtol=1e-5, atol=1e-4)
+
+
+KEPT = Operations(kept_in_shape=kept_in_shape)
+
+
+@pytest.mark.parametrize(("operations", "writes"), [(Operations(), True), (KEPT, False)])
+def test_a_tpu_writes_no_dequantized_weight(operations: Operations, writes: bool) -> None:
+    """Where the result is cut into heads."""
+    out, inputs, tracer = 1408, 1024, Tracer()
+    values = tracer.placeholder((inputs // 64, 64, out), torch.int4, None)
+    scale = tracer.placeholder((inputs // 64, out), torch.float32, None)
+    linear = GroupedLinear(values, scale, operations)
+
+    def function(x: torch.Tensor, caches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        heads = linear(x).unflatten(-1, (-1, 32))
+        return [(heads * heads.cos()).sum(2)], [caches[0] + 1]
+
+    with torch.no_grad():
+        graph = tracer.trace(function, [TracedTensor((2, 1, inputs), torch.bfloat16, None), CACHE], donates=1).graph
+    module = parse_module(TPUCompiler(find_slice("v5e-4")).compile(graph).text)
+    floats = [each for each in module.entry.instructions.values() if each.results[0].dtype == "bf16"]
+    assert (max(each.nbytes for each in floats) >= 2 * out * inputs) == writes
