@@ -39,7 +39,9 @@ from runtime.devices.tracing import (
     TracedGraph,
     TracedTensor,
     Tracer,
+    kept_in_shape,
     product_in_float32,
+    product_in_int32,
     to_bfloat16,
 )
 from runtime.model.decoder_tensors import DecoderTensor
@@ -111,7 +113,14 @@ class XLABackend:
         self.platform = f"{kind.lower()}/xla"
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
-        self._operations = Operations(self._ones_of, product_in_float32, to_bfloat16, chips > 1)
+        self._operations = Operations(
+            ones=self._ones_of,
+            product=product_in_float32,
+            integer_product=product_in_int32,
+            kept_in_shape=kept_in_shape,
+            to_bfloat16=to_bfloat16,
+            splits_outputs=chips > 1,
+        )
         if self.tiled:
             self.cache_type = StretchKVCache
             one = partial(attend_one_by_products, operations=self._operations)

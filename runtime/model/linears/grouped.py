@@ -3,11 +3,12 @@
 A weight [out, in] is held as [pieces, size, out]: a piece is ``size`` consecutive inputs, and a group, whose inputs
 share a scale for each output, is one piece or several. The TPU's compiler computes a product that sums over pieces and
 their inputs in one fusion with what is done to the weight, which it reads as it is stored. All other forms lose by its
-estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at five to
-twenty times the cost, and sums scaled group by group cost ten times as much for a prompt.
+estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at seven to
+sixteen times the cost, and sums scaled group by group cost nine times as much for a prompt.
 
-``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, and those
-of 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well.
+Pieces of 64 inputs are good on all generations (v4, v5e, v6e, 7x). Those of 128 take up to 1.9 times as long, and those
+of 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well. (For
+that one v6e is an eighth faster with pieces of 256, v5e as much slower.)
 
 The product's result is ``kept_in_shape``: else the compiler gives it the shape that what follows brings it to, heads
 or the next weight's pieces, turns the weight to fit, and writes it to memory in bfloat16 for that.
@@ -15,7 +16,8 @@ or the next weight's pieces, turns the weight to fit, and writes it to memory in
 Scales are float32. Of bfloat16 the compiler makes a float32 copy before every product, which takes a tenth longer.
 
 Zero points are float32 too, and subtracted from every value. Taken off after the product, as a product of each group's
-sum of inputs, they take a sixth longer on v5e in a whole decode step, although a linear by itself is faster so.
+sum of inputs, they take a sixth longer on v5e in a decode step and two thirds longer in a bucket of 512, although a
+linear by itself is faster so.
 
 A device that splits a weight's inputs over chips splits the pieces and the groups, the first axes; outputs are the last
 axis of all tensors.
