@@ -138,9 +138,10 @@ class XLABackend:
         self.tiled = kind == "CPU"
         self._ones: dict[int, torch.Tensor] = {}  # by length
         self._operations = Operations(
-            self._ones_of,
-            product_in_float32,
-            product_in_int32,
+            ones=self._ones_of,
+            product=product_in_float32,
+            integer_product=product_in_int32,
+            kept_in_shape=kept_in_shape,
             to_bfloat16=to_bfloat16,
             floats_of_half_bits=floats_of_half_bits,
             chips=chips,
@@ -416,7 +417,7 @@ def _laid_out(
             part = cut_into_pieces(part, None if groups is None else part.shape[1] // groups)
         else:
             part = part.T.contiguous() if part.dim() == 2 else part  # [groups, out], or [out]
-            part = part.float() if part.is_floating_point() else part
+            part = part.float()
         axis = axis_in_pieces(axis, part.dim())
     return part.view(torch.int4) if tensor.is_int4 and tensor.are_values else part, axis
 

@@ -11,11 +11,14 @@ import virtual_chips
 from torch import nn
 
 from quantize.formats.integers import Integers
+from quantize.slices import find_slice
 from runtime.devices import pjrt
 from runtime.devices.tracing import TracedTensor, Tracer, kept_in_shape, product_in_int32
 from runtime.model.linears.grouped import GroupedLinear, cut_into_pieces, piece_size
 from runtime.model.linears.int8_activations import Int8ActivationsLinear, rounded_to_int8
 from runtime.model.linears.linear import LinearWeight, Operations
+from runtime.plan.hlo import parse_module
+from runtime.plan.tpu_compiler import TPUCompiler
 
 CHIPS = 4
 TORCH = Operations()
@@ -43,7 +46,11 @@ class Weight:
     def laid_out(self) -> list[torch.Tensor]:
         """Values, scale and zero points as ``grouped`` takes them."""
         scale = self.scale.T.float().contiguous() if self.group else self.scale[:, 0]
-        zeros = [] if self.zeros is None else [self.zeros.T.contiguous() if self.group else self.zeros[:, 0]]
+        zeros = (
+            []
+            if self.zeros is None
+            else [self.zeros.T.float().contiguous() if self.group else self.zeros[:, 0].float()]
+        )
         return [cut_into_pieces(self.values, self.group), scale, *zeros]
 
 
@@ -64,12 +71,12 @@ def rows_of(inputs: int, dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
 
 
 def check(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> None:
-    """Within the rounding of the result, of every scaled value to x's dtype, and of offsets to bfloat16."""
+    """Within the rounding of the result and of every scaled value to x's dtype."""
     assert (found.dtype, found.shape) == (x.dtype, (*x.shape[:-1], len(weight.values)))
     exact, size = x.double() @ weight.exact.T, x.double().abs() @ weight.size.T
     off, step = (
         (found.double() - exact).abs(),
-        2**-8 if x.dtype == torch.bfloat16 or weight.zeros is not None else 2**-20,
+        2**-8 if x.dtype == torch.bfloat16 else 2**-20,
     )
     assert (off <= step * size).all()
     assert (off <= 2**-5 * exact.square().mean().sqrt()).all() or len(weight.values) < 3
@@ -191,3 +198,25 @@ def test_int8_activations_on_chips(splits_inputs: bool) -> None:
 
     placed = [(weight.values, 1 if splits_inputs else 0), (weight.scale[:, 0], None if splits_inputs else 0)]
     assert torch.allclose(on_chips(make, placed, x), on_host(x), rtol=1e-5, atol=1e-4)
+
+
+KEPT = Operations(kept_in_shape=kept_in_shape)
+
+
+@pytest.mark.parametrize(("operations", "writes"), [(TORCH, True), (KEPT, False)])
+def test_a_tpu_writes_no_dequantized_weight(operations: Operations, writes: bool) -> None:
+    """Where the result is cut into heads."""
+    out, inputs, tracer = 1408, 1024, Tracer()
+    values = tracer.placeholder((inputs // 64, 64, out), torch.int4, None)
+    scale = tracer.placeholder((inputs // 64, out), torch.float32, None)
+    linear = grouped(values, scale, operations=operations)
+
+    def function(x: torch.Tensor, caches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        heads = linear(x).unflatten(-1, (-1, 32))
+        return [(heads * heads.cos()).sum(2)], [caches[0] + 1]
+
+    with torch.no_grad():
+        graph = tracer.trace(function, [TracedTensor((2, 1, inputs), torch.bfloat16, None), CACHE], donates=1).graph
+    module = parse_module(TPUCompiler(find_slice("v5e-4")).compile(graph).text)
+    floats = [each for each in module.entry.instructions.values() if each.results[0].dtype == "bf16"]
+    assert (max(each.nbytes for each in floats) >= 2 * out * inputs) == writes

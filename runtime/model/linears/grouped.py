@@ -3,19 +3,21 @@
 A weight [out, in] is held as [pieces, size, out]: a piece is ``size`` consecutive inputs, and a group, whose inputs
 share a scale for each output, is one piece or several. The TPU's compiler computes a product that sums over pieces and
 their inputs in one fusion with what is done to the weight, which it reads as it is stored. All other forms lose by its
-estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at five to
-twenty times the cost, and sums scaled group by group cost ten times as much for a prompt.
+estimate: a weight [in, out] whose groups are made by reshaping it is written to memory in bfloat16 first, at seven to
+sixteen times the cost, and sums scaled group by group cost nine times as much for a prompt.
 
-``PIECE`` inputs are best on all generations (v4, v5e, v6e, 7x). Pieces of 128 take up to 1.9 times as long, and those
-of 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well.
+Pieces of 64 inputs are good on all generations (v4, v5e, v6e, 7x). Those of 128 take up to 1.9 times as long, and those
+of 32 up to 1.5 times, so a group of 128 is two pieces, and a weight with one scale for each output is cut as well. (For
+that one v6e is an eighth faster with pieces of 256, v5e as much slower.)
 
 The product's result is ``kept_in_shape``: else the compiler gives it the shape that what follows brings it to, heads
 or the next weight's pieces, turns the weight to fit, and writes it to memory in bfloat16 for that.
 
 Scales are float32. Of bfloat16 the compiler makes a float32 copy before every product, which takes a tenth longer.
 
-Zero points are taken off after the product, as a small product of each group's sum of inputs: subtracted from every
-value, they cost a fifth more.
+Zero points are float32 too, and subtracted from every value. Taken off after the product, as a product of each group's
+sum of inputs, they take a sixth longer on v5e in a decode step and two thirds longer in a bucket of 512, although a
+linear by itself is faster so.
 
 A device that splits a weight's inputs over chips splits the pieces and the groups, the first axes; outputs are the last
 axis of all tensors.
@@ -60,7 +62,9 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, weight: LinearWeight, operations: Operations) -> None:
         """Its values are as ``cut_into_pieces`` gives them, and its scale is float32 [groups, out]: the first axis of
-        both is the groups. Or the scale is [out], one for all inputs of an output. Zero points have the scale's shape.
+        both is the groups. Or the scale is [out], one for all inputs of an output.
+
+        Zero points have the scale's shape and dtype.
         """
         super().__init__()
         self.operations = operations
@@ -73,29 +77,21 @@ class GroupedLinear(nn.Module):
         y = self.operations.kept_in_shape(sum_of_products(rows, self._scaled(x.dtype)))
         if self.weight_scale.dim() == 1:
             y = y * self.weight_scale
-        if self.weight_zero_point is not None:
-            y = y.float() - self._offsets(rows)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def _scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values, times their groups' scales if any, in the shape in which they are held."""
-        if self.weight_scale.dim() == 1:
-            return self.weight.to(dtype)
-        groups, out = self.weight_scale.shape
-        scale = self.weight_scale.view(groups, *[1] * (self.weight.dim() - 2), out)
-        return (self.weight.float() * scale).to(dtype)
+        """What groups' values stand for, or the values of a weight without groups, in the shape that they have."""
+        values = self.weight
+        if self.weight_zero_point is not None:
+            values = values.float() - self._by_group(self.weight_zero_point)
+        if self.weight_scale.dim() == 2:
+            values = values.float() * self._by_group(self.weight_scale)
+        return values.to(dtype)
 
-    def _offsets(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the products [R, out] of ``rows`` [R, in] have too much, in float32."""
-        zeros, scale = (each.view(-1, each.shape[-1]) for each in (self.weight_zero_point, self.weight_scale))
-        offset = (zeros * scale).to(rows.dtype)  # [groups, out]
-        sums = rows.float().unflatten(-1, (len(offset), -1)).sum(-1)  # [R, groups]
-        if rows.dtype == torch.float32:
-            return sums @ offset
-        high = sums.to(rows.dtype)  # a second product has what rounding the sums leaves
-        low = (sums - high.float()).to(rows.dtype)
-        both = torch.cat([high, low]) @ offset
-        return both[: len(rows)].float() + both[len(rows) :].float()
+    def _by_group(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [groups, out], or [out], with as many axes as the values."""
+        groups = len(tensor) if tensor.dim() == 2 else 1
+        return tensor.view(groups, *[1] * (self.weight.dim() - 2), tensor.shape[-1])
 
 
 def sum_of_products(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

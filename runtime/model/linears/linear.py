@@ -73,7 +73,7 @@ def floats_of_half_bits(bits: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float16).float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Operations:
     """What a linear's form asks of its device; these are torch's own."""
 
