@@ -67,7 +67,7 @@ def test_convert(root: Path, arguments: tuple[str, ...], says: str, monkeypatch:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("hf",), "--int8 or --bf16"),
+        (("hf",), "Give --int8, --int4, --fp8 or --bf16"),
         (("hf", "--int8", "--chips", "4", "--target", "v4-16"), "--chips 4 contradicts --target v4-16, which has 8"),
         (("hf", "--int8", "--chips", "4", "--target", "tpu7x-8"), "tpu7x-8, which has 8 devices on 4 chips. Give one"),
         (("hf", "--int8", "--target", "v3-8"), "'v3-8'; give one of v4-8, v4-16"),
