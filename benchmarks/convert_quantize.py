@@ -1,4 +1,4 @@
-"""Conversion and quantization compared with the disk's own speed and with other int8 quantizers.
+"""Conversion and quantization compared with the disk's own speed and with other quantizers.
 
     python benchmarks/convert_quantize.py [--layers 32] [--folder /tmp] [--repeat 3] [--methods floor,ours]
                                             [--llama-cpp FOLDER] [--json FILE]
@@ -37,6 +37,12 @@ LLAMA_CPP = "LLAMA_CPP_LIBRARIES"  # passes the folder to the process that measu
 MOSTLY_Q8_0 = 7  # llama.cpp's number for the file type
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCRIPTS = Path(sys.executable).parent
+OURS = {  # by the names in the table, the options of llama-quantize
+    "ours": ("--int8",),
+    "ours int4": ("--int4",),
+    "ours int4 with zero points": ("--int4", "--zero-points"),
+    "ours fp8": ("--fp8",),
+}
 
 
 def main() -> None:
@@ -55,11 +61,11 @@ def main() -> None:
         return
     if options.llama_cpp:
         os.environ[LLAMA_CPP] = str(options.llama_cpp.resolve())
-    names = [name for name in METHODS if name != "write-gguf"]
+    names = [name for name in (*OURS, *METHODS) if name != "write-gguf"]
     if options.methods:
         names = options.methods.split(",")
-        if not {"floor", "ours"} <= set(names) <= METHODS.keys():
-            sys.exit(f"--methods takes floor, ours and any of {', '.join(METHODS)}")
+        if not {"floor", "ours"} <= set(names) <= {*METHODS, *OURS}:
+            sys.exit(f"--methods takes floor, ours and any of {', '.join([*METHODS, *OURS])}")
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         results = measure(Path(work), options.layers, options.repeat, names)
     print(table(results))
@@ -89,8 +95,8 @@ def measure(work: Path, layers: int, repeat: int, names: list[str]) -> dict[str,
         for name in names:
             _drop_from_cache([*checkpoint.iterdir(), *work.glob("*.gguf")])
             command = [sys.executable, __file__, "--method", name, "--work", work]
-            if name == "ours":
-                command = [SCRIPTS / "llama-quantize", checkpoint, "--int8", "--chips", 8, "--out", work / "out"]
+            if name in OURS:
+                command = [SCRIPTS / "llama-quantize", checkpoint, *OURS[name], "--chips", 8, "--out", work / "out"]
             runs[name].append(_run(command, work))
             shutil.rmtree(work / "out", ignore_errors=True)
             for path in work.glob("out.*"):
@@ -125,7 +131,7 @@ def table(results: dict[str, Any]) -> str:
         f"llama-convert --storage files: {making['seconds']:.1f} s, {making['bytes_per_s'] / 1e9:.2f} GB/s, peak RSS "
         f"{making['peak_rss_bytes'] / 1e9:.2f} GB.",
         "",
-        "| int8 quantization, disk to disk | s (median) | spread | Gw/s | to the floor | to ours | peak RSS, GB |",
+        "| quantization, disk to disk (int8) | s (median) | spread | Gw/s | to the floor | to ours | peak RSS, GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in results["quantize"].items():
@@ -323,7 +329,6 @@ def _drop_from_cache(paths: list[Path]) -> None:
 
 METHODS: dict[str, Callable[[Path], None]] = {
     "floor": floor,
-    "ours": lambda work: None,  # run as a command
     "plain torch expression": plain,
     "gpt-fast's arithmetic": gpt_fast,
     "torchao": torchao,
