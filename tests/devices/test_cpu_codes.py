@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.model.linears import summed
-from runtime.model.linears.codes import Coded, Values, encode, encode_blocks, values_in_a_byte
+from runtime.model.linears.codes import PIECE, Coded, Values, layout
 from runtime.model.linears.linear import Operations
 from runtime.model.linears.summed import VECTOR_ROWS, SummedLinear
 
@@ -40,14 +40,13 @@ class Case(NamedTuple):
     def groups(self) -> int | None:
         return None if self.scale.dim() == 1 else self.scale.shape[1]
 
-    def linear(self, chips: int | None = None, operations: Operations | None = None) -> SummedLinear:
+    def linear(self, chips: int | None = None) -> SummedLinear:
         """The linear, its inputs split over ``chips``."""
         parts = self.values.chunk(chips or 1, dim=1)
-        groups = self.groups and self.groups // len(parts)
-        held = [encode(part.contiguous(), self.kind, groups) for part in parts]
-        halves = values_in_a_byte(self.kind, parts[0].shape[1], groups or 1)
-        weight = Coded(self.kind, held[0] if chips is None else torch.stack(held), halves)
-        return SummedLinear(weight, self.scale, self.zero_points, operations or Operations())
+        held = layout(self.kind, parts[0].shape[1], self.groups and self.groups // len(parts))
+        pieces = [held.encode(part) for part in parts]
+        pieces = pieces[0] if chips is None else [torch.stack(piece) for piece in zip(*pieces, strict=True)]
+        return SummedLinear(Coded(self.kind, pieces, held.halves), self.scale, self.zero_points, Operations())
 
 
 def _case(out: int, inputs: int, groups: int | None, kind: Values, zero_points: bool) -> Case:
@@ -122,7 +121,7 @@ def test_summed_with_its_inputs_on_several_chips(
 def test_every_code_of_float8_is_exact() -> None:
     codes = torch.tensor([code for code in range(-128, 128) if code & 127 != 127], dtype=torch.int8)
     values = codes.view(torch.float8_e4m3fn)[:, None]
-    weight = Coded(Values.FP8, encode(values, Values.FP8), 1)
+    weight = layout(Values.FP8, 1, None).encode_blocks([values], len(values))
     linear = SummedLinear(weight, torch.ones(len(values)), None, Operations())
     for rows in (1, VECTOR_ROWS[Values.FP8] + 1):
         for dtype in (torch.float32, torch.bfloat16):
@@ -130,11 +129,19 @@ def test_every_code_of_float8_is_exact() -> None:
             assert torch.equal(found, values.to(dtype).T.expand(rows, -1))
 
 
-@pytest.mark.parametrize(("kind", "zero_points"), KINDS)
-def test_encoded_block_by_block(kind: Values, zero_points: bool) -> None:
-    case = _case(50, 1376, 43, kind, zero_points)
-    whole = encode(case.values, kind, 43)
-    assert torch.equal(encode_blocks(case.values.split(7), 50, kind, 43), whole)
-    assert whole.nbytes == case.values.numel() // (2 if kind is Values.INT4 else 1)
+@pytest.mark.parametrize("groups", [43, None])
+@pytest.mark.parametrize("kind", list(Values))
+def test_encoded_block_by_block(kind: Values, groups: int | None) -> None:
+    case = _case(50, 4 * 1376, groups, kind, zero_points=False)
+    held = layout(kind, 4 * 1376, groups)
+    coded = held.encode_blocks(case.values.split(7), 50)
+    assert all(map(torch.equal, coded.pieces, held.encode(case.values)))
+    assert (coded.inputs, coded.nbytes) == (4 * 1376, case.values.numel() // held.halves)
+    assert max(piece[0].numel() for piece in coded.pieces) * held.halves <= 1.5 * PIECE[kind]
     with pytest.raises(ValueError, match="rows"):
-        encode_blocks(case.values.split(7), 51, kind, 43)
+        held.encode_blocks(case.values.split(7), 51)
+
+
+def test_inputs_are_whole_groups() -> None:
+    with pytest.raises(ValueError, match="100 inputs"):
+        layout(Values.INT4, 100, 3)

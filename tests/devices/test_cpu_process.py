@@ -62,10 +62,11 @@ def test_defaults(spare: int) -> None:
     cpus = available_cpus()
     found = _prepared(cpus - spare)
     passes = found["options"].pop("xla_disable_hlo_passes").split(",")
-    assert passes == ["gemv-rewriter", *([] if spare else ["cpu-parallel-task-assigner"])]
+    assert passes == ["gemv-rewriter", "tree_reduction_rewriter", *([] if spare else ["cpu-parallel-task-assigner"])]
     assert found["options"] == {
         "xla_cpu_prefer_vector_width": 512,
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     } | ({} if spare else {"xla_cpu_multi_thread_eigen": False})
     assert found["threads"] == int(found["NPROC"]) == cpus
     assert found["loading"] > 10_000  # 4 x 64 MB are 65,536 pages

@@ -9,7 +9,8 @@ a scale for each output):
   making one sum of the two (it would add lanes up within the loop, one chunk after the other) by a product with ones
   that the compiler can't know to be ones;
 - 4-bit values need no shift, and the offset of those in the low halves is taken off in the vector register;
-- the row is prepared before the loop, which a division by such ones ensures (see ``tiled.py``).
+- the row is prepared before the loop, which a division by such ones ensures (see ``tiled.py``), and what a loop needs
+  of it stays in the nearest cache, since a weight is cut into pieces.
 
 More rows use a matrix product for each half of the bytes, decoded to the activations' dtype some outputs at a time.
 There, scales of groups are rounded into a bfloat16 weight, as everywhere in bfloat16; a scale for each output isn't.
@@ -17,18 +18,35 @@ There, scales of groups are rounded into a bfloat16 weight, as everywhere in bfl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from runtime.model.linears.codes import HIGH, LOW, OFFSET, Coded, Values
 from runtime.model.linears.linear import Operations
+from runtime.model.linears.tiled import LEFT_ROWS
 
 VECTOR_ROWS = {Values.INT4: 8, Values.INT8: 4, Values.FP8: 4}  # the most rows multiplied as vectors
-_BLOCK = 1 << 20  # elements that are decoded at once of a weight which has at least twice as many
+_BLOCK = 1 << 20  # elements that are decoded at once of a piece which has at least twice as many
 _FP8_UNIT = 256  # float16 reads the bits of e4m3 as numbers that are so many times smaller
 _FP8_MASK = -16512  # of int16: its sign, four bits of an exponent and three of a mantissa
+_HIGH_UNIT = 2.0**-4  # of the values that are read by HIGH
+
+
+class _Piece(NamedTuple):
+    """Values [..., out, chunks, groups, lanes], and the float32 scales and zero points of groups [..., 1], if any."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+    zero_points: torch.Tensor | None
+
+    def split(self, outputs: int) -> list[_Piece]:
+        """Pieces of so many outputs each."""
+        count = -(-self.values.shape[-4] // outputs)
+        parts = [[None] * count if tensor is None else tensor.split(outputs, dim=-4) for tensor in self]
+        return [_Piece(*part) for part in zip(*parts, strict=True)]
 
 
 class SummedLinear(nn.Module):
@@ -39,108 +57,128 @@ class SummedLinear(nn.Module):
     ) -> None:
         """Scales are float32 [out], or of any floating dtype [out, groups]; zero points int8 of the same shape.
 
-        Groups are those that the weight was encoded with, of all chips together.
+        Groups are those of the weight's layout, of all chips together.
         """
         super().__init__()
-        self.weight = nn.Parameter(weight.bytes, requires_grad=False)
+        self.pieces = nn.ParameterList(nn.Parameter(piece, requires_grad=False) for piece in weight.pieces)
         self.kind, self.halves = weight.kind, weight.halves
         self.operations = operations
         self.register_buffer("scale", scale)
         self.register_buffer("zero_points", zero_points)
-        lanes = weight.bytes.shape[-3:]
-        self.register_buffer("ones", operations.ones(lanes.numel()))
-        self.register_buffer("lane_ones", operations.ones(lanes[0] * lanes[2]) if lanes[1] > 1 else None)
+        self.register_buffer("ones", operations.ones(weight.inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, in]
-        split = self.weight.dim() == 5
-        if split:
-            rows = rows.unflatten(-1, (self.weight.shape[0], -1)).transpose(0, 1)  # [chips, R, in / chips]
-        multiply = self._vector_sums if rows.shape[-2] <= VECTOR_ROWS[self.kind] else self._matrix_products
-        y = multiply(rows)  # float32 [R, out] or [chips, R, out]
-        if split:
-            y = y.sum(0)
+        y = self._products(rows)
         if self.scale.dim() == 1:
             if self.zero_points is not None:
-                y = y - x.reshape(len(y), -1).float().sum(-1, keepdim=True) * self.zero_points
+                y = y - rows.float().sum(-1, keepdim=True) * self.zero_points
             y = y * self.scale
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def _vector_sums(self, rows: torch.Tensor) -> torch.Tensor:
-        parts = self._parts(rows.float()) # [..., R, 1, chunks, groups, lanes]
-        ones = self.ones.view(self.weight.shape[-3:])
-        units = [_FP8_UNIT] if self.kind is Values.FP8 else [1, 2.0**-4]
-        vectors = [part * unit / ones for part, unit in zip(parts, units, strict=False)]
-        scale, zero_points = self._by_group(self.scale), self._by_group(self.zero_points)
-        offset = parts[0] * OFFSET / ones if self.halves == 2 else None
-        whole = sum(parts[1:], parts[0]) / ones if zero_points is not None else None
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        """The products [R, out] of rows [R, in], in float32, before scales [out] and their zero points."""
+        pieces = self._pieces()
+        split = pieces[0].values.dim() == 5
+        if split:
+            rows = rows.unflatten(-1, (pieces[0].values.shape[0], -1)).transpose(0, 1)  # [chips, R, in / chips]
+        parts = rows.split([self.halves * piece.values.shape[-3:].numel() for piece in pieces], dim=-1)
+        multiply = self._vector_sums if rows.shape[-2] <= VECTOR_ROWS[self.kind] else self._matrix_products
+        y = multiply(parts, pieces)  # [R, out] or [chips, R, out]
+        return y.sum(0) if split else y
+
+    def _pieces(self) -> list[_Piece]:
+        values = list(self.pieces)
+        counts = [piece.shape[-3] * piece.shape[-2] for piece in values]
+        scales, zeros = (
+            [None] * len(values) if tensor is None or tensor.dim() == 1 else self._by_chip(tensor).split(counts, dim=-1)
+            for tensor in (self.scale, self.zero_points)
+        )
+        pieces = []
+        for piece, *by_group in zip(values, scales, zeros, strict=True):
+            shape = (*piece.shape[-3:-1], 1)  # chunks, groups, 1
+            pieces.append(_Piece(piece, *(t if t is None else t.float().unflatten(-1, shape) for t in by_group)))
+        return pieces
+
+    def _by_chip(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Scales or zero points [out, groups], or [chips, out, groups / chips] where inputs are split over chips."""
+        if self.pieces[0].dim() == 4:
+            return tensor
+        return tensor.unflatten(-1, (self.pieces[0].shape[0], -1)).transpose(0, 1)
+
+    def _vector_sums(self, parts: Sequence[torch.Tensor], pieces: Sequence[_Piece]) -> torch.Tensor:
         sums = []
-        for row in range(rows.shape[-2]):
-            products = [value * vector.select(-5, row) for value, vector in zip(self._raw(self.weight), vectors, strict=True)]
-            total = sum(products[1:], products[0])
-            if offset is not None:
-                total = total - offset.select(-5, row)
-            if zero_points is not None:
-                total = total - zero_points * whole.select(-5, row)
-            sums.append(self._sum(total if scale is None else total * scale))
+        for row in range(parts[0].shape[-2]):
+            products = [
+                self._sum_of_products(part.select(-2, row).float(), piece)
+                for part, piece in zip(parts, pieces, strict=True)
+            ]
+            sums.append(sum(products[1:], products[0]))
         return torch.stack(sums, dim=-2)
 
-    def _sum(self, terms: torch.Tensor) -> torch.Tensor:
-        """The sums [..., out] of terms [..., out, chunks, groups, lanes]."""
-        if self.lane_ones is None:
-            return terms.sum((-3, -2, -1))
-        chunks = terms.sum(-2)  # [..., out, chunks, lanes]
-        return (chunks * self.lane_ones.view(chunks.shape[-2:])).sum((-2, -1))
+    def _sum_of_products(self, row: torch.Tensor, piece: _Piece) -> torch.Tensor:
+        """The products [..., out] of a row [..., inputs] with a piece."""
+        shape = piece.values.shape[-3:]
+        ones = self.ones[: shape.numel()].view(shape)
+        halves = self._halves(row, shape)  # [..., 1, chunks, groups, lanes]
+        products = [
+            value * (half * unit / ones)
+            for value, half, unit in zip(self._raw(piece.values), halves, self._units(), strict=True)
+        ]
+        terms = sum(products[1:], products[0])  # [..., out, chunks, groups, lanes]
+        if self.halves == 2:
+            terms = terms - halves[0] * OFFSET / ones
+        if piece.zero_points is not None:
+            terms = terms - piece.zero_points * (sum(halves[1:], halves[0]) / ones)
+        if piece.scale is not None:
+            terms = terms * piece.scale
+        if shape[1] > 1:
+            terms = terms.sum(-2, keepdim=True) * ones[:, :1]
+        return terms.sum((-3, -2, -1))
 
-    def _matrix_products(self, rows: torch.Tensor) -> torch.Tensor:
-        parts = [part.flatten(-4) for part in self._parts(rows)]  # [..., R, in / halves]
-        sums = []
-        for weight, scale, zero_points in self._blocks():
-            products = []
-            for part, values in zip(parts, self._decoded(weight), strict=True):
-                if zero_points is not None:
-                    values = values - zero_points
-                if scale is not None:
-                    values = values * scale
-                values = values.flatten(-3)
-                exact = scale is None and rows.dtype == torch.bfloat16
-                converted = self.operations.to_bfloat16(values) if exact else values.to(rows.dtype)
-                products.append(self.operations.product(part, converted))
-            sums.append(sum(products[1:], products[0]))
-        return torch.cat(sums, dim=-1)
-
-    def _blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-        """The bytes, scales and zero points of some outputs, unless outputs may be split over chips; [..., n, ...]."""
-        out, width = self.weight.shape[-4], self.weight.shape[-3:].numel()
+    def _matrix_products(self, parts: Sequence[torch.Tensor], pieces: Sequence[_Piece]) -> torch.Tensor:
+        inputs = [self._halves(part, piece.values.shape[-3:]) for part, piece in zip(parts, pieces, strict=True)]
+        inputs = [[half.flatten(-4) for half in halves] for halves in inputs]  # [..., R, inputs]
+        out = pieces[0].values.shape[-4]
+        width = max(piece.values.shape[-3:].numel() for piece in pieces)
         are_large = out * width >= 2 * _BLOCK and not self.operations.splits_outputs
         outputs = max(1, _BLOCK // width) if are_large else out
-        held = [self.weight, self._by_group(self.scale), self._by_group(self.zero_points)]
-        parts = [[None] * -(-out // outputs) if t is None else t.split(outputs, dim=-4) for t in held]
-        return zip(*parts, strict=True)
+        weight_left = parts[0].shape[-2] <= LEFT_ROWS
+        sums = []
+        for some in zip(*(piece.split(outputs) for piece in pieces), strict=True):  # some outputs of every piece
+            products = [
+                self.operations.product(weight, half) if weight_left else self.operations.product(half, weight)
+                for halves, piece in zip(inputs, some, strict=True)
+                for half, weight in zip(halves, self._weights(piece, parts[0].dtype), strict=True)
+            ]
+            sums.append(sum(products[1:], products[0]))
+        return torch.cat(sums, dim=-2).mT if weight_left else torch.cat(sums, dim=-1)
 
-    def _parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The inputs [..., 1, chunks, groups, lanes] of either half of the bytes, of rows [..., in]."""
-        chunks, groups, lanes = self.weight.shape[-3:]
+    def _weights(self, piece: _Piece, dtype: torch.dtype) -> list[torch.Tensor]:
+        """A piece's weights [..., out, inputs] in either half of the bytes."""
+        raw = self._raw(piece.values)
+        weights = [half if unit == 1 else half * unit for half, unit in zip(raw, self._units(), strict=True)]
+        if self.halves == 2:
+            weights[0] = weights[0] - OFFSET
+        if piece.zero_points is not None:
+            weights = [half - piece.zero_points for half in weights]
+        if piece.scale is not None:
+            weights = [half * piece.scale for half in weights]
+        is_exact = piece.scale is None and dtype == torch.bfloat16
+        return [(self.operations.to_bfloat16(half) if is_exact else half.to(dtype)).flatten(-3) for half in weights]
+
+    def _halves(self, rows: torch.Tensor, shape: torch.Size) -> list[torch.Tensor]:
+        """The inputs [..., 1, chunks, groups, lanes] of either half of a piece's bytes, of rows [..., inputs]."""
+        chunks, groups, lanes = shape
         return list(rows.unflatten(-1, (1, chunks, groups, self.halves, lanes)).unbind(-2))
 
-    def _by_group(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A tensor [out, groups] in float32 as [..., out, chunks, groups, 1]; None for one without groups."""
-        if tensor is None or tensor.dim() == 1:
-            return None
-        if self.weight.dim() == 5:
-            tensor = tensor.unflatten(-1, (self.weight.shape[0], -1)).transpose(0, 1)  # [chips, out, groups]
-        return tensor.float().unflatten(-1, (*self.weight.shape[-3:-1], 1))
-
     def _raw(self, held: torch.Tensor) -> list[torch.Tensor]:
-        """What the bytes' halves are read as, float32 in their shape: ``_decoded`` puts them right."""
+        """What either half of the bytes is read as, in float32: values, with OFFSET in low halves, per ``_units``."""
         if self.kind is Values.FP8:
-            bits = (held.to(torch.int16) * 128) & _FP8_MASK
-            return [self.operations.floats_of_half_bits(bits)]
+            return [self.operations.floats_of_half_bits((held.to(torch.int16) * 128) & _FP8_MASK)]
         return [held.float()] if self.halves == 1 else [(held & LOW).float(), (held & HIGH).float()]
 
-    def _decoded(self, held: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The values of the bytes' halves in float32, in their shape."""
-        values = self._raw(held)
+    def _units(self) -> list[float]:
         if self.kind is Values.FP8:
-            return [values[0] * _FP8_UNIT]
-        return values if self.halves == 1 else [values[0] - OFFSET, values[1] * 2.0**-4]
+            return [_FP8_UNIT]
+        return [1, _HIGH_UNIT][: self.halves]
