@@ -20,6 +20,7 @@ from runtime.model.linears.tiled import empty_in_huge_pages
 
 LOW, HIGH = 15, -16  # masks of a byte's halves
 OFFSET = 8  # added to the values in the low halves
+_LANES = 64  # pieces without groups have a multiple of so many, a vector register's bytes
 _UNROLLED = 16  # the most values of a lane that XLA:CPU's compiler unrolls the loop for; 8 are a tenth slower
 
 
@@ -103,8 +104,9 @@ def coding_of(kind: Values, inputs: int, groups: int | None) -> Coding:
         raise ValueError(f"{inputs} inputs are no {groups} groups")
     if groups is None:
         halves = 2 if kind is Values.INT4 and inputs % 2 == 0 else 1
-        lanes = [len(part) for part in torch.arange(inputs // halves).tensor_split(max(1, round(inputs / PIECE[kind])))]
-        return Coding(kind, halves, tuple(Piece(1, 1, count) for count in lanes))
+        lanes = inputs // halves
+        width = -(-lanes // (max(1, round(inputs / PIECE[kind])) * _LANES)) * _LANES
+        return Coding(kind, halves, tuple(Piece(1, 1, min(width, lanes - begin)) for begin in range(0, lanes, width)))
     group = inputs // groups
     halves = 2 if kind is Values.INT4 and group % 2 == 0 else 1
     chunk = max(1, min(_UNROLLED // halves, PIECE[kind] // group, groups))

@@ -26,6 +26,7 @@ from torch import nn
 
 from runtime.model.linears.codes import HIGH, LOW, OFFSET, Coded, Values
 from runtime.model.linears.linear import LinearWeight, Operations
+from runtime.model.linears.tiled import LEFT_ROWS
 
 VECTOR_ROWS = {Values.INT4: 8, Values.INT8: 4, Values.FP8: 4}  # the most rows multiplied as vectors
 _BLOCK = 1 << 20  # elements that are decoded at once of a piece which has at least twice as many
@@ -142,15 +143,16 @@ class SummedLinear(nn.Module):
         width = max(piece.values.shape[-3:].numel() for piece in pieces)
         are_large = out * width >= 2 * _BLOCK and self.operations.chips == 1
         outputs = max(1, _BLOCK // width) if are_large else out
+        weight_left = parts[0].shape[-2] <= LEFT_ROWS
         sums = []
         for some in zip(*(piece.split(outputs) for piece in pieces), strict=True):  # some outputs of every piece
             products = [
-                self.operations.product(half, weight)
+                self.operations.product(weight, half) if weight_left else self.operations.product(half, weight)
                 for halves, piece in zip(inputs, some, strict=True)
                 for half, weight in zip(halves, self._weights(piece, parts[0].dtype), strict=True)
             ]
             sums.append(sum(products[1:], products[0]))
-        return torch.cat(sums, dim=-1)
+        return torch.cat(sums, dim=-2).mT if weight_left else torch.cat(sums, dim=-1)
 
     def _weights(self, piece: _Piece, dtype: torch.dtype) -> list[torch.Tensor]:
         """A piece's weights [..., out, inputs] in either half of the bytes."""
