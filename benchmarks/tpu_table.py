@@ -12,8 +12,7 @@ published   bfloat16 at batch size 1 where the post gives a time; each is predic
 forms       batch size 1 as one row, which goes to the vector unit, and as two rows, compared with a batch of 2
 int8        int8 compared with bfloat16, by batch size
 modern      one slice each of v5e, v5p and v6e
-formats     bf16, fp8, int8 and int4 (groups of 128) in a step at batch sizes 1, 2, 8 and in a bucket of 512 tokens, by
-            the compiler's cycles, which don't need a clock
+formats     bf16, fp8, int8 and int4 (groups of 128), in steps and in a bucket of 512 tokens
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ FORMATS = (
     ("175B", "v6e-16"),
 )
 SCHEMES = ("bf16", "fp8", "int8", "int4-g128")
-FORMAT_BATCHES, BUCKET = (1, 2, 8), 512
+BUCKET = 512
 MODERN = (("7B", "v5e-8"), ("65B", "v5e-8"), ("65B", "v5p-16"), ("65B", "v6e-8"))
 
 
@@ -202,20 +201,22 @@ def modern(compiled: Compiled) -> Iterator[list[str]]:
             yield [model, target, str(batch), fits, _ms(found), _predicted(found), _roofline(found), temp]
 
 
-def formats(compiled: Compiled) -> Iterator[list[str]]:
-    """Every format's step and bucket: arguments, temporaries, millions of cycles, and the cycles' ratios."""
+def formats(compiled: Compiled, batch_sizes: list[int]) -> Iterator[list[str]]:
+    """Every format's step and bucket: arguments, temporaries, and the estimates' ratios: of times or, where there is no
+    clock, of cycles. The bucket is that of the first batch size.
+    """
     yield [
         *("model", "slice", "format", "arguments, GB", "temporaries, MB", "written out"),
-        *(f"step of {batch}, M" for batch in FORMAT_BATCHES),
-        *(f"to int8, {batch}" for batch in FORMAT_BATCHES),
-        f"bucket of {BUCKET}, M",
+        *(f"step of {batch}" for batch in batch_sizes),
+        *(f"to int8, {batch}" for batch in batch_sizes),
+        f"bucket of {BUCKET}",
         "to bf16",
     ]
     for model, target in FORMATS:
         found = {
             scheme: [
-                compiled(Case(model, scheme, target, batch, slots=BUCKET, bucket=BUCKET if batch == 1 else None))
-                for batch in FORMAT_BATCHES
+                compiled(Case(model, scheme, target, batch, slots=BUCKET, bucket=None if place else BUCKET))
+                for place, batch in enumerate(batch_sizes)
             ]
             for scheme in SCHEMES
         }
@@ -225,21 +226,28 @@ def formats(compiled: Compiled) -> Iterator[list[str]]:
 
 def _format_row(steps: list[dict[str, Any]], int8: list[dict[str, Any]], bf16: list[dict[str, Any]]) -> list[str]:
     if "temp_bytes" not in steps[0]:
-        return ["does not fit", *[""] * (4 + 2 * len(FORMAT_BATCHES))]
-    ratios = [
-        f"{one['cycles'] / other['cycles']:.2f}" if "cycles" in other else ""
-        for one, other in zip(steps, int8, strict=True)
-    ]
-    bucket, whole = (each[0].get("buckets", {}).get(str(BUCKET), {}).get("cycles") for each in (steps, bf16))
+        return ["does not fit", *[""] * (4 + 2 * len(steps))]
+    buckets = [each[0].get("buckets", {}).get(str(BUCKET), {}) for each in (steps, bf16)]
     return [
         f"{steps[0]['argument_bytes'] / 1e9:.2f}",
         " / ".join(f"{step['temp_bytes'] / 1e6:.0f}" for step in steps),
         " / ".join(str(step["dequantized_weights"]) for step in steps),
-        *(f"{step['cycles'] / 1e6:.2f}" for step in steps),
-        *ratios,
-        f"{bucket / 1e6:.1f}" if bucket else "",
-        f"{bucket / whole:.2f}" if bucket and whole else "",
+        *(_cost(step) for step in steps),
+        *(_ratio(*pair) for pair in zip(steps, int8, strict=True)),
+        _cost(buckets[0]),
+        _ratio(*buckets),
     ]
+
+
+def _cost(result: dict[str, Any]) -> str:
+    return f"{result['cycles'] / 1e6:.2f} M" if result["estimated_ms"] is None else f"{result['estimated_ms']:.2f} ms"
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> str:
+    if not one.get("cycles") or not other.get("cycles"):
+        return ""
+    key = "cycles" if one["estimated_ms"] is None else "estimated_ms"
+    return f"{one[key] / other[key]:.2f}"
 
 
 def _ms(result: dict[str, Any]) -> str:
@@ -277,7 +285,7 @@ def main() -> None:
         "forms": lambda: forms(compiled),
         "int8": lambda: int8(compiled, batch_sizes),
         "modern": lambda: modern(compiled),
-        "formats": lambda: formats(compiled),
+        "formats": lambda: formats(compiled, batch_sizes),
     }
     unknown = [name for name in options.only.split(",") if name not in tables]
     if unknown:
