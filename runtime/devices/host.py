@@ -22,7 +22,8 @@ from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
 from runtime.model.linears.linear import LinearWeight
-from runtime.model.linears.table import Device, make_linear
+from runtime.model.linears.packed_int4 import PackedInt4, kernel_group, pack_int4
+from runtime.model.linears.table import Device, Layout, linear_kind, make_linear
 
 
 class HostBackend:
@@ -58,11 +59,16 @@ class HostBackend:
     def check_files(self, shards: Shards) -> None:
         shards.check(range(shards.chips))
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor:
+    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | PackedInt4:
         parts = [shards.rows(part.name, 0, part.shape[0]) for part in tensor.parts]
-        return tensor.join(parts).to(self._device)
+        joined = tensor.join(parts).to(self._device)
+        layout = linear_kind(tensor.format, self._kind, self._int8_activations).layout
+        if tensor.are_values and layout is Layout.PACKED_INT4:
+            groups = tensor.groups(shards.config, chips=1)
+            return pack_int4(joined) if kernel_group(joined.shape[1], groups) else joined
+        return joined
 
-    def nbytes(self, loaded: torch.Tensor) -> int:
+    def nbytes(self, loaded: torch.Tensor | PackedInt4) -> int:
         return loaded.nbytes
 
     def _make_linear(self, weight: LinearWeight) -> nn.Module:

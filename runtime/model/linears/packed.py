@@ -51,13 +51,13 @@ class PackedLinear(nn.Module):
         are_few = len(rows) <= LOOP_ROWS and (rows.numel() <= LOOP_INPUTS or not has_kernel)
         if len(rows) == 1 or (self.weight.dtype == torch.int8 and are_few):
             weight = self.weight.float()
-            return torch.stack([(weight * row).sum(-1) for row in _in_memory(rows.float())])
+            return torch.stack([(weight * row).sum(-1) for row in in_memory(rows.float())])
         if has_kernel and len(rows) <= KERNEL_ROWS:
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.ones)
         return nn.functional.linear(rows, self.weight.to(rows.dtype))
 
 
-def _in_memory(rows: torch.Tensor) -> torch.Tensor:
+def in_memory(rows: torch.Tensor) -> torch.Tensor:
     """The rows unchanged, but written to memory by Inductor, which would else recompute them for every output."""
     rows = rows.contiguous()
     return rows.as_strided(rows.shape, rows.stride())
