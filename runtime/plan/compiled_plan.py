@@ -161,7 +161,8 @@ def compile_plan(
 
     def compiled(make: MakeGraph, tokens: int, seen: int, least_rows: int = TPU_LEAST_ROWS) -> CompiledGraph:
         graph = trace_graph(workload, target.devices, make, tokens, least_rows)
-        return _compile(compiler, graph, make.__name__, replace(workload, max_seq_len=seen), target)
+        rows = workload.batch_size * tokens
+        return _compile(compiler, graph, make.__name__, replace(workload, max_seq_len=seen), target, rows)
 
     step = compiled(greedy_graph, 1, slots, least_rows)
     filled = {size: compiled(fill_graph, size, size) for size in buckets}
@@ -192,8 +193,12 @@ def trace_graph(
         return slice_.tracer.trace(graph, (*arguments, cache.layers), CACHE_ARGUMENT, exact).graph
 
 
-def _compile(compiler: TPUCompiler, graph: TracedGraph, name: str, workload: Workload, target: Slice) -> CompiledGraph:
-    """Compile and price a graph; ``workload.max_seq_len`` is the number of cache slots that it attends to."""
+def _compile(
+    compiler: TPUCompiler, graph: TracedGraph, name: str, workload: Workload, target: Slice, rows: int
+) -> CompiledGraph:
+    """Compile and price a graph of so many rows of activations; ``workload.max_seq_len`` is the number of cache slots
+    that it attends to.
+    """
     try:
         program = compiler.compile(graph, name)
     except OutOfMemory as error:
@@ -204,22 +209,24 @@ def _compile(compiler: TPUCompiler, graph: TracedGraph, name: str, workload: Wor
         program,
         priced if chip.clock_hz else None,
         {name: (each.count, each.nbytes) for name, each in priced.collectives.items()},
-        dequantized_weights(module),
+        dequantized_weights(module, rows),
         roofline_s=workload.on(target.devices).decode_bytes / chip.hbm_bandwidth,
         cycles=priced.cycles,
     )
 
 
-def dequantized_weights(module: Module) -> int:
+def dequantized_weights(module: Module, rows: int = 0) -> int:
     """The number of results outside fusions that have the sizes of a quantized weight and a wider floating dtype.
 
-    A weight in groups [groups, group size, out] may also have become a matrix.
+    A weight in groups [groups, group size, out] may also have become a matrix. Weights with an axis as long as there
+    are ``rows`` of activations are left out: these have the same sizes.
     """
     weights = set()
     for each in module.entry.parameters.values():
         for array in each.results:
             if array.dtype in _QUANTIZED and len(array.dims) in (2, 3):
                 weights |= {tuple(sorted(array.dims)), tuple(sorted((prod(array.dims[:-1]), array.dims[-1])))}
+    weights = {sizes for sizes in weights if rows not in sizes}
     return sum(
         array.dtype in _FLOATING and tuple(sorted(size for size in array.dims if size > 1)) in weights
         for each in module.entry.instructions.values()
