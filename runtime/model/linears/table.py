@@ -17,6 +17,7 @@ from runtime.model.linears.grouped import GroupedLinear
 from runtime.model.linears.int8_activations import Int8ActivationsLinear
 from runtime.model.linears.linear import DecodedLinear, Linear, LinearWeight, Operations
 from runtime.model.linears.packed import PackedLinear
+from runtime.model.linears.packed8 import Packed8Linear
 from runtime.model.linears.packed_int4 import int4_linear
 from runtime.model.linears.summed import SummedLinear
 from runtime.model.linears.tiled import TiledLinear
@@ -52,6 +53,7 @@ _PLAIN = LinearKind(lambda weight, operations: Linear(weight))
 _TILED = LinearKind(TiledLinear, Layout.TILES)
 _SUMMED = LinearKind(SummedLinear, Layout.CODED)
 _PACKED = LinearKind(lambda weight, operations: PackedLinear(weight))
+_PACKED8 = LinearKind(lambda weight, operations: Packed8Linear(weight))
 _PACKED_INT4 = LinearKind(lambda weight, operations: int4_linear(weight), Layout.PACKED_INT4)
 _DECODED = LinearKind(lambda weight, operations: DecodedLinear(weight))
 _INTEGERS = LinearKind(Int8ActivationsLinear)
@@ -93,8 +95,8 @@ def linear_kind(weight_format: WeightFormat, device: Device, int8_activations: b
         return _DECODED
     if weight_format.name == "fp8" and device is Device.MATRIX_UNIT:
         return _PLAIN
-    if weight_format.kind == "int4" and device is Device.INDUCTOR_CPU:
-        return _PACKED_INT4
+    if device is Device.INDUCTOR_CPU:
+        return _PACKED_INT4 if weight_format.kind == "int4" else _PACKED8
     return {Device.XLA_CPU: _SUMMED, Device.MATRIX_UNIT: _GROUPED}.get(device, _DECODED)
 
 
