@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of the decoder: a Q8_0 GGUF file of the shards' weights, run through its prebuilt libraries.
+"""llama.cpp as a peer of the decoder: a GGUF file of the shards' weights, run through its prebuilt libraries.
 
 `npm pack @node-llama-cpp/linux-x64` fetches a build, in package/bins/linux-x64. It comes without headers, so the fields
 to set in its structures are found by their default values, and anything unexpected ends the run.
@@ -18,8 +18,11 @@ _DEFAULT_CONTEXT, _DEFAULT_THREADS = (512, 2048, 512, 1), 4  # n_ctx, n_batch, n
 _QUIET = 5  # above every level of its log
 
 
-def write_gguf(shards_directory: Path, path: Path) -> int:
-    """Write int8 shards' dequantized weights to a GGUF file, matrices in Q8_0. Returns the bytes that a step reads."""
+def write_gguf(shards_directory: Path, path: Path, kind: str = "Q8_0") -> int:
+    """Write shards' dequantized weights to a GGUF file. Returns the bytes that a step reads.
+
+    Matrices are in ``kind``: all of them in Q8_0; in Q4_0 the embeddings and the head are in F16, as shards leave them.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
@@ -57,9 +60,10 @@ def write_gguf(shards_directory: Path, path: Path) -> int:
             kept = np.empty_like(values)
             kept[interleaved_rows(0, len(values), config.head_dim)] = values
             values = kept
-        kind = GGMLQuantizationType.F32 if values.ndim == 1 else GGMLQuantizationType.Q8_0
-        stored = quantize(values, kind)
-        writer.add_tensor(names[parameter.name], stored, raw_dtype=kind)
+        matrix = kind if kind == "Q8_0" or parameter.row.quantized else "F16"
+        dtype = GGMLQuantizationType["F32" if values.ndim == 1 else matrix]
+        stored = quantize(values, dtype)
+        writer.add_tensor(names[parameter.name], stored, raw_dtype=dtype)
         if config.tie_word_embeddings or not parameter.name.endswith("embed_tokens.weight"):
             step_bytes += stored.nbytes
     writer.write_header_to_file()
