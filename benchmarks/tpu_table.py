@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.model.families.presets import PRESETS
-from quantize.shards.stored import Scheme
+from quantize.shards.scheme import Scheme
 from quantize.slices import find_slice
 from runtime.plan.latency import PUBLISHED, Point, fit_hop_ms, predicted_ms
 from runtime.plan.plan import Workload

@@ -63,21 +63,26 @@ def command(
 ) -> None:
     """Quantize CHECKPOINT (default: checkpoint/) and split it into one file per chip.
 
-    CHECKPOINT may also be a directory of shards: then it is re-sharded for another number of chips.
+    CHECKPOINT may also be a directory of shards: then it is re-sharded for another number of chips, in the formats that
+    it has, with or without the options it was made with.
 
     \b
     llama-quantize --int8                        one chip
     llama-quantize --int8 --target v4-16         8 chips
     llama-quantize --int4                        4 bits, a scale for every 128 inputs
-    llama-quantize out8/ --int8 --chips 4 --out out4/
+    llama-quantize out8/ --chips 4 --out out4/   shards for 4 chips, made of others
     llama-quantize --verify --out out/           check an output
     """
     from converters.console.errors import InputError
     from quantize.job import QuantizeRequest, quantize, verify_output
+    from quantize.shards.manifest import FILE_NAME
 
-    if kind is None and not verify:
-        raise InputError(f"Give {KIND_FLAGS} (or --verify alone, to check --out).")
-    if kind is not None:
+    if kind is None and (group_size or zero_points):
+        raise InputError(f"--group-size and --zero-points are for a format: give {KIND_FLAGS} with them.")
+    reshards = kind is None and not verify and (checkpoint / FILE_NAME).is_file()
+    if kind is None and not (reshards or verify):
+        raise InputError(f"Give {KIND_FLAGS} (or --verify alone, to check --out; shards are split anew without).")
+    if kind is not None or reshards:
         request = QuantizeRequest(
             checkpoint,
             out,

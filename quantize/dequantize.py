@@ -19,7 +19,8 @@ from quantize.pipeline import Sharding, finished, write_shards
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, StoredParameter
+from quantize.shards.scheme import Scheme
+from quantize.shards.stored import StoredParameter
 from quantize.values import Block, Resharder
 
 

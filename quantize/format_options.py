@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantize.formats.table import CHANNEL, GROUP_SIZES, KINDS, find_format
-from quantize.formats.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from converters.model.config import ModelConfig
-    from quantize.shards.stored import Scheme
+    from quantize.shards.scheme import Scheme
 
 _FLAGS = [f"--{name}" for name in KINDS]
 KIND_FLAGS = f"{', '.join(_FLAGS[:-1])} or {_FLAGS[-1]}"
@@ -29,7 +28,7 @@ class AskedFormat:
 
     def scheme(self, config: ModelConfig, quantize_lm_head: bool = False) -> Scheme:
         """What the shards of a model would hold; bf16 without a kind. Raises InputError for what no format has."""
-        from quantize.shards.stored import Scheme, default_scheme
+        from quantize.shards.scheme import Scheme, default_scheme
 
         kind = self.kind or "bf16"
         if self.group_size is None:
@@ -37,11 +36,15 @@ class AskedFormat:
         size = None if self.group_size == CHANNEL else int(self.group_size)
         return Scheme(find_format(kind, size, self.zero_points).name, quantize_lm_head)
 
-    def agrees(self, weights: WeightFormat) -> bool:
-        """Whether a format is as asked for."""
+    def agrees(self, scheme: Scheme) -> bool:
+        """Whether a scheme is as asked for: any is where no kind was, and a mixture only then."""
+        if self.kind is None:
+            return True
+        weights = scheme.default_format
         size = str(weights.group_size or CHANNEL)
         return (
-            self.kind == weights.kind
+            not scheme.overrides
+            and self.kind == weights.kind
             and self.group_size in (None, size)
             and (weights.zero_points or not self.zero_points)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,24 +10,26 @@ from converters.checkpoint import finished as written
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, plural
+from converters.model.config import ModelConfig
 from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.format_options import AskedFormat
-from quantize.formats.table import METHODS, format_title
+from quantize.formats.table import METHODS
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, chip_file
 from quantize.shards.partition import plan_heads
 from quantize.shards.reading import Shards
+from quantize.shards.scheme import Scheme, mixture
 from quantize.shards.stored import padding_bytes
 from quantize.values import BlockSource, Quantizer, Resharder
 
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What the command line asked for."""
+    """What the command line asked for, or a caller from Python, who may choose a format for every weight."""
 
     checkpoint: Path
     out: Path
@@ -36,6 +39,7 @@ class QuantizeRequest:
     layers: int | None
     quantize_lm_head: bool
     method: str = METHODS[0]
+    formats: Mapping[str, str] | None = None  # in place of ``format``, every weight's, as ``mixture`` takes them
 
 
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
@@ -60,7 +64,7 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     # Of what it wrote itself, llama-convert has said it.
     if isinstance(source, Quantizer) and not _is_converted(request.checkpoint):
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
-    if isinstance(source, Quantizer) and (errors := source.report.summary(format_title(sharding.scheme.format))):
+    if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.title(sharding.config))):
         lines.append(errors)
     return "\n".join(lines)
 
@@ -94,28 +98,37 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        scheme = request.format.scheme(weights.config, request.quantize_lm_head)
-        method = request.method if scheme.format.searches else None
+        scheme = _asked_scheme(request, weights.config)
+        method = request.method
         config, fingerprint = weights.config, weights.fingerprint()
         source = Quantizer(weights, search=request.method == METHODS[0])
     config = config.cut(request.layers)
+    scheme = scheme.cut(config)
     config = config.with_dtype(scheme.floating_dtype(config))
     scheme.check(config)
     if isinstance(source, Quantizer):
         source.note_kept(config, scheme)
+    method = method if scheme.searches else None
     return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method), source
+
+
+def _asked_scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
+    if request.formats is None:
+        return request.format.scheme(config, request.quantize_lm_head)
+    return mixture(config, request.formats)
 
 
 def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
     """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
     scheme, method = shards.manifest.scheme, shards.manifest.method
-    same_head = request.quantize_lm_head == scheme.quantize_lm_head
+    any_head = request.format.kind is None and not request.quantize_lm_head
+    same_head = any_head or request.quantize_lm_head == scheme.quantize_lm_head
     same_method = method is None or request.method in (METHODS[0], method)
-    if not (request.format.agrees(scheme.format) and same_head and same_method):
+    if request.formats is not None or not (request.format.agrees(scheme) and same_head and same_method):
         flags = scheme.flags + (f" --method {method}" if method not in (None, METHODS[0]) else "")
-        raise InputError(
-            f"{shards.directory} holds shards made with {flags}; they can only be re-sharded with the same."
-        )
+        made = "of several formats" if scheme.overrides else f"made with {flags}"
+        how = "without such options" if scheme.overrides else "with the same"
+        raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")
 
 
 def _only_chips(request: QuantizeRequest) -> tuple[int, ...]:
@@ -154,7 +167,7 @@ def _describe(sharding: Sharding, out: Path) -> list[str]:
     first, last = (chip_file(chip, sharding.chips) for chip in (sharding.only_chips[0], sharding.only_chips[-1]))
     files = first if count == 1 else f"{first} ... {last}"
     lines = [
-        f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {format_title(sharding.scheme.format)}, "
+        f"{out}: {config.name}, {plural(config.num_layers, 'layer')}, {sharding.scheme.title(config)}, "
         f"{count} of {sharding.chips} chips' files, {format_bytes(sharding.file_bytes)} each, "
         f"{format_bytes(sharding.nbytes)} in all ({files})"
     ]

@@ -25,7 +25,8 @@ from quantize.report import FILE_NAME as REPORT
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, describe_tensors
 from quantize.shards.partition import Segment, Split
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, StoredParameter, chip_specs, quantization_fields, stored_parameters
+from quantize.shards.scheme import Scheme
+from quantize.shards.stored import StoredParameter, chip_specs, quantization_fields, stored_parameters
 from quantize.values import Block, BlockSource
 
 
@@ -63,7 +64,8 @@ class Sharding:
         return {
             "source_fingerprint": self.source_fingerprint,
             "layers": self.config.num_layers,
-            "scheme": self.scheme.name,
+            "scheme": self.scheme.default,
+            **({"formats": self.scheme.names_by_format} if self.scheme.overrides else {}),
             **({} if self.method is None else {"method": self.method}),
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "chips": self.chips,

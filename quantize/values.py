@@ -19,7 +19,8 @@ from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.shards.manifest import FILE_NAME as MANIFEST
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme, StoredParameter, stored_parameters
+from quantize.shards.scheme import Scheme
+from quantize.shards.stored import StoredParameter, stored_parameters
 
 _SHOWN_NAMES = 3  # of many, in a note
 
@@ -82,7 +83,8 @@ class Quantizer:
         if kept:
             note(f"{source.format} values and scales are kept as the source has them: {_listed(kept)}.")
         if held and wanted - kept:
-            note(f"Quantized here, since the source does not hold them in {scheme.name}: {_listed(wanted - kept)}.")
+            formats = " or ".join(each.name for each in scheme.formats)
+            note(f"Quantized here, since the source does not hold them in {formats}: {_listed(wanted - kept)}.")
         if held - wanted:
             hint = " --quantize-lm-head keeps lm_head.weight." if wanted and LM_HEAD.name in held else ""
             note(f"Dequantized from the source's {source.format} to {config.dtype}: {_listed(held - wanted)}.{hint}")

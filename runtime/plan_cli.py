@@ -14,7 +14,7 @@ from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 
 if TYPE_CHECKING:
     from converters.model.config import ModelConfig
-    from quantize.shards.stored import Scheme
+    from quantize.shards.scheme import Scheme
     from quantize.slices import Slice
     from runtime.plan.compiled_plan import CompiledPlan
     from runtime.plan.plan import Workload
@@ -193,7 +193,7 @@ def _compiled(workload: Workload, target: Slice, buckets: tuple[int, ...], compi
     from runtime.model.linears.table import check_activations
     from runtime.plan.compiled_plan import compile_plan
 
-    check_activations(workload.activations, workload.scheme.format)
+    check_activations(workload.activations, workload.scheme.formats)
     with spinner(f"Compiling for {target.name}"):
         return compile_plan(workload, target, buckets, compile_cache=compile_cache)
 
@@ -221,13 +221,14 @@ def _read_shards(directory: Path, asked: AskedFormat, target: Slice | None) -> t
 
     shards = Shards(directory)
     scheme = shards.manifest.scheme
-    if asked.kind is not None and not asked.agrees(scheme.format):
-        raise InputError(f"{asked.flags} contradicts {directory}, whose shards were made with {scheme.flags}.")
+    if not asked.agrees(scheme):
+        made = f"were made with {scheme.flags}" if scheme.flags else "are of several formats"
+        raise InputError(f"{asked.flags} contradicts {directory}, whose shards {made}.")
     if target is not None and target.devices != shards.chips:
         has = target.devices if target.devices_per_chip == 1 else target.size
         raise InputError(
             f"{directory} has shards for {shards.chips} chips and {target.name} has {has}. Re-shard them: "
-            f"llama-quantize {directory} {scheme.flags} --target {target.name} --out OTHER."
+            f"llama-quantize {directory} --target {target.name} --out OTHER."
         )
     return shards.config, scheme, shards.chips
 

@@ -7,7 +7,7 @@ The layout (format "int-quantized", https://github.com/vllm-project/compressed-t
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError, shown
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = "_scale"  # after the name of the weight
 _METHOD, _FORMAT = "compressed-tensors", "int-quantized"
+_SEVERAL_FORMATS = "mixed-precision"  # in place of a format where groups have different ones
 
 
 def weights_group(
@@ -47,21 +48,33 @@ _MAY_BE_EMPTY = ("sparsity_config", "transform_config")  # compressed-tensors fi
 _HARMLESS_IN_GROUP = ("targets", "weights", "format", "input_activations")
 
 
-def quantization_config(config: ModelConfig, quantized: Container[str], group: dict[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` for config.json where the weights named in ``quantized`` are as ``group`` says.
+def quantization_config(
+    config: ModelConfig, groups: Sequence[tuple[dict[str, Any], Collection[str]]]
+) -> dict[str, Any]:
+    """The ``quantization_config`` for config.json where weights are as ``groups`` say: each what it says, and of which.
 
-    ``group`` has the ``format`` and the ``weights`` of a config group. Every other linear is listed as ignored, even
-    an output head that is tied to the embedding.
+    What it says are the ``format`` and the ``weights`` of a config group; of which, the names of weights. Every other
+    linear is listed as ignored, even an output head that is tied to the embedding. One group is for all linears that
+    are not; several list theirs.
     """
     linears = [LM_HEAD.name, *(parameter.name for parameter in parameters(config) if parameter.row.is_linear)]
-    ignored = [name for name in dict.fromkeys(linears) if name not in quantized]
+    quantized = {name for _, names in groups for name in names}
+    layouts = {group["format"] for group, _ in groups}
     return {
         "quant_method": _METHOD,
-        "format": group["format"],
+        "format": layouts.pop() if len(layouts) == 1 else _SEVERAL_FORMATS,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
-        "ignore": [name.removesuffix(".weight") for name in ignored],
+        "config_groups": {
+            f"group_{number}": {"targets": ["Linear"] if len(groups) == 1 else _modules(names), **group}
+            for number, (group, names) in enumerate(groups)
+        },
+        "ignore": _modules(name for name in dict.fromkeys(linears) if name not in quantized),
     }
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Of weights, the linears."""
+    return [name.removesuffix(".weight") for name in names]
 
 
 def is_int8(fields: Any, where: str) -> bool:

@@ -144,6 +144,11 @@ class Parameter:
         return prod(self.shape)
 
     @property
+    def prefix(self) -> str:
+        """What stands before its row's name: of a layer's parameters the same, and that layer's alone."""
+        return self.name.removesuffix(self.row.name)
+
+    @property
     def width(self) -> int:
         """Elements in one row."""
         return self.elements // self.shape[0]

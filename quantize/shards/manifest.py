@@ -14,12 +14,14 @@ from converters.output.record import read_file_record
 from quantize.formats.table import FORMATS, METHODS
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import MAX_CHIPS
-from quantize.shards.stored import Scheme, stored_tensors
+from quantize.shards.scheme import UNQUANTIZED, Scheme, choices
+from quantize.shards.stored import stored_tensors
 
 FILE_NAME = "shards.json"
 FORMAT_VERSION = 2
+MIXTURE_VERSION = 3  # which also says what is in another format than the one that the others say
 # Version 1 had only int8 with a scale per channel and bf16, and neither of the keys that tell formats of a kind apart.
-_READ_VERSIONS = (1, 2)
+_READ_VERSIONS = (1, FORMAT_VERSION, MIXTURE_VERSION)
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Manifest:
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file."""
-        weights = self.scheme.format
+        weights, mixed = self.scheme.default_format, bool(self.scheme.overrides)
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": MIXTURE_VERSION if mixed else FORMAT_VERSION,
             "model": self.model,
             "chips": self.chips,
             "scheme": weights.kind,
@@ -46,6 +48,7 @@ class Manifest:
             "zero_points": weights.zero_points,
             "method": self.method,
             "quantized_lm_head": self.scheme.quantize_lm_head,
+            **({"formats": self.scheme.names_by_format} if mixed else {}),
             "source_fingerprint": self.source_fingerprint,
             "tensors": self.tensors,
             "files": {chip_file(chip, self.chips): record.as_json() for chip, record in sorted(self.files.items())},
@@ -77,28 +80,43 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in _READ_VERSIONS or isinstance(version, bool):
         raise InputError(
-            f"{path} is of format version {str(version)[:20]}; this tool reads versions up to {FORMAT_VERSION}. "
+            f"{path} is of format version {str(version)[:20]}; this tool reads versions up to {MIXTURE_VERSION}. "
             "Quantize the checkpoint again with this llama-quantize."
         )
-    chips, weights, files = content.get("chips"), _weight_format(content), content.get("files")
-    method, quantized_lm_head = content.get("method"), content.get("quantized_lm_head")
+    chips, scheme, files = content.get("chips"), _scheme(content), content.get("files")
+    method = content.get("method")
     texts = (content.get("model"), content.get("source_fingerprint"))
     sound = (
         type(chips) is int
         and 1 <= chips <= MAX_CHIPS
-        and weights is not None
-        and method in (METHODS if weights.searches else (None,))
-        and isinstance(quantized_lm_head, bool)
+        and scheme is not None
+        and method in (METHODS if scheme.searches else (None,))
         and isinstance(files, dict)
         and all(isinstance(text, str) for text in texts)
     )
     if not sound:
         raise InputError(f"{path} is damaged. Fetch it again, or quantize the checkpoint again.")
-    chosen = Scheme(weights.name, quantized_lm_head)
-    tensors = describe_tensors(config, chosen, chips)
-    if content.get("tensors") != tensors:
+    others = {name for name, _ in scheme.overrides} - choices(config).keys()
+    tensors = {} if others else describe_tensors(config, scheme, chips)
+    if others or content.get("tensors") != tensors:
         raise InputError(f"{path} lists other tensors than its config.json calls for; the two don't belong together.")
-    return Manifest(texts[0], chips, chosen, texts[1], tensors, _read_files(path, files, chips), method)
+    return Manifest(texts[0], chips, scheme, texts[1], tensors, _read_files(path, files, chips), method)
+
+
+def _scheme(content: dict[str, Any]) -> Scheme | None:
+    """The scheme that shards.json describes; None where it describes none, or not as ``as_json`` does."""
+    weights, head, formats = _weight_format(content), content.get("quantized_lm_head"), content.get("formats")
+    if weights is None or not isinstance(head, bool):
+        return None
+    if content["format_version"] != MIXTURE_VERSION:
+        return Scheme(weights.name, head)
+    known = {UNQUANTIZED, *(name for name, each in FORMATS.items() if each.quantizes)}
+    if not (weights.quantizes and isinstance(formats, dict) and formats and formats.keys() <= known):
+        return None
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in formats.values()):
+        return None
+    scheme = Scheme(weights.name, head, tuple((name, each) for each, names in formats.items() for name in names))
+    return scheme if (scheme.quantize_lm_head, scheme.names_by_format) == (head, formats) else None
 
 
 def _weight_format(content: dict[str, Any]) -> WeightFormat | None:

@@ -47,7 +47,9 @@ class ShardsSource:
 
 
 class QuantizedShardsSource(ShardsSource):
-    """int8 shards, which also give their tensors as they are: the QuantizedSource protocol."""
+    """Shards of int8, beside which some linears may be unquantized. They also give their tensors as they are: the
+    QuantizedSource protocol.
+    """
 
     format = "int8"
 
@@ -69,6 +71,5 @@ def open_shards(directory: Path) -> TensorSource | QuantizedSource:
     """Open the shards of a model, all chips' files of which must be there. Raises InputError for what is damaged."""
     shards = Shards(directory)
     shards.require(range(shards.chips))
-    return (QuantizedShardsSource if shards.manifest.scheme.name == QuantizedShardsSource.format else ShardsSource)(
-        shards
-    )
+    is_int8 = [each.name for each in shards.manifest.scheme.formats] == [QuantizedShardsSource.format]
+    return (QuantizedShardsSource if is_int8 else ShardsSource)(shards)

@@ -7,63 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from converters.console.errors import InputError
-from converters.console.notes import note
 from converters.formats.compressed_tensors import quantization_config
 from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
-from converters.model.parameters import LM_HEAD, Parameter, Row, parameters
-from quantize.formats.floating import Floating
-from quantize.formats.table import CHANNEL, FORMATS, GROUP_SIZES, KINDS, find_format
+from converters.model.parameters import Axis, Parameter, parameters
 from quantize.formats.weight_format import Part, WeightFormat
 from quantize.shards.partition import Split, axis_split, block_alignment
+from quantize.shards.scheme import Scheme, check_groups
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Which weights are in which format: the blocks' linears (and lm_head on demand) in ``name``, by the table.
-
-    Everything else is in the model's own dtype, or in that of ``name`` where it is a floating format.
-    """
-
-    name: str
-    quantize_lm_head: bool = False
-
-    @property
-    def format(self) -> WeightFormat:
-        return FORMATS[self.name]
-
-    @property
-    def flags(self) -> str:
-        """The options of llama-quantize that ask for it."""
-        form = self.format
-        said = form.group_size is not None or (form.kind in KINDS and KINDS[form.kind].in_groups)
-        size = f" --group-size {form.group_size or CHANNEL}" if said else ""
-        zero = " --zero-points" if form.zero_points else ""
-        return f"--{form.kind}{size}{zero}" + (" --quantize-lm-head" if self.quantize_lm_head else "")
-
-    def floating_dtype(self, config: ModelConfig) -> str:
-        """The dtype of what is not quantized."""
-        return config.dtype if self.format.quantizes else self.format.parts[0].dtype
-
-    def format_of(self, row: Row, config: ModelConfig) -> WeightFormat:
-        """The format of one kind of parameter."""
-        if not self.format.quantizes or row.quantized or (self.quantize_lm_head and row is LM_HEAD):
-            return self.format
-        return Floating(config.dtype)
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise InputError where the scheme doesn't fit the model."""
-        if self.quantize_lm_head and (not self.format.quantizes or config.tie_word_embeddings):
-            why = (
-                "it has no lm_head of its own (tied embeddings)"
-                if self.format.quantizes
-                else f"--{self.name} quantizes nothing"
-            )
-            raise InputError(f"--quantize-lm-head can't be applied to {config.name}: {why}. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +25,7 @@ class StoredTensor:
 
     parameter: Parameter
     part: Part
-    group_size: int | None = None  # of the scheme's scales
+    ffn_group: int | None = None  # the group size of the weight in its layer whose inputs are the feed-forward axis
 
     @property
     def name(self) -> str:
@@ -93,7 +46,7 @@ class StoredTensor:
         """What each chip holds along its shard axis, which it must have."""
         axis = self.parameter.row.axes[self.shard]
         inputs = self.part.inputs if self.shard == 1 else 1
-        return axis_split(config, axis, chips, block_alignment(config, axis, chips, self.group_size), inputs)
+        return axis_split(config, axis, chips, block_alignment(config, axis, chips, self.ffn_group), inputs)
 
     def local_shape(self, config: ModelConfig, chips: int) -> tuple[int, ...]:
         """Of the part that each chip holds, padding included, in elements."""
@@ -141,7 +94,7 @@ class StoredParameter:
 
     parameter: Parameter
     format: WeightFormat
-    group_size: int | None = None  # of the scheme's scales
+    ffn_group: int | None = None  # the group size of the weight in its layer whose inputs are the feed-forward axis
 
     @property
     def name(self) -> str:
@@ -150,39 +103,11 @@ class StoredParameter:
     @cached_property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """In the order of the files."""
-        return tuple(StoredTensor(self.parameter, part, self.group_size) for part in self.format.parts)
+        return tuple(StoredTensor(self.parameter, part, self.ffn_group) for part in self.format.parts)
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What its tensors, by their names, stand for."""
         return self.format.decode({each.part.suffix: tensors[each.name] for each in self.tensors})
-
-
-def default_scheme(kind: str, config: ModelConfig, quantize_lm_head: bool = False, zero_points: bool = False) -> Scheme:
-    """The scheme of a kind of format where no group size is given.
-
-    A kind in groups takes the largest of GROUP_SIZES that divides the inputs of all weights to quantize, and says so
-    where it isn't the first; where none does, a scale per output channel. Raises InputError as ``find_format`` does.
-    """
-    sizes: Sequence[int | None] = (*GROUP_SIZES, None) if KINDS[kind].in_groups else (None,)
-    for size in sizes:
-        scheme = Scheme(find_format(kind, size, zero_points).name, quantize_lm_head)
-        misfits = [] if size is None else _misfits(config, scheme, size)
-        if not misfits:
-            break
-        last = misfits[0]
-    if size != sizes[0]:
-        chosen = "one scale per output channel is" if size is None else f"groups of {size} are"
-        note(f"{last.name} has {last.shape[-1]} inputs, no multiple of {sizes[sizes.index(size) - 1]}: {chosen} taken.")
-    return scheme
-
-
-def _misfits(config: ModelConfig, scheme: Scheme, size: int) -> list[Parameter]:
-    """The weights to quantize whose inputs are no multiple of ``size``."""
-    return [
-        each
-        for each in parameters(config.cut(1))
-        if scheme.format_of(each.row, config).quantizes and each.shape[-1] % size
-    ]
 
 
 def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParameter]:
@@ -191,23 +116,24 @@ def stored_parameters(config: ModelConfig, scheme: Scheme) -> list[StoredParamet
     Raises InputError where the scheme doesn't fit the model.
     """
     scheme.check(config)
-    size = scheme.format.group_size
-    if size is not None and (misfits := _misfits(config, scheme, size)):
-        sizes = [each for each in GROUP_SIZES if not _misfits(config, scheme, each)]
-        raise InputError(
-            f"{misfits[0].name} has {misfits[0].shape[-1]} inputs, which is no multiple of {size}. Give --group-size "
-            f"{' or '.join(map(str, [*sizes, CHANNEL]))}."
-        )
-    return [StoredParameter(each, scheme.format_of(each.row, config), size) for each in parameters(config)]
+    check_groups(config, scheme)
+    formats = [(each, scheme.format_of(each, config)) for each in parameters(config)]
+    # By layer: all of it that is split along the feed-forward axis must be split alike.
+    down = [(each, form) for each, form in formats if each.row.shard == 1 and each.row.axes[1] is Axis.FFN]
+    groups = {each.prefix: form.group_size for each, form in down}
+    return [StoredParameter(each, form, groups.get(each.prefix)) for each, form in formats]
 
 
 def quantization_fields(config: ModelConfig, scheme: Scheme) -> dict[str, Any]:
     """What config.json says beside the model's dimensions: its ``quantization_config`` where weights are quantized."""
-    group = scheme.format.config_group
-    if group is None:
+    names: dict[WeightFormat, list[str]] = {each: [] for each in scheme.formats}
+    for stored in stored_parameters(config, scheme):
+        if stored.format.quantizes:
+            names[stored.format].append(stored.name)
+    groups = [(form.config_group, held) for form, held in names.items() if held]
+    if not all(group for group, _ in groups):
         return {}
-    quantized = {stored.name for stored in stored_parameters(config, scheme) if stored.format.quantizes}
-    return {"quantization_config": quantization_config(config, quantized, group)}
+    return {"quantization_config": quantization_config(config, groups)} if groups else {}
 
 
 def stored_tensors(config: ModelConfig, scheme: Scheme) -> list[StoredTensor]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.console.errors import InputError
-from quantize.formats.table import format_title
 from quantize.shards.manifest import FILE_NAME as MANIFEST
 from quantize.shards.reading import Shards
 from runtime.bench.journal import FILE_NAME as JOURNAL
@@ -83,7 +82,7 @@ def _add(found: dict[str, Shards], shards: Shards) -> None:
 
 
 def _title(shards: Shards) -> str:
-    return format_title(shards.manifest.scheme.format)
+    return shards.manifest.scheme.title(shards.config)
 
 
 def makes_bf16_shards(request: BenchRequest, shards: dict[str, Shards]) -> bool:

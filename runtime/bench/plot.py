@@ -139,7 +139,7 @@ def _grouped_bars(drawing: Figure, figure: dict[str, Any], rows: list[dict[str, 
 
 def _format_colors(formats: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """Red, green and blue by the name of a format: its kind's colour, lighter for each further format of the kind."""
-    kinds = [FORMATS[name].kind for name in formats]
+    kinds = [FORMATS[name].kind if name in FORMATS else name for name in formats]
     colors = {}
     for place, (name, kind) in enumerate(zip(formats, kinds, strict=True)):
         white = 0.8 * kinds[:place].count(kind) / kinds.count(kind)

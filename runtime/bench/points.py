@@ -182,12 +182,13 @@ def _max_seq_lens(fixed: Point, sizes: Sizes) -> Figure:
 
 
 def _in_order(formats: Iterable[str]) -> list[str]:
-    """Names of formats by KINDS_IN_ORDER, other kinds at the end; within a kind as the table has them."""
+    """Names of formats by KINDS_IN_ORDER, other kinds at the end, and then a mixture; within a kind by the table."""
     from quantize.formats.table import FORMATS  # not before figures are planned: --help must answer at once
 
     kinds = list(dict.fromkeys((*KINDS_IN_ORDER, *(each.kind for each in FORMATS.values()))))
     names = list(FORMATS)
-    return sorted(formats, key=lambda name: (kinds.index(FORMATS[name].kind), names.index(name)))
+    places = {name: (kinds.index(each.kind), names.index(name)) for name, each in FORMATS.items()}
+    return sorted(formats, key=lambda name: places.get(name, (len(kinds), 0)))
 
 
 def _formats(fixed: Point, sizes: Sizes, formats: Sequence[str]) -> Figure:

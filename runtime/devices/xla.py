@@ -448,7 +448,7 @@ def _devices(kind: str, chips: int, cluster: Cluster | None) -> list[Any]:
     if kind != "CPU" and len(devices) != chips:
         raise InputError(
             f"The shards are for {chips} chips and this slice has {len(devices)}. Re-shard them: llama-quantize "
-            f"SHARDS --chips {len(devices)} --out OTHER, with the --int8 or --bf16 they were made with."
+            f"SHARDS --chips {len(devices)} --out OTHER."
         )
     return devices[:chips]
 

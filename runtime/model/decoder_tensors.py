@@ -1,7 +1,7 @@
 """Which parameters the decoder holds: those of the shards, with linears that take the same input fused into one.
 
-A few large matrix products use the chip better than several small ones. Every chip concatenates its own parts along
-their rows, so it still needs only its own file.
+A few large matrix products use the chip better than several small ones, where their weights have the same format. Every
+chip concatenates its own parts along their rows, so it still needs only its own file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from converters.model.config import ModelConfig
 from converters.model.parameters import same_input
 from quantize.formats.weight_format import WeightFormat
-from quantize.shards.stored import Scheme, StoredParameter, StoredTensor, stored_parameters
+from quantize.shards.scheme import Scheme
+from quantize.shards.stored import StoredParameter, StoredTensor, stored_parameters
 from runtime.model.linears.linear import LinearWeight
 
 # By name. Linears' weights are LinearWeights. Those that take the same input, and their biases, are a list under the
@@ -124,7 +125,8 @@ def decoder_parameters(
 ) -> list[DecoderParameter]:
     """Every parameter that the decoder holds, in the order of the files.
 
-    Weights are fused where the result has at most ``fuse_bytes`` of values on each chip; None sets no limit.
+    Weights are fused where they have the same format and the result has at most ``fuse_bytes`` of values on each chip;
+    None sets no limit.
     """
     stored = {each.name: each for each in stored_parameters(config, scheme)}
     found = []
@@ -135,8 +137,9 @@ def decoder_parameters(
             found.append(DecoderParameter(name, (parameter,)))
             continue
         first = f"{linears[0]}.{kind}"
-        values = [stored[f"{each}.weight"].tensors[0] for each in linears]  # biases go with their weights
-        if fuse_bytes is not None and sum(each.spec(config, chips).nbytes for each in values) > fuse_bytes:
+        weights = [stored[f"{each}.weight"] for each in linears]  # biases go with them
+        nbytes = sum(each.tensors[0].spec(config, chips).nbytes for each in weights)
+        if len({each.format for each in weights}) > 1 or (fuse_bytes is not None and nbytes > fuse_bytes):
             found.append(DecoderParameter(name, (parameter,), first))
         elif name == first:
             members = tuple(stored[f"{each}.{kind}"] for each in linears)

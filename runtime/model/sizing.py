@@ -7,13 +7,15 @@ Latency With LLaMA 65B on PyTorch/XLA", sections Model Sizing, Cache Sizing and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from functools import lru_cache
 
 from converters.formats.safetensors import CODES, ITEM_BYTES
 from converters.model.config import ModelConfig
 from converters.model.parameters import EMBEDDING, parameters
 from quantize.shards.partition import plan_heads
-from quantize.shards.stored import Scheme, StoredParameter, stored_parameters
+from quantize.shards.scheme import Scheme
+from quantize.shards.stored import StoredParameter, stored_parameters
 
 BFLOAT16_BYTES = 2
 # What a KV cache may be held in: bytes of one element of a key or value, and of the scale that each key and value has.
@@ -101,10 +103,16 @@ def post_cache_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> 
     return config.num_layers * 2 * batch_size * max_seq_len * config.hidden_size * BFLOAT16_BYTES
 
 
-def _kinds(config: ModelConfig, scheme: Scheme) -> Iterator[tuple[StoredParameter, int]]:
-    """Every stored parameter of the first layer and outside the layers, with how many like it the model has."""
-    for stored in stored_parameters(config.cut(1), scheme):
-        yield stored, config.num_layers if stored.parameter.in_block else 1
+@lru_cache(maxsize=64)
+def _kinds(config: ModelConfig, scheme: Scheme) -> tuple[tuple[StoredParameter, int], ...]:
+    """One stored parameter of every kind that takes as much, in whatever layer, and how many the model has."""
+    if not scheme.overrides:  # all layers are alike
+        first = stored_parameters(config.cut(1), scheme)
+        return tuple((each, config.num_layers if each.parameter.in_block else 1) for each in first)
+    every = stored_parameters(config, scheme)
+    counts = Counter((each.parameter.row, each.format, each.ffn_group) for each in every)
+    kinds = {(each.parameter.row, each.format, each.ffn_group): each for each in every}
+    return tuple((kinds[kind], count) for kind, count in counts.items())
 
 
 def _stored_bytes(config: ModelConfig, stored: StoredParameter, chips: int) -> int:

@@ -14,7 +14,7 @@ from converters.console.errors import InputError
 from converters.console.units import format_bytes
 from converters.model.config import ModelConfig
 from quantize.shards.partition import MAX_CHIPS, check_chips
-from quantize.shards.stored import Scheme
+from quantize.shards.scheme import Scheme
 from quantize.slices import GENERATIONS, Slice, device_word
 from runtime.model.sizing import (
     cache_bytes_per_chip,

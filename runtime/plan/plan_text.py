@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from converters.console.units import format_bytes, format_count, plural
 from converters.model.config import ModelConfig
-from quantize.formats.table import format_title
 from quantize.shards.partition import plan_heads
 from quantize.shards.stored import padding_bytes
 from quantize.slices import GENERATIONS, Slice, device_word
@@ -34,7 +33,7 @@ def detail(plan: Plan) -> str:
 def _sizes(plan: Plan) -> list[str]:
     """Exact sizes beside those by the post's formulas."""
     workload, whole = plan.workload, plan.workload.unsplit
-    config, scheme = workload.config, workload.scheme
+    config = workload.config
     shape = (workload.batch_size, workload.max_seq_len)
     formula = post_parameter_bytes(config) + post_cache_bytes(config, *shape)
     hbm, word = format_bytes(CHIPS[plan.generation].hbm_bytes), device_word(plan.generation)
@@ -67,7 +66,7 @@ def _sizes(plan: Plan) -> list[str]:
         rows.append(
             ("with padding", "more" if padded is None else str(padded), "", "heads of zeros, repeated KV heads")
         )
-    head = f"{config.name}, {plural(config.num_layers, 'layer')}, {format_title(scheme.format)}"
+    head = f"{config.name}, {plural(config.num_layers, 'layer')}, {workload.scheme.title(config)}"
     return [
         f"{head}, batch size {workload.batch_size}, a cache of {plural(workload.max_seq_len, 'token')} in "
         f"{workload.cache_dtype}",

@@ -11,7 +11,7 @@ from converters.console.notes import note
 from converters.console.units import format_bytes, plural
 from converters.model.config import ModelConfig
 from converters.output.preflight import available_memory
-from quantize.shards.stored import Scheme
+from quantize.shards.scheme import Scheme
 from runtime.devices.backend import Backend
 from runtime.model.sizing import cache_bytes_per_chip, parameter_bytes_per_chip
 

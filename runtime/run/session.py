@@ -130,7 +130,7 @@ class Session:
         Raises InputError where the device doesn't suit the shards, chips' files are missing, or processes disagree.
         """
         self.model, self.options = model, options
-        check_activations(options.activations, model.shards.manifest.scheme.format)
+        check_activations(options.activations, model.shards.manifest.scheme.formats)
         self.backend = _backend(model, options)
         _agree(model, options, self.backend, plans or {})
         sizes = (options.batch_size, options.max_seq_len, options.cache_dtype)

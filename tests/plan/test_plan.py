@@ -359,11 +359,11 @@ def test_smallest_slices_are_the_smallest() -> None:
         (("--shards", "shards4", "--bf16"), "--bf16 contradicts shards4, whose shards were made with --int8"),
         (
             ("--shards", "shards4", "--target", "v4-16"),
-            "shards4 has shards for 4 chips and v4-16 has 8. Re-shard them: llama-quantize shards4 --int8",
+            "shards4 has shards for 4 chips and v4-16 has 8. Re-shard them: llama-quantize shards4",
         ),
         (
             ("--shards", "shards4", "--target", "tpu7x-8"),
-            "for 4 chips and tpu7x-8 has 8 devices on 4 chips. Re-shard them: llama-quantize shards4 --int8 --target",
+            "for 4 chips and tpu7x-8 has 8 devices on 4 chips. Re-shard them: llama-quantize shards4 --target",
         ),
         (("--config", "7B", "--batch-size", "0"), "--batch-size"),
         (("--config", "7B", "--max-seq-len", "9" * 30), "--max-seq-len"),

@@ -153,7 +153,8 @@ def test_manifest_that_is_none(refused: Callable[..., None], out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format_version": 3}, "format version 3"),
+        ({"format_version": 4}, "format version 4"),
+        ({"format_version": 3}, "damaged"),  # which would have formats by tensor
         ({"format_version": "1"}, "format version 1"),
         ({"format_version": True}, "format version True"),
         ({"format_version": None}, "format version None"),

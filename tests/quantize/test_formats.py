@@ -352,7 +352,7 @@ def copied(made: Made, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda content: content.update(format_version=3), "of format version 3"),
+        (lambda content: content.update(format_version=4), "of format version 4"),
         (lambda content: content.update(format_version=True), "of format version True"),
         (lambda content: content.update(scheme="int5"), "damaged"),
         (lambda content: content.update(group_size=48), "damaged"),

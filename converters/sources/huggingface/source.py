@@ -98,7 +98,7 @@ class CompressedSource(HFSource):
         return self.rows(name, start, stop) if name in self._looked_up else super().rows(name, start, stop)
 
     def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
-        return {"quantization_config": quantization_config(config, self.quantized_names(config), INT8_GROUP)}
+        return {"quantization_config": quantization_config(config, [(INT8_GROUP, self.quantized_names(config))])}
 
     def quantized_names(self, config: ModelConfig) -> set[str]:
         return {p.name for p in parameters(config) if p.row.is_linear and p.name + SCALE_SUFFIX in self._holder}

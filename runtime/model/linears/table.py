@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
 from torch import nn
 
 from converters.console.errors import InputError
+from converters.console.notes import note
 from quantize.formats.floating import Floating
 from quantize.formats.table import format_title
 from quantize.formats.weight_format import WeightFormat
@@ -68,13 +69,20 @@ def takes_int8_activations(weight_format: WeightFormat) -> bool:
     return weight_format.name in ("int8", "int4")
 
 
-def check_activations(activations: str, weight_format: WeightFormat) -> None:
-    """Raise InputError where ``activations``, one of ACTIVATIONS, are int8 and the weights don't allow it."""
-    if activations == "int8" and not takes_int8_activations(weight_format):
+def check_activations(activations: str, formats: Sequence[WeightFormat]) -> None:
+    """Raise InputError where ``activations``, one of ACTIVATIONS, are int8 and the weights, in these ``formats``, don't
+    allow it. Note those that don't where others do.
+    """
+    if activations != "int8":
+        return
+    others = ", ".join(format_title(each) for each in formats if not takes_int8_activations(each))
+    if not any(takes_int8_activations(each) for each in formats):
         raise InputError(
             "Activations in int8 are for int8 and int4 weights with one scale for each output, and these are "
-            f"{format_title(weight_format)}. Leave --activations out, or quantize with --group-size channel."
+            f"{others}. Leave --activations out, or quantize with --group-size channel."
         )
+    if others:
+        note(f"Activations are not rounded to int8 before weights in {others}.")
 
 
 def values_kind(weight_format: WeightFormat) -> Values:
