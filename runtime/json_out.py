@@ -16,11 +16,17 @@ STDOUT = "-"
 
 def check_json_out(json_out: str | None) -> None:
     """Raise InputError for a path that can't be written; None means no output, ``-`` is stdout."""
-    if json_out in (None, STDOUT):
+    if json_out not in (None, STDOUT):
+        check_file_out("--json", Path(json_out), or_stdout=True)
+
+
+def check_file_out(option: str, path: Path | None, or_stdout: bool = False) -> None:
+    """Raise InputError for a path, given by ``option``, that can't be written; None means no output."""
+    if path is None:
         return
-    path = Path(json_out)
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"--json {path} can't be written. Give a file in a folder that is there, or -.")
+        instead = ", or -" if or_stdout else ""
+        raise InputError(f"{option} {path} can't be written. Give a file in a folder that is there{instead}.")
 
 
 def write_json_out(json_out: str, value: Any) -> None:
@@ -33,7 +39,12 @@ def write_json_out(json_out: str, value: Any) -> None:
     if json_out == STDOUT:
         click.echo(content, nl=False)
         return
-    path = Path(os.path.realpath(json_out))
+    write_file_out("--json", Path(json_out), content)
+
+
+def write_file_out(option: str, given: Path, content: bytes) -> None:
+    """Write a file as ``write_json_out`` does."""
+    path = Path(os.path.realpath(given))
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
@@ -41,6 +52,6 @@ def write_json_out(json_out: str, value: Any) -> None:
             replace_file(path, content)
     except OSError as error:
         raise InputError(
-            f"--json {json_out} could not be written ({error.strerror or error}). Free some room or give another file, "
+            f"{option} {given} could not be written ({error.strerror or error}). Free some room or give another file, "
             "and run the same command again."
         ) from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from converters.console.notes import print_notes
-from converters.console.units import format_bytes, format_seconds
+from converters.console.units import format_bytes, format_seconds, plural
 
 FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # so short work prints nothing in a log
 
@@ -29,14 +29,35 @@ def progress(label: str, total_bytes: int) -> Iterator[Advance]:
     """
     print_notes()
     if not sys.stderr.isatty():
-        yield _Lines(label, total_bytes).advance
+        yield _Lines(label, total_bytes, format_bytes).advance
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total_bytes)
+    with _bar(label, total_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def counted(label: str, total: int, noun: str) -> Iterator[Advance]:
+    """``progress`` of ``total`` things of any other kind than bytes."""
+    print_notes()
+    if not sys.stderr.isatty():
+        yield _Lines(label, total, lambda count: plural(count, noun)).advance
+        return
+    from rich.progress import MofNCompleteColumn
+
+    with _bar(label, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int, *columns: Any) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
 
         def advance(count: int, tensor: str = "") -> None:
             bar.update(task, advance=count, description=label + _layer(tensor))
@@ -63,10 +84,11 @@ def _layer(tensor: str) -> str:
 
 
 class _Lines:
-    """Progress in a log: lines with bytes done, share, rate and time left."""
+    """Progress in a log: lines with what is done, share, rate and time left."""
 
-    def __init__(self, label: str, total_bytes: int) -> None:
-        self._label, self._total = label, total_bytes
+    def __init__(self, label: str, total: int, say: Callable[[int], str]) -> None:
+        """``say`` writes an amount down."""
+        self._label, self._total, self._say = label, total, say
         self._done = 0
         self._begin = time.monotonic()
         self._next = self._begin + FIRST_LINE_S
@@ -80,8 +102,8 @@ class _Lines:
         rate = self._done / (now - self._begin)
         left = format_seconds(max(0, self._total - self._done) / rate) if rate else "unknown"
         print(
-            f"{self._label}{_layer(tensor)}: {format_bytes(self._done)} of {format_bytes(self._total)} "
-            f"({self._done / max(1, self._total):.0%}), {format_bytes(int(rate))}/s, {left} left",
+            f"{self._label}{_layer(tensor)}: {self._say(self._done)} of {self._say(self._total)} "
+            f"({self._done / max(1, self._total):.0%}), {self._say(int(rate))}/s, {left} left",
             file=sys.stderr,
             flush=True,
         )

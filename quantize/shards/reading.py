@@ -18,7 +18,7 @@ from converters.output.state import check_finished
 from converters.tokenizers.auxiliary_files import read_auxiliary_files
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file, read_manifest
 from quantize.shards.partition import Split
-from quantize.shards.stored import StoredParameter, StoredTensor, chip_specs, stored_parameters
+from quantize.shards.stored import Scheme, StoredParameter, StoredTensor, chip_specs, stored_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,10 @@ class Shards:
     @property
     def chips(self) -> int:
         return self.manifest.chips
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.manifest.scheme
 
     def require(self, chips: Iterable[int]) -> None:
         """Raise InputError, naming them, where some of these chips' files are not there."""

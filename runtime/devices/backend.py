@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from quantize.shards.reading import Shards
+from quantize.shards.chip_weights import ChipWeights
 from runtime.devices.processes import Processes
 from runtime.model.decoder_tensors import DecoderTensor
 from runtime.model.device_form import Form
@@ -42,14 +42,14 @@ class Backend(Protocol):
     form: Form  # this device's variants of parts of the computation
     fuse_bytes: int | None  # the most bytes per chip of a weight fused from several; None for no limit
 
-    def check_files(self, shards: Shards) -> None:
+    def check_files(self, shards: ChipWeights) -> None:
         """Raise InputError where a file that this process loads from is not there or isn't what the manifest says.
 
         No tensor is read.
         """
         ...
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> Any:
+    def load(self, shards: ChipWeights, tensor: DecoderTensor) -> Any:
         """A tensor for a decoder to hold, joined over the chips. Raises InputError for missing files."""
         ...
 

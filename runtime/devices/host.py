@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.shards.reading import Shards
+from quantize.shards.chip_weights import ChipWeights
 from runtime.devices.backend import CacheUse, Memory
 from runtime.devices.bandwidth import measure_read_bandwidth
 from runtime.devices.capture import capture
@@ -56,10 +56,10 @@ class HostBackend:
         on_cpu = Form(self._make_linear, attend_many=attend_fused)
         self.form = on_cpu if self._device.type == "cpu" else Form(self._make_linear)
 
-    def check_files(self, shards: Shards) -> None:
+    def check_files(self, shards: ChipWeights) -> None:
         shards.check(range(shards.chips))
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | PackedInt4:
+    def load(self, shards: ChipWeights, tensor: DecoderTensor) -> torch.Tensor | PackedInt4:
         parts = [shards.rows(part.name, 0, part.shape[0]) for part in tensor.parts]
         joined = tensor.join(parts).to(self._device)
         layout = linear_kind(tensor.format, self._kind, self._int8_activations).layout

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from converters.console.errors import InputError
 from converters.model.config import ModelConfig
-from quantize.shards.reading import Shards
+from quantize.shards.chip_weights import ChipWeights
 from runtime.devices import pjrt
 from runtime.devices.backend import CacheUse, Memory
 from runtime.devices.bandwidth import measure_read_bandwidth
@@ -158,11 +158,11 @@ class XLABackend:
         self.leader = 0 in self._mesh.local_chips
         self._pending: Any = []  # the results of the last launch
 
-    def check_files(self, shards: Shards) -> None:
+    def check_files(self, shards: ChipWeights) -> None:
         """Those of the chips of this process, which reads no others."""
         shards.check(self._mesh.local_chips)
 
-    def load(self, shards: Shards, tensor: DecoderTensor) -> torch.Tensor | Tiles | Coded:
+    def load(self, shards: ChipWeights, tensor: DecoderTensor) -> torch.Tensor | Tiles | Coded:
         """Each local chip's part, read from its file; no host ever holds the whole tensor."""
         chips = self._mesh.local_chips
         layout = linear_kind(tensor.format, Device.XLA_CPU, self._int8_activations).layout
@@ -275,7 +275,7 @@ class XLABackend:
         self._held[label] = array
         return self._tracer.placeholder(array.shape, parts[0].dtype, axis, stands_for=label)
 
-    def _load_pieces(self, shards: Shards, tensor: DecoderTensor, layout: Layout) -> Tiles | Coded:
+    def _load_pieces(self, shards: ChipWeights, tensor: DecoderTensor, layout: Layout) -> Tiles | Coded:
         """The values of a weight, as XLA:CPU's linears read them; every local chip's come as blocks of rows."""
         rows, inputs = tensor.local_shape(shards.config, self.chips)
         blocks = [_blocks(shards, tensor, chip) for chip in self._mesh.local_chips]
@@ -371,7 +371,7 @@ class _Compiled:
         return digest([self._name, self._exact, self._donates, repr(kinds)])
 
 
-def _blocks(shards: Shards, tensor: DecoderTensor, chip: int) -> Iterator[torch.Tensor]:
+def _blocks(shards: ChipWeights, tensor: DecoderTensor, chip: int) -> Iterator[torch.Tensor]:
     """One chip's part of a tensor, as blocks of rows."""
     for part in tensor.parts:
         yield from shards.local_blocks(part.name, chip, _BLOCK_BYTES)

@@ -67,6 +67,40 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.feed_forward(x.to(self.dtype)))
 
 
+class Head(nn.Module):
+    """What follows the layers: the final norm, the projection to the embedding's width if any, the output head."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        form: Form,
+        embedding: torch.Tensor | None = None,
+    ) -> None:
+        """``embedding`` is the tensor that the output head shares with it, where the model's are tied."""
+        super().__init__()
+        architecture, prefix = config.architecture, config.architecture.prefix
+        self.vocab_size, self.dtype = config.vocab_size, dtype
+        self.norm = (
+            make_norm(weights, prefix + architecture.final_norm, config, dtype) if architecture.final_norm else None
+        )
+        projects = config.word_embed_proj_dim is not None
+        self.project_out = weights.linear(prefix + PROJECT_OUT.name.removesuffix(".weight")) if projects else None
+        if embedding is None:
+            self.lm_head = weights.linear(LM_HEAD.name.removesuffix(".weight"))
+        else:
+            stored = str(embedding.dtype).removeprefix("torch.")
+            self.lm_head = form.make_linear(LinearWeight(Floating(stored), {"": embedding}))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] from the last layer's output [..., E], followed by those of the vocabulary's padding."""
+        x = x.to(self.dtype) if self.norm is None else self.norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return self.lm_head(x)
+
+
 class Decoder(nn.Module):
     """A model whose tensors are the shards for ``heads.chips`` chips, joined along their shard axes.
 
@@ -97,21 +131,10 @@ class Decoder(nn.Module):
         self.positions = POSITION_KINDS[architecture.positions](weights, config, place, form)
         prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, form) for name in prefixes)
-        self.norm = (
-            make_norm(weights, prefix + architecture.final_norm, config, dtype) if architecture.final_norm else None
-        )
-        self.project_in, self.project_out = (
-            None if config.word_embed_proj_dim is None else weights.linear(prefix + row.name.removesuffix(".weight"))
-            for row in (PROJECT_IN, PROJECT_OUT)
-        )
-        head = LM_HEAD.name.removesuffix(".weight")
-        self.lm_head = self._tied_head() if config.tie_word_embeddings else weights.linear(head)
+        projects = config.word_embed_proj_dim is not None
+        self.project_in = weights.linear(prefix + PROJECT_IN.name.removesuffix(".weight")) if projects else None
+        self.head = Head(weights, config, dtype, form, self.embedding if config.tie_word_embeddings else None)
         weights.check_all_taken()
-
-    def _tied_head(self) -> nn.Module:
-        """The output head, which shares the embedding's tensor."""
-        dtype = str(self.embedding.dtype).removeprefix("torch.")
-        return self.form.make_linear(LinearWeight(Floating(dtype), {"": self.embedding}))
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits [B, V] after the last of ``tokens`` [B, T], which are written to ``slots`` [T] of the cache.
@@ -120,13 +143,6 @@ class Decoder(nn.Module):
         """
         x = self._layers(tokens, slots, offsets, cache, cache.slots)[:, -1]  # [C * B, E]
         return self.head(x)[: cache.batch_size, : self.vocab_size]
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] from the last layer's output [..., E], followed by those of the vocabulary's padding."""
-        x = x.to(self.dtype) if self.norm is None else self.norm(x)
-        if self.project_out is not None:
-            x = self.project_out(x)
-        return self.lm_head(x)
 
     def fill(
         self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, first: bool = False
@@ -138,10 +154,27 @@ class Decoder(nn.Module):
         seen = tokens.shape[1] if first else cache.slots
         return self._layers(tokens, slots, offsets, cache, seen)[: cache.batch_size]
 
+    def fill_by_layer(
+        self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, first: bool = False
+    ) -> list[torch.Tensor]:
+        """``fill``, returning every layer's output, the first layer's first."""
+        outputs: list[torch.Tensor] = []
+        self._layers(tokens, slots, offsets, cache, tokens.shape[1] if first else cache.slots, outputs)
+        return [x[: cache.batch_size] for x in outputs]
+
     def _layers(
-        self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache, seen: int
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        offsets: torch.Tensor,
+        cache: KVCache,
+        seen: int,
+        outputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The last layer's output [C * B, T, E]; C copies of every row are made to reach the form's ``least_rows``."""
+        """The last layer's output [C * B, T, E]; C copies of every row are made to reach the form's ``least_rows``.
+
+        Every layer's output is appended to ``outputs``.
+        """
         rotary = self.positions.rotary(slots, offsets)
         cached = torch.arange(seen, device=tokens.device)  # [S]
         # Padding before a row's start would attend to no slot at all; its own slot keeps the softmax finite.
@@ -150,6 +183,8 @@ class Decoder(nn.Module):
         x = self._embed(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
         for layer, block in enumerate(self.layers):
             x = block(x, rotary, mask, slots, cache, layer)
+            if outputs is not None:
+                outputs.append(x)
         return x
 
     def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, copies: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from converters.model.config import ModelConfig
-from converters.model.parameters import same_input
+from converters.model.parameters import EMBEDDING, LM_HEAD, same_input, table
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.scheme import Scheme
 from quantize.shards.stored import StoredParameter, StoredTensor, stored_parameters
@@ -108,6 +108,11 @@ class DecoderParameter:
         return self.members[0].format
 
     @property
+    def in_block(self) -> bool:
+        """Whether every layer has one of its like."""
+        return self.members[0].parameter.in_block
+
+    @property
     def is_linear(self) -> bool:
         """Whether it is the weight of a matrix product."""
         return self.members[0].parameter.row.is_linear
@@ -145,6 +150,14 @@ def decoder_parameters(
             members = tuple(stored[f"{each}.{kind}"] for each in linears)
             found.append(DecoderParameter(f"{_fused_name(linears)}.{kind}", members, first))
     return found
+
+
+def head_parameters(config: ModelConfig, scheme: Scheme, chips: int, fuse_bytes: int | None) -> list[DecoderParameter]:
+    """Those of ``decoder_parameters`` that follow the layers; the embedding too, where the output head shares it."""
+    after = {*table(config.architecture, config.word_embed_proj_dim is not None).after}
+    after.add(EMBEDDING if config.tie_word_embeddings else LM_HEAD)
+    found = decoder_parameters(config.cut(1), scheme, chips, fuse_bytes)
+    return [each for each in found if each.members[0].parameter.row in after and not each.in_block]
 
 
 def decoder_tensors(parameters: Iterable[DecoderParameter]) -> list[DecoderTensor]:

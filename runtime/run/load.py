@@ -8,20 +8,28 @@ import torch
 
 from converters.console.progress import Advance
 from converters.model.config import ModelConfig
+from converters.model.parameters import EMBEDDING
+from quantize.shards.chip_weights import ChipWeights
 from quantize.shards.partition import plan_heads
-from quantize.shards.reading import Shards
 from runtime.devices.backend import Backend
-from runtime.model.decoder import Decoder
-from runtime.model.decoder_tensors import DecoderParameters, DecoderTensor, collect, decoder_parameters
+from runtime.model.decoder import Decoder, Head
+from runtime.model.decoder_tensors import (
+    DecoderParameters,
+    DecoderTensor,
+    collect,
+    decoder_parameters,
+    head_parameters,
+)
 from runtime.model.kv_cache import HEAD_AXIS, KVCache
 from runtime.model.sizing import cache_shape
+from runtime.model.weights import Weights
 
 if TYPE_CHECKING:
     from runtime.devices.xla import TPUForm
 
 
 def load_decoder(
-    shards: Shards, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
+    shards: ChipWeights, config: ModelConfig, dtype: torch.dtype, backend: Backend, advance: Advance
 ) -> tuple[Decoder, int]:
     """The decoder on the device, and the bytes of parameters that each chip holds; arguments as in ``load_tensors``."""
     tensors, bytes_per_chip = load_tensors(shards, config, backend, advance)
@@ -29,7 +37,7 @@ def load_decoder(
 
 
 def load_tensors(
-    shards: Shards, config: ModelConfig, backend: Backend, advance: Advance
+    shards: ChipWeights, config: ModelConfig, backend: Backend, advance: Advance
 ) -> tuple[DecoderParameters, int]:
     """The parameters for ``make_decoder`` on the device, and the bytes of them that each chip holds.
 
@@ -46,8 +54,25 @@ def load_tensors(
         advance(nbytes, tensor.name)
         return loaded
 
-    wanted = decoder_parameters(config, shards.manifest.scheme, backend.chips, backend.fuse_bytes)
+    wanted = decoder_parameters(config, shards.scheme, backend.chips, backend.fuse_bytes)
     return collect(wanted, load), bytes_per_chip
+
+
+def load_head(shards: ChipWeights, dtype: torch.dtype, backend: Backend, advance: Advance) -> Head:
+    """A model's final norm and output head alone, on the device; arguments as in ``load_tensors``."""
+    config = shards.config
+    wanted = head_parameters(config, shards.scheme, backend.chips, backend.fuse_bytes)
+
+    def load(tensor: DecoderTensor) -> Any:
+        loaded = backend.load(shards, tensor)
+        advance(backend.nbytes(loaded), tensor.name)
+        return loaded
+
+    weights = Weights(collect(wanted, load), backend.form.make_linear)
+    embedding = config.architecture.prefix + EMBEDDING.name
+    head = Head(weights, config, dtype, backend.form, weights.take(embedding) if config.tie_word_embeddings else None)
+    weights.check_all_taken()
+    return head.eval()
 
 
 def make_decoder(

@@ -38,17 +38,17 @@ class Needs:
         return self.parameters + self.cache
 
 
-def check_memory(needs: Needs, backend: Backend) -> None:
-    """Note what the run needs and what is free. Raises InputError where it doesn't fit."""
+_ADVICE = "Give --layers, a smaller --batch-size or --max-seq-len, or shards of a smaller format or for more chips."
+
+
+def check_memory(needs: Needs, backend: Backend, advice: str = _ADVICE) -> None:
+    """Note what the run needs and what is free. Raises InputError, with ``advice``, where it doesn't fit."""
     memory = backend.memory()
     free, place = (available_memory(), "of this host") if memory.on_host else (memory.free_bytes, "on each chip")
     needed = needs.total * (memory.local_chips if memory.on_host else 1)
     parts = f"{format_bytes(needs.parameters)} of parameters and {format_bytes(needs.cache)} of KV cache"
     each = f"{plural(memory.local_chips, 'chip')} with {parts} each" if memory.on_host else parts
     if free is not None and needed > free:
-        raise InputError(
-            f"{each} take {format_bytes(needed)} {place}, where {format_bytes(free)} are free. Give --layers, a "
-            "smaller --batch-size or --max-seq-len, or shards of a smaller format or for more chips."
-        )
+        raise InputError(f"{each} take {format_bytes(needed)} {place}, where {format_bytes(free)} are free. {advice}")
     of_free = "" if free is None else f" of {format_bytes(free)} that are free"
     note(f"Memory {place}: {format_bytes(needed)}{of_free} ({each}), and a program's temporaries.")

@@ -131,7 +131,7 @@ class Session:
         """
         self.model, self.options = model, options
         check_activations(options.activations, model.shards.manifest.scheme.formats)
-        self.backend = _backend(model, options)
+        self.backend = start_backend(model.shards.chips, options, _opened_for(model, options))
         _agree(model, options, self.backend, plans or {})
         sizes = (options.batch_size, options.max_seq_len, options.cache_dtype)
         check_memory(Needs.of(model.config, model.shards.manifest.scheme, self.backend.chips, *sizes), self.backend)
@@ -281,17 +281,14 @@ class Session:
         return found
 
 
-def _backend(model: StoredModel, options: SessionOptions) -> Backend:
+def start_backend(chips: int, options: SessionOptions, opened_for: str) -> Backend:
+    """The device for models on ``chips`` chips; ``opened_for`` is all that graphs follow from, beside the package's
+    source and the device.
+    """
     if options.backend == "xla":
         from runtime.devices.xla import XLABackend
 
-        return XLABackend(
-            model.shards.chips,
-            options.compile_cache,
-            options.cluster,
-            _opened_for(model, options),
-            options.activations == "int8",
-        )
+        return XLABackend(chips, options.compile_cache, options.cluster, opened_for, options.activations == "int8")
     from runtime.devices.host import HostBackend
 
     return HostBackend(options.backend, options.compile_cache, options.activations == "int8")

@@ -197,7 +197,7 @@ def _perplexity(decoder: Decoder, cache: KVCache, ids: torch.Tensor) -> float:
     x = decoder.fill(ids, torch.arange(ids.shape[1]), torch.zeros(len(ids), dtype=torch.long), cache)
     losses = []
     for row, tokens in zip(x, ids, strict=True):
-        logits = decoder.lm_head(decoder.norm(row[:-1])).float()
+        logits = decoder.head(row[:-1]).float()
         losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:]))
     return torch.stack(losses).mean().exp().item()
 

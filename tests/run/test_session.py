@@ -241,7 +241,7 @@ def test_a_closed_session_holds_nothing(folder: Path) -> None:
 def test_options_are_refused_before_the_device(
     options: dict[str, Any], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "_backend", _no_device)
+    monkeypatch.setattr(session_module, "start_backend", _no_device)
     with pytest.raises(InputError, match=re.escape(says)):
         opened(folder, **options)
 
@@ -260,7 +260,7 @@ def test_options_are_refused_before_the_device(
 def test_llama_run_refuses_prompts_before_the_device(
     arguments: tuple[object, ...], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "_backend", _no_device)
+    monkeypatch.setattr(session_module, "start_backend", _no_device)
     assert says in invoke_error(run, "--shards", folder / "out1", *arguments)
 
 
