@@ -1,9 +1,10 @@
-"""Drawing an evaluation: the divergence by the place in the window and, if it was asked for, by the number of layers."""
+"""Drawing an evaluation: the divergence by the place in the window and, if asked for, by the number of layers."""
 
 from __future__ import annotations
 
 import io
 import textwrap
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ def by_place(positions: Positions) -> np.ndarray:
     last = int(positions.place.max())
     edges = np.unique(np.linspace(1, last + 1, min(_MOST_BINS, last) + 1).round().astype(int))
     rows = []
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         kl = positions.kl[(positions.place >= first) & (positions.place < end)]
         rows.append((first, end - 1, kl.mean(), np.quantile(kl, 0.9)))
     return np.array(rows)
@@ -53,7 +54,7 @@ def by_place(positions: Positions) -> np.ndarray:
 def _by_place(axes: Axes, positions: Positions) -> None:
     bins = by_place(positions)
     middle = bins[:, :2].mean(axis=1)
-    axes.fill_between(middle, 0, bins[:, 3], color=_COLOR, alpha=0.2, linewidth=0, label="90% of positions")
+    axes.fill_between(middle, 0, bins[:, 3], color=_COLOR, alpha=0.2, linewidth=0, label="90% of positions are below")
     axes.plot(middle, bins[:, 2], color=_COLOR, marker="o", markersize=3, label="mean")
     axes.set_xlim(0, bins[-1, 1] + 1)
     axes.set_ylim(0, 1.1 * bins[:, 2:].max() or 1)
