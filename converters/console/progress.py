@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from converters.console.notes import print_notes
-from converters.console.units import format_bytes, format_seconds, plural
+from converters.console.units import format_bytes, format_seconds
 
 FIRST_LINE_S, NEXT_LINE_S = 10.0, 30.0  # so short work prints nothing in a log
 
@@ -38,11 +38,11 @@ def progress(label: str, total_bytes: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def counted(label: str, total: int, noun: str) -> Iterator[Advance]:
-    """``progress`` of ``total`` things of any other kind than bytes."""
+def counted(label: str, total: int) -> Iterator[Advance]:
+    """``progress`` of ``total`` parts of equal work, in place of bytes."""
     print_notes()
     if not sys.stderr.isatty():
-        yield _Lines(label, total, lambda count: plural(count, noun)).advance
+        yield _Lines(label, total, str, with_rate=False).advance
         return
     from rich.progress import MofNCompleteColumn
 
@@ -86,9 +86,9 @@ def _layer(tensor: str) -> str:
 class _Lines:
     """Progress in a log: lines with what is done, share, rate and time left."""
 
-    def __init__(self, label: str, total: int, say: Callable[[int], str]) -> None:
+    def __init__(self, label: str, total: int, say: Callable[[int], str], with_rate: bool = True) -> None:
         """``say`` writes an amount down."""
-        self._label, self._total, self._say = label, total, say
+        self._label, self._total, self._say, self._with_rate = label, total, say, with_rate
         self._done = 0
         self._begin = time.monotonic()
         self._next = self._begin + FIRST_LINE_S
@@ -101,9 +101,10 @@ class _Lines:
         self._next = now + NEXT_LINE_S
         rate = self._done / (now - self._begin)
         left = format_seconds(max(0, self._total - self._done) / rate) if rate else "unknown"
+        speed = f"{self._say(int(rate))}/s, " if self._with_rate else ""
         print(
             f"{self._label}{_layer(tensor)}: {self._say(self._done)} of {self._say(self._total)} "
-            f"({self._done / max(1, self._total):.0%}), {self._say(int(rate))}/s, {left} left",
+            f"({self._done / max(1, self._total):.0%}), {speed}{left} left",
             file=sys.stderr,
             flush=True,
         )

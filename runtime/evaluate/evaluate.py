@@ -22,6 +22,8 @@ from runtime.model.linears.table import check_activations
 from runtime.run.session import SessionOptions
 from runtime.run.stored_model import StoredModel, open_model
 
+_MOST_NATS = 700  # exp of more is no number of float64
+
 
 def evaluate(
     shards: Path | str,
@@ -112,7 +114,7 @@ def _evaluation(job: Job, passes: Sequence[Pass]) -> Evaluation:
     last, model = passes[-1], job.model.shards.manifest
     lengths = [piece.length for piece in pieces(job.tokens, job.window)]
     depths = [_values([each[depth] for each in last.found], lengths) for depth in range(len(last.found[0]))]
-    _check_finite(depths[-1])
+    _check_values(depths[-1])
     by_layer = [float(values[Compared._fields.index("kl")].mean()) for values in depths] if job.by_layer else None
     return Evaluation(
         model=model.model,
@@ -145,10 +147,16 @@ def _positions(job: Job, values: np.ndarray) -> Positions:
     return Positions(place, *values)
 
 
-def _check_finite(values: np.ndarray) -> None:
+def _check_values(values: np.ndarray) -> None:
+    """Raise InputError where no figures can be made of values [fields, n]."""
     bad = ~np.isfinite(values).all(axis=0)
     if bad.any():
         raise InputError(
             f"{int(bad.sum())} of {bad.size} predictions are no numbers (NaN or infinite): the weights, or --dtype "
             "and the like, are not fit for this text. Check the checkpoint with llama-convert, or give --dtype float32."
+        )
+    if max(-row.mean() for row in values[:2]) > _MOST_NATS:
+        raise InputError(
+            f"The text's tokens are predicted with a probability of less than exp(-{_MOST_NATS}) on average: it is no "
+            "text of these models' vocabulary. Check --text and the checkpoint."
         )

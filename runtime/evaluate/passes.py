@@ -155,7 +155,7 @@ def _over_text(job: Job, backend: Backend, label: str, use: Use, outputs: list[l
     backend.keep_recipes()
     before, begin = backend.compilations(), time.perf_counter()
     number = count_pieces(len(job.tokens), job.window)
-    with counted(label, number, "piece") as advance:
+    with counted(label, number) as advance:
         found = []
         launched = map(use, pieces(job.tokens, job.window), outputs or repeat([]))
         for each in fetched(launched, backend):
