@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 
 
 class Report:
-    """Errors of the quantized tensors. The relative error is norm(dequantized - weight) / norm(weight).
+    """Errors of the quantized tensors. The relative error is norm(dequantized - weight) / norm(weight), and of outputs,
+    where something is known of the inputs, the root of the mean square of the error by that of the outputs.
 
     Rows are added up exactly (math.fsum), each once, so that the report depends neither on the blocks in which they
     came nor on the runs that made the chips' files.
@@ -38,7 +39,9 @@ class Report:
             self._name = name
         self.expect(name)
         for first, stop in self._tensors[name].take(start, start + len(errors.max_error)):
-            self._rows.append(RowErrors(*(part[first - start : stop - start] for part in errors)))
+            self._rows.append(
+                RowErrors(*(None if part is None else part[first - start : stop - start] for part in errors))
+            )
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs to go on from here, as JSON holds it."""
@@ -50,7 +53,10 @@ class Report:
         self._tensors = {name: _Sums(**sums) for name, sums in (state or {}).items()}
 
     def content(self) -> dict[str, Any]:
-        """quantization_report.json: relative and largest error of every quantized tensor, and the worst of them."""
+        """quantization_report.json: relative and largest error of every quantized tensor, and the worst of them.
+
+        Those of outputs are there where something was known of the inputs.
+        """
         self._close()
         tensors = {name: sums.entry() for name, sums in self._tensors.items()}
         worst = max(tensors, key=lambda name: tensors[name]["relative_error"], default=None)
@@ -66,7 +72,9 @@ class Report:
         if not errors:
             return ""
         mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.__getitem__)
-        return f"Relative error of the {format_name} weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
+        line = f"Relative error of the {format_name} weights: mean {mean:.2%}, worst {errors[worst]:.2%} ({worst})"
+        outputs = [entry["output_error"] for entry in self.content()["tensors"].values() if "output_error" in entry]
+        return line + (f"; of their outputs: mean {sum(outputs) / len(outputs):.2%}" if outputs else "")
 
     def _close(self) -> None:
         """Sum up the rows added since the last call."""
@@ -83,6 +91,8 @@ class _Sums:
     squared_error: list[float] = field(default_factory=list)
     squared_weight: list[float] = field(default_factory=list)
     max_error: float = 0.0
+    squared_output_error: list[float] = field(default_factory=list)
+    squared_output: list[float] = field(default_factory=list)
 
     def take(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Mark rows as seen; returns the ranges of those that were not."""
@@ -106,14 +116,27 @@ class _Sums:
         self.squared_error = _exact_parts(self.squared_error, [part.squared_error for part in rows])
         self.squared_weight = _exact_parts(self.squared_weight, [part.squared_weight for part in rows])
         self.max_error = max(self.max_error, *(part.max_error.max().item() for part in rows))
+        known = [part for part in rows if part.squared_output is not None]
+        self.squared_output_error = _exact_parts(
+            self.squared_output_error, [part.squared_output_error for part in known]
+        )
+        self.squared_output = _exact_parts(self.squared_output, [part.squared_output for part in known])
 
     def entry(self) -> dict[str, float]:
         """The tensor's entry in the report."""
-        error, weight = math.fsum(self.squared_error), math.fsum(self.squared_weight)
-        return {"relative_error": math.sqrt(error / weight) if weight else 0.0, "max_error": self.max_error}
+        found = {"relative_error": _relative(self.squared_error, self.squared_weight), "max_error": self.max_error}
+        if self.squared_output:
+            found["output_error"] = _relative(self.squared_output_error, self.squared_output)
+        return found
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _relative(squared_error: list[float], squared: list[float]) -> float:
+    """The root of the quotient of two sums; 0 where there is nothing to be relative to."""
+    whole = math.fsum(squared)
+    return math.sqrt(math.fsum(squared_error) / whole) if whole else 0.0
 
 
 def _exact_parts(parts: list[float], values: list[torch.Tensor]) -> list[float]:

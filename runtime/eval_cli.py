@@ -10,6 +10,13 @@ from converters.console.command import DISTRIBUTION, run
 from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 
 
+# What is said to who gives no text.
+_WANTED = (
+    "Give --text: text that the model was not calibrated on, of the kind that it will be used for, of 8,192 tokens or "
+    "more (.txt, or token ids as .json or .npy). There is no built-in text."
+)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--shards", type=click.Path(path_type=Path), required=True, metavar="DIR", help="What llama-quantize wrote."
@@ -108,7 +115,7 @@ def command(
     from converters.console.units import plural
     from quantize.shards.reading import Shards
     from runtime.devices.compile_cache import check_folder
-    from runtime.evaluate.texts import check_text_paths, read_tokens
+    from runtime.run.token_files import TokenFiles
     from runtime.json_out import STDOUT, check_file_out, check_json_out, write_file_out, write_json_out
 
     if compile_cache is not None and backend == "eager":
@@ -117,7 +124,8 @@ def command(
         check_folder(compile_cache, needs_writing=backend != "xla")
     if plot is not None and against is None:
         raise InputError("--plot draws the divergence from another model: give --against, or leave it out.")
-    check_text_paths(texts)
+    files = TokenFiles(texts, "--text", "--tokens", _WANTED)
+    files.check()
     check_json_out(json_out)
     check_file_out("--plot", plot)
     Shards(shards)  # report a bad directory before torch is loaded
@@ -137,7 +145,9 @@ def command(
         compile_cache=compile_cache,
     )
     model = open_model(shards, 1, layers)
-    done = evaluate_model(model, read_tokens(texts, model, tokens), options, against, by_layer)
+    done = evaluate_model(
+        model, files.read(tokens, model.codec, model.config.vocab_size, model.path), options, against, by_layer
+    )
     if done is None:
         return 0
     if json_out != STDOUT:

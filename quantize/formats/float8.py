@@ -44,15 +44,15 @@ class Float8:
     def config_group(self) -> dict[str, Any]:
         return weights_group("float-quantized", "float", 8, self.group_size, zero_points=False)
 
-    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
-        """A group's largest magnitude becomes 448; ``search`` changes nothing."""
+    def encode(self, weight: torch.Tensor, search: bool = True, importance: torch.Tensor | None = None) -> Encoded:
+        """A group's largest magnitude becomes 448; neither ``search`` nor ``importance`` changes anything."""
         import torch
 
         rows, width = weight.shape
         group = self.group_size or width
         values = torch.empty(rows, width, dtype=torch.float8_e4m3fn)
         scales = torch.empty(rows, width // group, dtype=getattr(torch, self.parts[1].dtype))
-        errors = RowErrors(*(torch.empty(rows, dtype=torch.float64) for _ in RowErrors._fields))
+        errors = RowErrors(*(torch.empty(rows, dtype=torch.float64) for _ in range(3)))
         for start, stop in row_blocks(0, rows, width, CACHED_ELEMENTS):
             block = weight[start:stop].float().unflatten(1, (-1, group))  # [n, groups, group]
             scale = (block.abs().amax(2) / LARGEST).to(scales.dtype)

@@ -35,7 +35,7 @@ class Floating:
     def parts(self) -> tuple[Part, ...]:
         return (Part("", self.dtype),)
 
-    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+    def encode(self, weight: torch.Tensor, search: bool = True, importance: torch.Tensor | None = None) -> Encoded:
         """Rows [n, ...] of a parameter with any number of dimensions; ``search`` changes nothing."""
         import torch
 

@@ -66,16 +66,26 @@ class Integers:
             "pack-quantized" if self.bits == 4 else "int-quantized", "int", self.bits, self.group_size, self.zero_points
         )
 
-    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+    def encode(self, weight: torch.Tensor, search: bool = True, importance: torch.Tensor | None = None) -> Encoded:
         if self.name == "int8":
             quantized, errors = quantize_rows(weight)
         else:
             quantized, errors = quantize_groups(
-                weight, self.group_size, self.bits, zero_points=self.zero_points, search=search
+                weight, self.group_size, self.bits, zero_points=self.zero_points, search=search, importance=importance
             )
         # Without zero points the last of three tensors is None.
         tensors = {part.suffix: tensor for part, tensor in zip(self.parts, quantized, strict=False)}
         return Encoded(tensors, errors)
+
+    def stored(self, values: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that stand for integers int8 [n, in] with a scale and a zero point [n, groups] each, in float32.
+
+        The scale must be one that the stored dtype can hold; zero points count only where the format has them.
+        """
+        import torch
+
+        columns = (values, scale.to(getattr(torch, self.parts[1].dtype)), zeros.to(torch.int8))
+        return {part.suffix: tensor for part, tensor in zip(self.parts, columns, strict=False)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         values, scale = tensors[self.parts[0].suffix], tensors[SCALE_SUFFIX]

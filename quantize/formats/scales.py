@@ -40,13 +40,20 @@ class GroupQuantized(NamedTuple):
 
 
 def quantize_groups(
-    weight: torch.Tensor, group: int | None, bits: int, *, zero_points: bool = False, search: bool = True
+    weight: torch.Tensor,
+    group: int | None,
+    bits: int,
+    *,
+    zero_points: bool = False,
+    search: bool = True,
+    importance: torch.Tensor | None = None,
 ) -> tuple[GroupQuantized, RowErrors]:
     """Quantize whole rows [n, in] of a floating weight in groups of so many inputs, and measure what that costs.
 
     ``in`` is a multiple of ``group``; None makes a row one group. Scales are bfloat16 [n, in / group], or float32
     [n, 1] for whole rows, and values are chosen for the scale as it is stored. Rows are independent, so a weight may be
     quantized in any blocks of rows. Without ``search`` the scale follows from the largest magnitude and is positive.
+    ``importance`` float32 [in] multiplies each input's squared error where the search weighs scales.
 
     A group of zeros, or of nothing that float32 could divide by, has scale 1 and values 0. NaN or an infinity in a
     group makes its scale not finite.
@@ -60,10 +67,11 @@ def quantize_groups(
     found = [torch.empty(rows, width // size) for _ in range(5)]
     blocks = list(row_blocks(0, rows, width, BLOCK_ELEMENTS))
     buffers = _Buffers.for_groups(blocks[0][1] * width // size, size)
+    weighting = None if importance is None else importance.view(-1, size)
     for start, stop in blocks:
         block = buffers.first((stop - start) * width // size)
         block.weight.view(stop - start, width).copy_(weight[start:stop])
-        scale, zeros = _choose(block, scheme)
+        scale, zeros = _choose(block, scheme, weighting)
         columns = (scale, zeros, *_round(block, scheme, scale, zeros))
         values[start:stop] = block.work.view(stop - start, width)
         for whole, column in zip(found, columns, strict=True):
@@ -77,6 +85,24 @@ def quantize_groups(
     )
     stored = scales.bfloat16() if scheme.in_bfloat16 else scales
     return GroupQuantized(values, stored, zeros.to(torch.int8) if zero_points else None), errors
+
+
+def choose_scales(
+    weight: torch.Tensor, bits: int, in_bfloat16: bool, *, zero_points: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero point of each row [n, size] as one group, both float32 [n, 1], as ``quantize_groups``
+    finds them; scales have the values that the stored dtype can hold.
+    """
+    scheme = _Scheme(bits, zero_points, in_bfloat16, bits == 4)
+    block = _Buffers.for_groups(*weight.shape)
+    block.weight.copy_(weight)
+    return _choose(block, scheme, None if importance is None else importance[None])
+
+
+def value_range(bits: int, zero_points: bool) -> tuple[int, int]:
+    """The lowest and the highest integer that stands for a weight."""
+    scheme = _Scheme(bits, zero_points, False, False)
+    return scheme.lowest, scheme.highest
 
 
 @dataclass(frozen=True)
@@ -119,8 +145,13 @@ class _Buffers(NamedTuple):
         return _Buffers(*(buffer[:count] for buffer in self))
 
 
-def _choose(block: _Buffers, scheme: _Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and the zero point of each group [groups, 1], both in float32; without zero points they are 0."""
+def _choose(
+    block: _Buffers, scheme: _Scheme, weighting: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero point of each group [groups, 1], both in float32; without zero points they are 0.
+
+    ``weighting`` [groups of a row, size] says how much the errors count; None: all alike.
+    """
     import torch
 
     high, low = block.weight.amax(1, keepdim=True), block.weight.amin(1, keepdim=True)
@@ -137,11 +168,13 @@ def _choose(block: _Buffers, scheme: _Scheme) -> tuple[torch.Tensor, torch.Tenso
     zeros = torch.zeros_like(unit)
     if scheme.zero_points:
         zeros = low.mul_(-scheme.span).div_(unit).round_().add_(scheme.lowest).masked_fill_(nothing, 0.0)
-    scale = unit * _best_factors(block, scheme, unit, zeros) if scheme.searched else unit
+    scale = unit * _best_factors(block, scheme, unit, zeros, weighting) if scheme.searched else unit
     return scale.bfloat16().float() if scheme.in_bfloat16 else scale, zeros
 
 
-def _best_factors(block: _Buffers, scheme: _Scheme, unit: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+def _best_factors(
+    block: _Buffers, scheme: _Scheme, unit: torch.Tensor, zeros: torch.Tensor, weighting: torch.Tensor | None
+) -> torch.Tensor:
     """By what to multiply each group's ``unit`` [groups, 1] for the least cost; the larger of two alike."""
     import torch
 
@@ -157,11 +190,17 @@ def _best_factors(block: _Buffers, scheme: _Scheme, unit: torch.Tensor, zeros: t
     if not finite.all():
         block.work.masked_fill_(~finite, 0.0)
     block.index.copy_(block.work)
-    costs = torch.nn.functional.embedding_bag(block.index, candidates.costs, mode="sum")
+    each = None if weighting is None else _spread(weighting, block.index.shape)
+    costs = torch.nn.functional.embedding_bag(block.index, candidates.costs, mode="sum", per_sample_weights=each)
     # The order of floats that are not negative is that of their bits, so the last few can say which candidate it is.
     ranked = costs.view(torch.int32).bitwise_and_(-_CANDIDATES).bitwise_or_(candidates.numbers)
     best = ranked.amin(1).bitwise_and_(_CANDIDATES - 1)
     return candidates.factors.index_select(0, best).unsqueeze(1)
+
+
+def _spread(weighting: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``weighting`` [groups of a row, size] for the groups of all rows: [rows * groups of a row, size]."""
+    return weighting.expand(shape[0] // len(weighting), *weighting.shape).reshape(shape)
 
 
 class _Candidates(NamedTuple):

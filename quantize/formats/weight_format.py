@@ -55,11 +55,16 @@ class Part:
 
 
 class RowErrors(NamedTuple):
-    """What encoding cost each row: sums over its elements and the largest difference of one; float64 [out]."""
+    """What encoding cost each row: sums over its elements and the largest difference of one; float64 [out].
+
+    Where something is known of the inputs, also the sums of its outputs' squared errors and squares.
+    """
 
     squared_error: torch.Tensor
     squared_weight: torch.Tensor
     max_error: torch.Tensor
+    squared_output_error: torch.Tensor | None = None
+    squared_output: torch.Tensor | None = None
 
 
 class Encoded(NamedTuple):
@@ -115,8 +120,10 @@ class WeightFormat(Protocol):
         """``format`` and ``weights`` of a config group of compressed-tensors; None where nothing is quantized."""
         ...
 
-    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+    def encode(self, weight: torch.Tensor, search: bool = True, importance: torch.Tensor | None = None) -> Encoded:
         """Encode whole rows [n, in] of a floating weight; ``search`` for scales of least squared error, if it can.
+
+        That error is weighted with ``importance`` float32 [in], not negative, by input, where there is one.
 
         NaN or infinity in a row must show in a floating one of the tensors.
         """

@@ -98,6 +98,10 @@ class Scheme:
         name = self._name_of(parameter)
         return Floating(config.dtype) if name == UNQUANTIZED else FORMATS[name]
 
+    def format_named(self, name: str, config: ModelConfig) -> WeightFormat:
+        """The format of a linear of the layers, by its name."""
+        return self.format_of(choices(config)[name], config)
+
     def cut(self, config: ModelConfig) -> Scheme:
         """The same for a model of fewer layers: nothing is said of the others."""
         if not self.overrides:

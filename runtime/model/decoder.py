@@ -67,6 +67,45 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.feed_forward(x.to(self.dtype)))
 
 
+class Embedding(nn.Module):
+    """What comes before the layers: a table to look tokens up in, a projection from its width if any, and positions."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        place: Callable[[torch.Tensor], torch.Tensor],
+        form: Form,
+    ) -> None:
+        super().__init__()
+        prefix, self.dtype = config.architecture.prefix, dtype
+        self.register_buffer("table", weights.take(prefix + EMBEDDING.name))  # [V, E], or [V, word_embed_proj_dim]
+        self.positions = POSITION_KINDS[config.architecture.positions](weights, config, place, form)
+        projects = config.word_embed_proj_dim is not None
+        self.project_in = weights.linear(prefix + PROJECT_IN.name.removesuffix(".weight")) if projects else None
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, copies: int = 1
+    ) -> torch.Tensor:
+        """The first layer's input, float32 [copies * B, T, E]: token embeddings, plus learned positions if any."""
+        x = nn.functional.embedding(torch.cat([tokens] * copies), self.table)
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.dtype))
+        x, added = x.float(), self.positions.added(slots, offsets)
+        return x if added is None else x + torch.cat([added] * copies)
+
+
+def causal_mask(slots: torch.Tensor, offsets: torch.Tensor, seen: int) -> torch.Tensor:
+    """Which of the cache's first ``seen`` slots S a token may attend to: [B, T, S], true for those of its row so far.
+
+    Padding before a row's start would attend to none at all; its own slot keeps the softmax finite.
+    """
+    cached = torch.arange(seen, device=slots.device)  # [S]
+    begun = (cached >= offsets[:, None])[:, None] | (cached == slots[:, None])
+    return begun & (cached <= slots[:, None])
+
+
 class Head(nn.Module):
     """What follows the layers: the final norm, the projection to the embedding's width if any, the output head."""
 
@@ -125,15 +164,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.form = form = form or Form()
         weights = Weights(parameters, form.make_linear)
-        architecture, prefix = config.architecture, config.architecture.prefix
         self.vocab_size, self.dtype = config.vocab_size, dtype
-        self.register_buffer("embedding", weights.take(prefix + EMBEDDING.name))  # [V, E], or [V, word_embed_proj_dim]
-        self.positions = POSITION_KINDS[architecture.positions](weights, config, place, form)
-        prefixes = [f"{prefix}layers.{layer}." for layer in range(config.num_layers)]
+        self.embedding = Embedding(weights, config, dtype, place, form)
+        prefixes = [f"{config.architecture.prefix}layers.{layer}." for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(weights, name, config, heads, dtype, form) for name in prefixes)
-        projects = config.word_embed_proj_dim is not None
-        self.project_in = weights.linear(prefix + PROJECT_IN.name.removesuffix(".weight")) if projects else None
-        self.head = Head(weights, config, dtype, form, self.embedding if config.tie_word_embeddings else None)
+        self.head = Head(weights, config, dtype, form, self.embedding.table if config.tie_word_embeddings else None)
         weights.check_all_taken()
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -175,22 +210,11 @@ class Decoder(nn.Module):
 
         Every layer's output is appended to ``outputs``.
         """
-        rotary = self.positions.rotary(slots, offsets)
-        cached = torch.arange(seen, device=tokens.device)  # [S]
-        # Padding before a row's start would attend to no slot at all; its own slot keeps the softmax finite.
-        begun = (cached >= offsets[:, None])[:, None] | (cached == slots[:, None])
-        mask = begun & (cached <= slots[:, None])  # [B, T, S]
-        x = self._embed(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
+        rotary = self.embedding.positions.rotary(slots, offsets)
+        mask = causal_mask(slots, offsets, seen)  # [B, T, S]
+        x = self.embedding(tokens, slots, offsets, copies=-(-self.form.least_rows // tokens.numel()))
         for layer, block in enumerate(self.layers):
             x = block(x, rotary, mask, slots, cache, layer)
             if outputs is not None:
                 outputs.append(x)
         return x
-
-    def _embed(self, tokens: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, copies: int) -> torch.Tensor:
-        """The first layer's input, float32 [copies * B, T, E]: token embeddings, plus learned positions if any."""
-        x = nn.functional.embedding(torch.cat([tokens] * copies), self.embedding)
-        if self.project_in is not None:
-            x = self.project_in(x.to(self.dtype))
-        x, added = x.float(), self.positions.added(slots, offsets)
-        return x if added is None else x + torch.cat([added] * copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from converters.console.errors import InputError, advising, shown
@@ -14,12 +15,11 @@ from converters.tokenizers.reader import TOKENIZER, read_tokenizer
 class TextCodec:
     """The tokenizer of a model."""
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    def __init__(self, files: Mapping[str, bytes], where: Path, vocab_size: int) -> None:
+        """From the auxiliary files of a model in ``where``. Raises InputError for a tokenizer that can't be read."""
         self._vocab_size = vocab_size
-        with advising("Put the model's own there, or take it away and give --prompt-ids."):
-            self._tokenizer, self._left_out = read_tokenizer(
-                read_auxiliary_files(directory), str(directory), vocab_size
-            )
+        with advising("Put the model's own there, or take it away and give token ids."):
+            self._tokenizer, self._left_out = read_tokenizer(files, str(where), vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the begin token if the model's tokenizer adds one. Raises InputError if there are none, if
@@ -64,7 +64,12 @@ class TextCodec:
 
 def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
     """The tokenizer in a directory of shards; None for a model without one."""
-    return TextCodec(directory, vocab_size) if (directory / TOKENIZER).is_file() else None
+    return codec_of(read_auxiliary_files(directory), directory, vocab_size)
+
+
+def codec_of(files: Mapping[str, bytes], where: Path, vocab_size: int) -> TextCodec | None:
+    """The tokenizer among the auxiliary files of a model in ``where``; None for a model without one."""
+    return TextCodec(files, where, vocab_size) if TOKENIZER in files else None
 
 
 def _not_text(surrogate: str) -> str:

@@ -25,7 +25,7 @@ class Toy:
     config_group = None
     parts = (Part("_packed", "int8", packed_axis=1), Part("_scale", "float32", inputs=GROUP))
 
-    def encode(self, weight: torch.Tensor, search: bool = True) -> Encoded:
+    def encode(self, weight: torch.Tensor, search: bool = True, importance: torch.Tensor | None = None) -> Encoded:
         groups = weight.float().unflatten(1, (-1, GROUP))  # [n, in / 32, 32]
         scale = groups.abs().amax(-1, keepdim=True) / 7
         scale[scale == 0] = 1

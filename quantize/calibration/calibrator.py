@@ -1,0 +1,85 @@
+"""What runs a source's layers over a text. The stage that has them provides it, found by its entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from converters.console.errors import InputError
+from converters.console.progress import Advance
+from converters.model.config import ModelConfig
+from converters.sources.source import TensorSource
+from quantize.calibration.moments import Moments
+from quantize.formats.weight_format import Encoded
+from quantize.shards.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP = "llama_quantize.calibration"
+WINDOW = 512  # tokens that see each other
+
+
+class FeedbackLayers(Protocol):
+    """A model's layers, each rounded for the inputs that the rounded ones before it give."""
+
+    def encoded(self, number: int) -> dict[str, Encoded]:
+        """Its weights in formats with integers, by name. Layers are asked for in ascending order."""
+        ...
+
+    def clear(self) -> None:
+        """Remove what is kept on the disk for another run to go on from."""
+        ...
+
+
+class Calibrator(Protocol):
+    """A module with these functions. ``windows`` are token ids [N, T].
+
+    ``scratch`` is a folder for what a later run with the same ``key`` can go on from.
+    """
+
+    def read_windows(self, source: TensorSource, where: Path, paths: Sequence[Path], tokens: int) -> torch.Tensor:
+        """The first so many tokens of the texts, in windows. Raises InputError for what can't be read."""
+        ...
+
+    def gather_moments(
+        self,
+        source: TensorSource,
+        config: ModelConfig,
+        windows: torch.Tensor,
+        scratch: Path,
+        key: str,
+        advance: Advance,
+    ) -> Moments: ...
+
+    def FeedbackLayers(  # noqa: N802 (a class)
+        self, source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Path, key: str
+    ) -> FeedbackLayers: ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is calibrated on, in windows of token ids [N, T]."""
+
+    windows: torch.Tensor
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens and how they are cut."""
+        shape = "x".join(map(str, self.windows.shape))
+        return sha256(shape.encode() + self.windows.numpy().astype("<i8").tobytes()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """What is recorded of it."""
+        return {"tokens": self.windows.numel(), "sha256": self.digest}
+
+
+def find_calibrator() -> Calibrator:
+    """The module that provides it. Raises InputError where the installation lacks it."""
+    for entry in entry_points(group=GROUP):
+        return entry.load()
+    raise InputError("--calibrate needs what runs the model, which this installation lacks: pip install -e . again.")

@@ -1,0 +1,143 @@
+"""Rounding with error feedback: the error of every weight is made up for by those of its row that are rounded later.
+
+GPTQ (Frantar et al. 2022): of a linear with inputs x [n, in] the squared error of the outputs is e H e^T for a row's
+errors e and H = x^T x / n. Columns are rounded one after the other, from the last to the first; after each, the ones
+before it move to where that sum is least. With H = L L^T they do so by the rows of M = L^-1, which is lower triangular:
+by -error / M[i, i] * M[i, :i].
+
+Where the inputs differ from those of the model that isn't quantized (since earlier layers are), rows first move to
+where they give its outputs from these inputs, part of the way: by all of it they would follow the text's chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from converters.console.notes import note
+from quantize.formats.scales import choose_scales, value_range
+from quantize.formats.weight_format import Encoded, RowErrors
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantize.formats.integers import Integers
+
+DAMPING = 0.01  # of the mean second moment, added to each: it keeps H regular and errors from piling up
+CORRECTION = 0.5  # the share of the earlier layers' errors that rows make up for
+_BLOCK = 128  # columns at once where a group is a whole row
+_TRIES = 6  # of ten times the damping each
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What rounding a linear's rows needs to know of its inputs."""
+
+    moments: torch.Tensor  # float32 [in], the mean square of every input
+    inverse: torch.Tensor  # float32 [in, in], lower triangular: M above
+    inputs: torch.Tensor  # float32 [n, in]
+    change: (
+        torch.Tensor | None
+    )  # float32 [n, in], the inputs of the model that isn't quantized, less these; None: alike
+
+    @classmethod
+    def of(cls, inputs: torch.Tensor, exact: torch.Tensor | None = None, name: str = "") -> Feedback:
+        """From the inputs [n, in] of a linear and, where they differ, those that it had before anything was quantized.
+
+        ``name`` is what a note calls it where its second moments are singular in spite of the usual damping.
+        """
+        moments, inverse = _inverse_factor(inputs, name)
+        return cls(moments, inverse, inputs, None if exact is None else exact - inputs)
+
+    def encode(self, weight: torch.Tensor, form: Integers) -> Encoded:
+        """Quantize whole rows [r, in] of a floating weight. Rows are independent; NaN or infinity shows in a scale.
+
+        The errors are against ``weight``; those of the outputs are of these inputs.
+        """
+        weight = weight.float()
+        values, scale, zeros = self._round(self._corrected(weight), form)
+        tensors = form.stored(values, scale, zeros)
+        difference = form.decode(tensors) - weight
+        errors = RowErrors(
+            difference.double().square().sum(1),
+            weight.double().square().sum(1),
+            difference.abs().amax(1).double(),
+            (self.inputs @ difference.T).double().square().sum(0),
+            (self.inputs @ weight.T).double().square().sum(0),
+        )
+        return Encoded(tensors, errors)
+
+    def _corrected(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rows that give, from these inputs, more nearly what the exact inputs gave."""
+        if self.change is None:
+            return weight.clone()
+        cross = (weight @ self.change.T) @ self.inputs / len(self.inputs)  # [r, in]
+        return weight + CORRECTION * (cross @ self.inverse.T) @ self.inverse
+
+    def _round(self, rows: torch.Tensor, form: Integers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Integers [r, in], and the scale and zero point of every group [r, groups]; ``rows`` are lost."""
+        import torch
+
+        count, width = rows.shape
+        group = form.group_size or width
+        size = min(group, _BLOCK)
+        values = torch.empty(count, width, dtype=torch.int8)
+        scales, zeros = torch.empty(count, width // group), torch.empty(count, width // group)
+        for stop in range(width, 0, -size):
+            start = max(stop - size, 0) if group == width else stop - size
+            number = start // group
+            if stop % group == 0:
+                at = slice(stop - group, stop)
+                found = choose_scales(
+                    rows[:, at],
+                    form.bits,
+                    form.group_size is not None,
+                    zero_points=form.zero_points,
+                    importance=self.moments[at],
+                )
+                scales[:, number], zeros[:, number] = (column.squeeze(1) for column in found)
+            values[:, start:stop] = self._round_block(
+                rows, slice(start, stop), scales[:, number], zeros[:, number], form
+            )
+        return values, scales, zeros
+
+    def _round_block(
+        self, rows: torch.Tensor, at: slice, scale: torch.Tensor, zero: torch.Tensor, form: Integers
+    ) -> torch.Tensor:
+        """Integers [r, columns] for the columns ``at``; the errors move those before them."""
+        import torch
+
+        lowest, highest = value_range(form.bits, form.zero_points)
+        columns = rows[:, at].T.contiguous()  # [columns, r]: one column after the other
+        inverse = self.inverse[at, at]
+        errors, values = torch.empty_like(columns), torch.empty_like(columns)
+        for i in range(len(columns) - 1, -1, -1):
+            whole = columns[i].div(scale).round_().add_(zero).clamp_(lowest, highest)
+            values[i] = whole
+            errors[i] = columns[i].sub_(whole.sub_(zero).mul_(scale)).div_(inverse[i, i])
+            columns[:i].addr_(inverse[i, :i], errors[i], alpha=-1)
+        rows[:, : at.start].addmm_(errors.T, self.inverse[at, : at.start], alpha=-1)
+        return values.T.to(torch.int8)
+
+
+def _inverse_factor(inputs: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second moments' diagonal [in], and M [in, in] of their matrix with the damping."""
+    import torch
+
+    matrix = inputs.T @ inputs
+    matrix /= len(inputs)
+    diagonal = matrix.diagonal()
+    moments = diagonal.clone()
+    # An input that is always zero costs nothing, however it is rounded: it moves no other.
+    diagonal[moments == 0] = moments.mean() if moments.any() else 1.0
+    damping = DAMPING * moments.mean()
+    for attempt in range(_TRIES):
+        diagonal += damping
+        factor, problem = torch.linalg.cholesky_ex(matrix)
+        if not problem:
+            break
+        damping *= 10
+    if attempt:
+        note(f"The inputs of {name} are so alike that their moments are damped {10**attempt} times as much as usual.")
+    del matrix, diagonal
+    return moments, torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False)

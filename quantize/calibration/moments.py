@@ -1,0 +1,48 @@
+"""The mean square of every input of a model's linears over a text, in a file of its own that serves every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.console.errors import InputError
+from converters.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+FILE_NAME = "moments.safetensors"
+_KIND = "second moments of linears' inputs"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """By the name of a linear's weight [out, in], the mean square of each input: float32 [in]."""
+
+    by_weight: Mapping[str, torch.Tensor]
+
+    def to_file(self, about: Mapping[str, str]) -> bytes:
+        """The content of the file; ``about`` is put into its header."""
+        from safetensors.torch import save
+
+        return save(dict(sorted(self.by_weight.items())), {"kind": _KIND, **about})
+
+
+def read_moments(path: Path, config: ModelConfig) -> Moments:
+    """Read the file and hold it against the linears of ``config``. Raises InputError where it is for another model."""
+    from safetensors import SafetensorError, safe_open
+
+    from quantize.shards.scheme import choices
+
+    try:
+        with safe_open(path, "pt") as file:
+            kind = (file.metadata() or {}).get("kind")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} can't be read ({error}). Take it away, and calibrate again.") from None
+    wanted = {name: each.shape[1] for name, each in choices(config).items() if each.in_block}
+    if kind != _KIND or any(name not in found or found[name].shape != (width,) for name, width in wanted.items()):
+        raise InputError(f"{path} doesn't hold the moments of {config.name}. Take it away, and calibrate again.")
+    return Moments({name: found[name] for name in wanted})

@@ -1,0 +1,217 @@
+"""What llama-quantize --calibrate runs: a source's layers over windows of a text (``quantize.calibration.calibrator``).
+
+The layers run one after the other, over all windows each, so that one layer's inputs and outputs are in memory, and
+blocks of its weights. What is known after a layer is kept on the disk until all are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from converters.console.errors import InputError
+from converters.console.progress import Advance
+from converters.model.config import ModelConfig
+from converters.sources.source import TensorSource
+from quantize.calibration.calibrator import WINDOW
+from quantize.calibration.feedback import Feedback
+from quantize.calibration.moments import Moments
+from quantize.formats.integers import Integers
+from quantize.formats.weight_format import Encoded, RowErrors
+from quantize.shards.scheme import Scheme
+from runtime.calibrate.blocks import Blocks, SourceWeight, StreamedLinear
+from runtime.calibrate.scratch import Scratch
+from runtime.devices.cpu.process import available_cpus
+from runtime.run.text import codec_of
+from runtime.run.token_files import TokenFiles
+
+_ROUNDED_AT_ONCE = 1 << 26  # elements of rows: 256 MB in float32, enough to be worth a column's few operations
+_AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
+
+
+_WANTED = (
+    "Give --calibrate a text of the kind that the model will be used for, of 8,192 tokens or more, and not the one that "
+    "it will be measured on (.txt, or token ids as .json or .npy)."
+)
+
+
+def read_windows(source: TensorSource, where: Path, paths: Sequence[Path], tokens: int) -> torch.Tensor:
+    """The first so many ``tokens`` of the texts, in windows [N, T] of up to WINDOW; what is over is left out.
+
+    ``where`` is what messages call the source. Raises InputError for what can't be read.
+    """
+    files = TokenFiles(paths, "--calibrate", "--calibration-tokens", _WANTED)
+    files.check()
+    config = source.config
+    codec = codec_of(source.auxiliary_files(), where, config.vocab_size)
+    found = files.read(tokens, codec, config.vocab_size, where)
+    if not found:
+        raise InputError(_WANTED)
+    length = min(WINDOW, len(found))
+    while not config.holds_context(length):
+        length //= 2
+    return torch.tensor(found[: len(found) // length * length]).view(-1, length)
+
+
+def gather_moments(
+    source: TensorSource, config: ModelConfig, windows: torch.Tensor, scratch: Path, key: str, advance: Advance
+) -> Moments:
+    """The mean square of every input of every linear of the layers, over windows of tokens [N, T].
+
+    ``scratch`` is a folder for what a later run with the same ``key`` can go on from. ``advance`` is told layers.
+    """
+    with torch.no_grad(), _all_threads():
+        return _gather(source, config, windows, Scratch(scratch, key), advance)
+
+
+def _gather(
+    source: TensorSource, config: ModelConfig, windows: torch.Tensor, scratch: Scratch, advance: Advance
+) -> Moments:
+    blocks = Blocks(source, config, windows.shape[1])
+    done, kept = scratch.last(config.num_layers) or (-1, {})
+    hidden = kept.pop("hidden") if kept else blocks.embed(windows)
+    found = kept  # float32 [in] by weight
+    advance(done + 1)
+    for number in range(done + 1, config.num_layers):
+        sums: dict[str, torch.Tensor] = {}
+
+        def seen(name: str, x: torch.Tensor, sums: dict[str, torch.Tensor] = sums) -> None:
+            squares = x.flatten(0, -2).square().sum(0).double()
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        layer = blocks.layer(number, lambda weight, seen=seen: StreamedLinear(weight, seen))
+        hidden = torch.cat([layer(part) for part in hidden.split(_windows_at_once(config, windows.shape[1]))])
+        found |= {name: (squares / windows.numel()).float() for name, squares in sums.items()}
+        scratch.save(number, {"hidden": hidden, **found})
+        advance(1)
+    return Moments(found)
+
+
+def _windows_at_once(config: ModelConfig, length: int) -> int:
+    return max(1, _AT_ONCE // (4 * length * max(config.intermediate_size, config.hidden_size)))
+
+
+class FeedbackLayers:
+    """The layers' weights rounded with error feedback, one layer after the other.
+
+    Two streams run through the layers: the windows as the model computes them, and as the layers that are rounded
+    already do. A weight is rounded for its inputs in the second, to give what it gives in the first.
+    """
+
+    def __init__(
+        self, source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Path, key: str
+    ) -> None:
+        """``scratch`` is a folder for what a later run with the same ``key`` can go on from."""
+        self._config, self._scheme, self._windows = config, scheme, windows
+        self._blocks = Blocks(source, config, windows.shape[1])
+        self._scratch = Scratch(scratch, key)
+        self._at = -1  # the layer that the streams have come through
+        self._streams: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def encoded(self, number: int) -> dict[str, Encoded]:
+        """The layer's weights that are in a format with integers, by name. Layers are asked for in ascending order."""
+        with torch.no_grad(), _all_threads():
+            exact, rounded = self._through(number)
+            found: dict[str, Encoded] = {}
+            self._streams = self._run(number, exact, rounded, found)
+            self._at = number
+            self._scratch.save(number, dict(zip(("exact", "rounded"), self._streams, strict=True)))
+            return found
+
+    def clear(self) -> None:
+        """Remove what is kept on the disk."""
+        self._scratch.clear(self._config.num_layers)
+
+    def _through(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The streams [N, T, E] that enter the layer."""
+        if self._streams is None:
+            done, kept = self._scratch.last(number) or (-1, {})
+            if kept:
+                self._streams = kept["exact"], kept["rounded"]
+            else:
+                hidden = self._blocks.embed(self._windows)
+                self._streams = hidden, hidden
+            self._at = done
+        while self._at < number - 1:
+            self._at += 1
+            self._streams = self._run(self._at, *self._streams, {})
+        return self._streams
+
+    def _run(
+        self, number: int, exact: torch.Tensor, rounded: torch.Tensor, found: dict[str, Encoded]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both streams after the layer; ``found`` gets its weights."""
+        inputs: dict[str, torch.Tensor] = {}
+        alike = exact is rounded
+
+        def seen(name: str, x: torch.Tensor) -> None:
+            inputs[name] = x.flatten(0, -2)
+
+        after = self._blocks.layer(number, lambda weight: StreamedLinear(weight, seen))(exact)
+        linears = _FeedbackLinears(self._config, self._scheme, inputs, found)
+        return after, self._blocks.layer(number, linears.make)(exact if alike else rounded)
+
+
+class _FeedbackLinears:
+    """Makes a layer's linears, which are rounded when they are given their inputs."""
+
+    def __init__(
+        self, config: ModelConfig, scheme: Scheme, exact: dict[str, torch.Tensor], found: dict[str, Encoded]
+    ) -> None:
+        self._config, self._scheme, self._exact, self._found = config, scheme, exact, found
+        self._last: tuple[torch.Tensor, Feedback] | None = None
+
+    def make(self, weight: SourceWeight) -> torch.nn.Module:
+        form = self._scheme.format_named(weight.name, self._config)
+        return _FeedbackLinear(weight, form, self) if isinstance(form, Integers) else StreamedLinear(weight)
+
+    def feedback(self, name: str, x: torch.Tensor) -> Feedback:
+        """For the inputs x [..., in] of a weight; weights with the same inputs share it."""
+        exact = self._exact.pop(name)
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # before the next is made
+            inputs = x.flatten(0, -2)
+            self._last = x, Feedback.of(inputs, None if torch.equal(inputs, exact) else exact, name)
+        return self._last[1]
+
+    def keep(self, name: str, parts: Sequence[Encoded]) -> None:
+        self._found[name] = joined(parts)
+
+
+class _FeedbackLinear(torch.nn.Module):
+    """y = x W^T with a weight that is rounded for these x first."""
+
+    def __init__(self, weight: SourceWeight, form: Integers, linears: _FeedbackLinears) -> None:
+        super().__init__()
+        self._weight, self._form, self._linears = weight, form, linears
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        feedback = self._linears.feedback(self._weight.name, x)
+        parts, y = [], []
+        for _, _, rows in self._weight.blocks(_ROUNDED_AT_ONCE):
+            parts.append(feedback.encode(rows, self._form))
+            y.append(x @ self._form.decode(parts[-1].tensors).T)
+        self._linears.keep(self._weight.name, parts)
+        return torch.cat(y, dim=-1)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Encoded blocks of rows as one."""
+    tensors = {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors}
+    return Encoded(
+        tensors, RowErrors(*(torch.cat(columns) for columns in zip(*(p.errors for p in parts), strict=True)))
+    )
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """Let torch use every core: writing ahead leaves it one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(available_cpus())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,73 @@
+"""What a calibration keeps on the disk while it runs, so that the next run goes on after the last whole layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from converters.console.errors import InputError
+from converters.files.whole import partial_path, publish, write_partial
+
+_MADE_BY = "llama-quantize --calibrate"
+_KEPT = 3  # layers: files are written behind what is computed, by less than that
+
+
+class Scratch:
+    """Tensors by name after each layer, in ``directory``, for the run that ``key`` stands for.
+
+    Files of other keys are replaced, those of other tools never.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self._directory, self._key = directory, key
+
+    def last(self, before: int) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """The number of the latest layer saved, of those before layer ``before``, and its tensors; None without one."""
+        for layer in range(before - 1, -1, -1):
+            path = self._path(layer)
+            if path.is_file() and self._is_whole(path):
+                with safe_open(path, "pt") as file:
+                    return layer, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return None
+
+    def save(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the tensors after ``layer``, and no longer those of a few layers before."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._path(layer)
+        for name in (path, partial_path(path)):
+            if name.exists() and not name.suffix == ".partial" and not self._is_ours(name):
+                raise InputError(f"{name} was not written by this tool. Move it away, or give another folder.")
+        contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_partial(path, save(contents, {"made_by": _MADE_BY, "key": self._key}))
+        publish(partial_path(path), path)
+        self._remove(layer - _KEPT)
+
+    def clear(self, layers: int) -> None:
+        """Remove what is kept of so many layers."""
+        for layer in range(layers):
+            self._remove(layer)
+
+    def _remove(self, layer: int) -> None:
+        if layer >= 0 and self._is_ours(self._path(layer)):
+            self._path(layer).unlink()
+
+    def _path(self, layer: int) -> Path:
+        return self._directory / f"calibration-{layer:05d}.safetensors"
+
+    def _is_ours(self, path: Path) -> bool:
+        return self._said(path, "made_by") == _MADE_BY
+
+    def _is_whole(self, path: Path) -> bool:
+        return self._is_ours(path) and self._said(path, "key") == self._key
+
+    @staticmethod
+    def _said(path: Path, key: str) -> str | None:
+        try:
+            with safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get(key)
+        except (SafetensorError, OSError):
+            return None
