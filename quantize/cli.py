@@ -8,18 +8,37 @@ import click
 
 from converters.console.command import DISTRIBUTION, run
 from quantize.format_options import KIND_FLAGS, AskedFormat, format_options
-from quantize.formats.table import METHODS
+from quantize.formats.table import METHODS, SCALE
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("checkpoint", type=click.Path(path_type=Path), default="checkpoint")
 @format_options
 @click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Look at the linears' inputs over this text (.txt, or token ids: .json, .npy); may be repeated.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="How many tokens of it, the first ones.",
+)
+@click.option(
+    "--moments",
+    type=click.Path(path_type=Path),
+    help="A directory that keeps what was seen, for all formats. [default: beside --out, CHECKPOINT's name + -moments]",
+)
+@click.option(
     "--method",
     type=click.Choice(METHODS),
-    default=METHODS[0],
+    default=SCALE,
     show_default=True,
-    help="How scales are found: scale by least squared error, rtn by the largest magnitude.",
+    help="scale: scales of least squared error, of the outputs with --calibrate; rtn: by the largest magnitude; with "
+    "--calibrate also gptq: rounding with error feedback, awq: inputs scaled by their importance.",
 )
 @click.option(
     "--chips",
@@ -50,6 +69,9 @@ def command(
     kind: str | None,
     group_size: str | None,
     zero_points: bool,
+    calibrate: tuple[Path, ...],
+    calibration_tokens: int,
+    moments: Path | None,
     method: str,
     chips: int | None,
     target: str | None,
@@ -92,6 +114,9 @@ def command(
             layers,
             quantize_lm_head,
             method,
+            calibrate=calibrate,
+            calibration_tokens=calibration_tokens,
+            moments=moments,
         )
         click.echo(quantize(request, force, dry_run))
     if verify and not dry_run:

@@ -16,8 +16,9 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
+from quantize.calibration.run import calibrated, read_calibration
 from quantize.format_options import AskedFormat
-from quantize.formats.table import METHODS
+from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, chip_file
 from quantize.shards.partition import plan_heads
@@ -38,15 +39,25 @@ class QuantizeRequest:
     only_chips: tuple[int, ...]
     layers: int | None
     quantize_lm_head: bool
-    method: str = METHODS[0]
+    method: str = SCALE
     formats: Mapping[str, str] | None = None  # in place of ``format``, every weight's, as ``mixture`` takes them
+    calibrate: tuple[Path, ...] = ()  # files of tokens for the model's linears to be looked at over
+    calibration_tokens: int = 8192
+    moments: Path | None = None  # the directory for what was seen; None: one beside ``out``
+
+    @property
+    def moments_directory(self) -> Path:
+        return self.moments or self.out.parent / f"{self.checkpoint.resolve().name}-moments"
 
 
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     """Make the shards, or finish those of an interrupted run. Returns the lines to show the user."""
+    _check_calibration(request)
     sharding, source = _plan(request)
     lines = _describe(sharding, request.out)
     if dry_run:
+        if request.calibrate:
+            lines.append("  The time below is without calibration.")
         lines.append(f"  {format_bytes(free_bytes(request.out))} free here")
         tasks, files = piece_tasks(sharding, source, sharding.only_chips), len(sharding.only_chips)
         lines.append(estimate(request.out, sharding.nbytes, tasks, lambda piece: piece.nbytes, files))
@@ -59,8 +70,10 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     with claim(wanted, finished, check_room, force) as output:
         if output.state is State.FINISHED:
             return f"{request.out} is already complete, large files by their size; nothing was left to do."
+        source.begin(sharding.config, sharding.scheme, output.directory)
         with progress("Quantizing" if isinstance(source, Quantizer) else "Sharding", sharding.nbytes) as advance:
             write_shards(sharding, source, output, advance)
+        source.close()
     # Of what it wrote itself, llama-convert has said it.
     if isinstance(source, Quantizer) and not _is_converted(request.checkpoint):
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
@@ -90,9 +103,10 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     """What is to be made, and where its values come from."""
     _check_distinct(request.checkpoint, request.out)
     source: BlockSource
+    calibration = None
     if (request.checkpoint / FILE_NAME).exists():
         shards = Shards(request.checkpoint)
-        scheme, method = shards.manifest.scheme, shards.manifest.method
+        scheme, method, calibration = shards.scheme, shards.manifest.method, shards.manifest.calibration
         _check_scheme(request, shards)
         shards.require(range(shards.chips))
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
@@ -101,15 +115,33 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         scheme = _asked_scheme(request, weights.config)
         method = request.method
         config, fingerprint = weights.config, weights.fingerprint()
-        source = Quantizer(weights, search=request.method == METHODS[0])
+        source = Quantizer(weights, search=request.method != RTN)
+        if request.calibrate:
+            text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
+            source = calibrated(weights, request.method, text, request.moments_directory)
+            calibration = text.as_json()
     config = config.cut(request.layers)
     scheme = scheme.cut(config)
     config = config.with_dtype(scheme.floating_dtype(config))
     scheme.check(config)
     if isinstance(source, Quantizer):
         source.note_kept(config, scheme)
-    method = method if scheme.searches else None
-    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method), source
+    method = method if method in methods_for(scheme.formats) else None
+    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration), source
+
+
+def _check_calibration(request: QuantizeRequest) -> None:
+    """Raise InputError for a method and a text that don't go together."""
+    if not request.calibrate:
+        if request.method in CALIBRATED:
+            raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")
+        if request.moments is not None:
+            raise InputError("--moments is where calibration keeps what it saw: add --calibrate TEXT, or leave it out.")
+        return
+    if request.method == RTN:
+        raise InputError("--method rtn takes the largest magnitude, whatever the inputs: leave out one of the two.")
+    if (request.checkpoint / FILE_NAME).exists():
+        raise InputError(f"{request.checkpoint} holds shards, whose values are chosen: leave out --calibrate.")
 
 
 def _asked_scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
@@ -123,9 +155,9 @@ def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
     scheme, method = shards.manifest.scheme, shards.manifest.method
     any_head = request.format.kind is None and not request.quantize_lm_head
     same_head = any_head or request.quantize_lm_head == scheme.quantize_lm_head
-    same_method = method is None or request.method in (METHODS[0], method)
+    same_method = method is None or request.method in (SCALE, method)
     if request.formats is not None or not (request.format.agrees(scheme) and same_head and same_method):
-        flags = scheme.flags + (f" --method {method}" if method not in (None, METHODS[0]) else "")
+        flags = scheme.flags + (f" --method {method}" if method not in (None, SCALE) else "")
         made = "of several formats" if scheme.overrides else f"made with {flags}"
         how = "without such options" if scheme.overrides else "with the same"
         raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")

@@ -39,7 +39,8 @@ class Sharding:
     chips: int
     only_chips: tuple[int, ...]
     source_fingerprint: str
-    method: str | None = None  # how scales are found, one of METHODS; None for formats without a choice
+    method: str | None = None  # how values are found, one of METHODS; None for formats without a choice
+    calibration: dict[str, Any] | None = None  # the text that was looked at, as the manifest has it
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -67,6 +68,7 @@ class Sharding:
             "scheme": self.scheme.default,
             **({"formats": self.scheme.names_by_format} if self.scheme.overrides else {}),
             **({} if self.method is None else {"method": self.method}),
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             "quantized_lm_head": self.scheme.quantize_lm_head,
             "chips": self.chips,
         }
@@ -92,7 +94,8 @@ def write_shards(sharding: Sharding, source: BlockSource, output: Output, advanc
     numbers = {chip_file(chip, chips): chip for chip in range(chips)}
     records = {numbers[name]: record for name, record in output.files.items() if name in numbers}
     output.check_sources()
-    manifest = Manifest(config.name, chips, scheme, sharding.source_fingerprint, tensors, records, sharding.method)
+    made_of = (sharding.source_fingerprint, tensors, records, sharding.method, sharding.calibration)
+    manifest = Manifest(config.name, chips, scheme, *made_of)
     output.write({FILE_NAME: json_file(manifest.as_json())})
 
 
@@ -159,7 +162,13 @@ def finished(out: Path) -> Finished | None:
     manifest = shards.manifest
     chips = tuple(sorted(manifest.files))
     sharding = Sharding(
-        shards.config, manifest.scheme, manifest.chips, chips, manifest.source_fingerprint, manifest.method
+        shards.config,
+        manifest.scheme,
+        manifest.chips,
+        chips,
+        manifest.source_fingerprint,
+        manifest.method,
+        manifest.calibration,
     )
     files = {chip_file(chip, manifest.chips): record for chip, record in manifest.files.items()}
     return Finished(sharding.arguments(), files | dict.fromkeys((REPORT, "config.json", FILE_NAME)))
@@ -206,6 +215,7 @@ def piece_tasks(
         columns = {
             each.part.suffix: each.split(sharding.config, sharding.chips) for each in stored.tensors if each.shard == 1
         }
+        source.prepare(stored)
         for step in _steps(stored, sharding, chips):
             yield partial(_do, step, columns, source)
 

@@ -39,9 +39,8 @@ class Report:
             self._name = name
         self.expect(name)
         for first, stop in self._tensors[name].take(start, start + len(errors.max_error)):
-            self._rows.append(
-                RowErrors(*(None if part is None else part[first - start : stop - start] for part in errors))
-            )
+            taken = slice(first - start, stop - start)
+            self._rows.append(RowErrors(*(None if part is None else part[taken] for part in errors)))
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` needs to go on from here, as JSON holds it."""

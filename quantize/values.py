@@ -14,7 +14,8 @@ from converters.contents import check_finite
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD
 from converters.sources.source import QuantizedSource, TensorSource
-from quantize.formats.weight_format import RowErrors
+from quantize.calibration.moments import Moments, with_output_errors
+from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.shards.manifest import FILE_NAME as MANIFEST
@@ -35,12 +36,24 @@ class Block(NamedTuple):
 class BlockSource(Protocol):
     """Where the values of the shards come from, in their stored form and before the split."""
 
+    def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
+        """Called once it is sure that there is something to write, to ``directory``; never in a dry run."""
+        ...
+
+    def prepare(self, stored: StoredParameter) -> None:
+        """Called before the first block of a parameter is asked for, in the order of the files and in one thread."""
+        ...
+
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
         """Rows [start, stop); called in several threads."""
         ...
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
         """Called for every block after it was written, in the order of the files; ``start`` is None for padding."""
+        ...
+
+    def close(self) -> None:
+        """Called when all that was asked for is written."""
         ...
 
     def state(self) -> Any:
@@ -64,9 +77,12 @@ class Quantizer:
     What the checkpoint holds in the wanted format already is taken as it is.
     """
 
-    def __init__(self, source: TensorSource, search: bool = True) -> None:
-        """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's."""
-        self._source, self._search = source, search
+    def __init__(self, source: TensorSource, search: bool = True, moments: Moments | None = None) -> None:
+        """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's.
+
+        With ``moments`` the error is weighted with those of the inputs, and the report has that of the outputs.
+        """
+        self._source, self._search, self._moments = source, search, moments
         self._quantized = source if isinstance(source, QuantizedSource) else None
         self._held = self._quantized.quantized_names(source.config) if self._quantized else set()
         self.report = Report()
@@ -93,10 +109,24 @@ class Quantizer:
         source = self._quantized
         if source is not None and stored.name in self._held and stored.format.name == source.format:
             return self._as_it_is(source, stored, start, stop)
-        encoded = stored.format.encode(self._source.rows(stored.name, start, stop), self._search)
+        encoded = self._encoded(stored, start, stop)
         for tensor in encoded.tensors.values():
             _check_finite(tensor, stored.name)
         return Block(*encoded)
+
+    def _encoded(self, stored: StoredParameter, start: int, stop: int) -> Encoded:
+        rows = self._source.rows(stored.name, start, stop)
+        known = None if self._moments is None else self._moments.by_weight.get(stored.name)
+        encoded = stored.format.encode(rows, self._search, known)
+        if known is None or encoded.errors is None:
+            return encoded
+        return Encoded(encoded.tensors, with_output_errors(encoded, rows, stored.format, known))
+
+    def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
+        """Do nothing: weights are enough."""
+
+    def prepare(self, stored: StoredParameter) -> None:
+        """Do nothing: every block is encoded by itself."""
 
     @staticmethod
     def _as_it_is(source: QuantizedSource, stored: StoredParameter, start: int, stop: int) -> Block:
@@ -114,6 +144,9 @@ class Quantizer:
             self.report.expect(stored.name)
         if start is not None and block.errors is not None:
             self.report.add(stored.name, start, block.errors)
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
     def state(self) -> Any:
         return self.report.state()
@@ -146,11 +179,20 @@ class Resharder:
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
 
+    def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
+        """Do nothing: the values are there."""
+
+    def prepare(self, stored: StoredParameter) -> None:
+        """Do nothing: the values are there."""
+
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
         return Block({each.part.suffix: self._shards.rows(each.name, start, stop) for each in stored.tensors})
 
     def passed(self, stored: StoredParameter, start: int | None, block: Block) -> None:
         """Nothing is kept: the report comes with the shards."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
     def state(self) -> Any:
         return None

@@ -9,7 +9,6 @@ import click
 from converters.console.command import DISTRIBUTION, run
 from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 
-
 # What is said to who gives no text.
 _WANTED = (
     "Give --text: text that the model was not calibrated on, of the kind that it will be used for, of 8,192 tokens or "
@@ -115,8 +114,8 @@ def command(
     from converters.console.units import plural
     from quantize.shards.reading import Shards
     from runtime.devices.compile_cache import check_folder
-    from runtime.run.token_files import TokenFiles
     from runtime.json_out import STDOUT, check_file_out, check_json_out, write_file_out, write_json_out
+    from runtime.run.token_files import TokenFiles
 
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")

@@ -54,11 +54,19 @@ class Calibrator(Protocol):
         scratch: Path,
         key: str,
         advance: Advance,
-    ) -> Moments: ...
+    ) -> Moments:
+        """Those of all layers' linears; ``advance`` is told layers."""
+        ...
 
-    def FeedbackLayers(  # noqa: N802 (a class)
+    def clear(self, scratch: Path, key: str, config: ModelConfig) -> None:
+        """Remove what ``gather_moments`` left in ``scratch``."""
+        ...
+
+    def feedback_layers(
         self, source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Path, key: str
-    ) -> FeedbackLayers: ...
+    ) -> FeedbackLayers:
+        """The layers to be rounded with error feedback."""
+        ...
 
 
 @dataclass(frozen=True)

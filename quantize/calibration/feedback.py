@@ -5,6 +5,8 @@ errors e and H = x^T x / n. Columns are rounded one after the other, from the la
 before it move to where that sum is least. With H = L L^T they do so by the rows of M = L^-1, which is lower triangular:
 by -error / M[i, i] * M[i, :i].
 
+Within a group the inputs that are largest in the mean square are rounded first, while there are most to make up for it.
+
 Where the inputs differ from those of the model that isn't quantized (since earlier layers are), rows first move to
 where they give its outputs from these inputs, part of the way: by all of it they would follow the text's chance.
 """
@@ -26,28 +28,36 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean second moment, added to each: it keeps H regular and errors from piling up
 CORRECTION = 0.5  # the share of the earlier layers' errors that rows make up for
 _BLOCK = 128  # columns at once where a group is a whole row
-_TRIES = 6  # of ten times the damping each
+_MOST = 10**6  # times the damping, at most
 
 
 @dataclass(frozen=True)
 class Feedback:
     """What rounding a linear's rows needs to know of its inputs."""
 
+    order: torch.Tensor  # [in]: which input is at which place below; groups stay in place
     moments: torch.Tensor  # float32 [in], the mean square of every input
     inverse: torch.Tensor  # float32 [in, in], lower triangular: M above
     inputs: torch.Tensor  # float32 [n, in]
-    change: (
-        torch.Tensor | None
-    )  # float32 [n, in], the inputs of the model that isn't quantized, less these; None: alike
+    change: torch.Tensor | None  # float32 [n, in]: the unquantized model's inputs, less these; None: they are alike
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, exact: torch.Tensor | None = None, name: str = "") -> Feedback:
+    def of(
+        cls, inputs: torch.Tensor, exact: torch.Tensor | None = None, group: int | None = None, name: str = ""
+    ) -> Feedback:
         """From the inputs [n, in] of a linear and, where they differ, those that it had before anything was quantized.
 
-        ``name`` is what a note calls it where its second moments are singular in spite of the usual damping.
+        ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the linear where its
+        second moments are singular in spite of the usual damping.
         """
-        moments, inverse = _inverse_factor(inputs, name)
-        return cls(moments, inverse, inputs, None if exact is None else exact - inputs)
+        width = inputs.shape[1]
+        moments = inputs.square().mean(0)
+        starts = width // (group or width)
+        order = moments.view(starts, -1).argsort(stable=True, dim=1)
+        order = (order + (group or width) * order.new_tensor(range(starts))[:, None]).flatten()
+        ordered = inputs[:, order]
+        change = None if exact is None else (exact - inputs)[:, order]
+        return cls(order, moments[order], _inverse_factor(ordered, name), ordered, change)
 
     def encode(self, weight: torch.Tensor, form: Integers) -> Encoded:
         """Quantize whole rows [r, in] of a floating weight. Rows are independent; NaN or infinity shows in a scale.
@@ -55,22 +65,22 @@ class Feedback:
         The errors are against ``weight``; those of the outputs are of these inputs.
         """
         weight = weight.float()
-        values, scale, zeros = self._round(self._corrected(weight), form)
+        ordered, scale, zeros = self._round(self._corrected(weight[:, self.order]), form)
+        values = ordered.new_empty(ordered.shape).index_copy_(1, self.order, ordered)
         tensors = form.stored(values, scale, zeros)
         difference = form.decode(tensors) - weight
         errors = RowErrors(
             difference.double().square().sum(1),
             weight.double().square().sum(1),
             difference.abs().amax(1).double(),
-            (self.inputs @ difference.T).double().square().sum(0),
-            (self.inputs @ weight.T).double().square().sum(0),
+            *((self.inputs @ rows[:, self.order].T).double().square().sum(0) for rows in (difference, weight)),
         )
         return Encoded(tensors, errors)
 
     def _corrected(self, weight: torch.Tensor) -> torch.Tensor:
         """Rows that give, from these inputs, more nearly what the exact inputs gave."""
         if self.change is None:
-            return weight.clone()
+            return weight
         cross = (weight @ self.change.T) @ self.inputs / len(self.inputs)  # [r, in]
         return weight + CORRECTION * (cross @ self.inverse.T) @ self.inverse
 
@@ -120,24 +130,25 @@ class Feedback:
         return values.T.to(torch.int8)
 
 
-def _inverse_factor(inputs: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second moments' diagonal [in], and M [in, in] of their matrix with the damping."""
+def _inverse_factor(inputs: torch.Tensor, name: str) -> torch.Tensor:
+    """M [in, in] of the second moments' matrix of inputs [n, in], with the damping."""
     import torch
 
     matrix = inputs.T @ inputs
     matrix /= len(inputs)
     diagonal = matrix.diagonal()
-    moments = diagonal.clone()
+    mean = diagonal.mean()
     # An input that is always zero costs nothing, however it is rounded: it moves no other.
-    diagonal[moments == 0] = moments.mean() if moments.any() else 1.0
-    damping = DAMPING * moments.mean()
-    for attempt in range(_TRIES):
-        diagonal += damping
+    diagonal[diagonal == 0] = mean if mean else 1.0
+    damping = DAMPING * mean
+    diagonal += damping
+    factor, problem = torch.linalg.cholesky_ex(matrix)
+    more = 1
+    while problem and more < _MOST:
+        diagonal += 9 * more * damping
+        more *= 10
         factor, problem = torch.linalg.cholesky_ex(matrix)
-        if not problem:
-            break
-        damping *= 10
-    if attempt:
-        note(f"The inputs of {name} are so alike that their moments are damped {10**attempt} times as much as usual.")
+    if more > 1:
+        note(f"The inputs of {name} are so alike that their moments are damped {more} times as much as usual.")
     del matrix, diagonal
-    return moments, torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError
 from converters.model.config import ModelConfig
+from quantize.formats.weight_format import Encoded, RowErrors, WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -46,3 +47,14 @@ def read_moments(path: Path, config: ModelConfig) -> Moments:
     if kind != _KIND or any(name not in found or found[name].shape != (width,) for name, width in wanted.items()):
         raise InputError(f"{path} doesn't hold the moments of {config.name}. Take it away, and calibrate again.")
     return Moments({name: found[name] for name in wanted})
+
+
+def with_output_errors(encoded: Encoded, weight: torch.Tensor, form: WeightFormat, moments: torch.Tensor) -> RowErrors:
+    """The errors of encoded rows of a ``weight`` [n, in], with those of their outputs as far as ``moments`` [in] tell.
+
+    Inputs are taken to be independent of each other.
+    """
+    weight = weight.float()
+    difference = form.decode(encoded.tensors) - weight
+    sums = (values.square().double() @ moments.double() for values in (difference, weight))
+    return RowErrors(*encoded.errors[:3], *sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from converters.console.errors import InputError
@@ -12,7 +13,8 @@ from quantize.formats.weight_format import WeightFormat
 
 GROUP_SIZES = (128, 64, 32)
 CHANNEL = "channel"  # in place of a group size: one scale per output channel
-METHODS = ("scale", "rtn")  # how scales are found: by least squared error, by the largest magnitude
+SCALE, RTN, GPTQ, AWQ = METHODS = ("scale", "rtn", "gptq", "awq")  # how values are found; see llama-quantize --help
+CALIBRATED = (GPTQ, AWQ)  # those that can't do without having seen inputs
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ def find_format(kind: str, group_size: int | None = None, zero_points: bool = Fa
             return each
     option = "--zero-points" if zero_points and kind in ("fp8", "bf16") else "--group-size"
     raise InputError(f"--{kind} can't be combined with {option}. Leave it out, or give --int8 or --int4.")
+
+
+def methods_for(formats: Iterable[WeightFormat]) -> tuple[str | None, ...]:
+    """The methods that shards in these formats may have been made with; None where there was nothing to choose."""
+    held = [each for each in formats if each.quantizes]
+    chosen = (SCALE, RTN) if any(each.searches for each in held) else (None,)
+    return (*chosen, *(CALIBRATED if held else ()))
 
 
 def format_title(weight_format: WeightFormat) -> str:

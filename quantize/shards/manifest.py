@@ -11,7 +11,7 @@ from converters.files.json_file import read_json
 from converters.files.whole import FileRecord
 from converters.model.config import ModelConfig
 from converters.output.record import read_file_record
-from quantize.formats.table import FORMATS, METHODS
+from quantize.formats.table import FORMATS, methods_for
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import MAX_CHIPS
 from quantize.shards.scheme import UNQUANTIZED, Scheme, choices
@@ -35,6 +35,7 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
     files: dict[int, FileRecord]
     method: str | None = None  # one of METHODS; None for formats without a choice
+    calibration: dict[str, Any] | None = None  # the number of tokens and their digest; None where none were looked at
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file."""
@@ -47,6 +48,7 @@ class Manifest:
             "group_size": weights.group_size,
             "zero_points": weights.zero_points,
             "method": self.method,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             "quantized_lm_head": self.scheme.quantize_lm_head,
             **({"formats": self.scheme.names_by_format} if mixed else {}),
             "source_fingerprint": self.source_fingerprint,
@@ -84,13 +86,14 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
             "Quantize the checkpoint again with this llama-quantize."
         )
     chips, scheme, files = content.get("chips"), _scheme(content), content.get("files")
-    method = content.get("method")
+    method, calibration = content.get("method"), content.get("calibration")
     texts = (content.get("model"), content.get("source_fingerprint"))
     sound = (
         type(chips) is int
         and 1 <= chips <= MAX_CHIPS
         and scheme is not None
-        and method in (METHODS if scheme.searches else (None,))
+        and method in methods_for(scheme.formats)
+        and _is_calibration(calibration)
         and isinstance(files, dict)
         and all(isinstance(text, str) for text in texts)
     )
@@ -100,7 +103,14 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
     tensors = {} if others else describe_tensors(config, scheme, chips)
     if others or content.get("tensors") != tensors:
         raise InputError(f"{path} lists other tensors than its config.json calls for; the two don't belong together.")
-    return Manifest(texts[0], chips, scheme, texts[1], tensors, _read_files(path, files, chips), method)
+    return Manifest(texts[0], chips, scheme, texts[1], tensors, _read_files(path, files, chips), method, calibration)
+
+
+def _is_calibration(found: Any) -> bool:
+    if found is None:
+        return True
+    kinds = {"tokens": int, "sha256": str}
+    return isinstance(found, dict) and {key: type(value) for key, value in found.items()} == kinds
 
 
 def _scheme(content: dict[str, Any]) -> Scheme | None:

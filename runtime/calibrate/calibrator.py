@@ -33,8 +33,8 @@ _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several suc
 
 
 _WANTED = (
-    "Give --calibrate a text of the kind that the model will be used for, of 8,192 tokens or more, and not the one that "
-    "it will be measured on (.txt, or token ids as .json or .npy)."
+    "Give --calibrate text of the kind that the model will be used for, of 8,192 tokens or more, and not what it will "
+    "be measured on (.txt, or token ids as .json or .npy)."
 )
 
 
@@ -94,6 +94,21 @@ def _windows_at_once(config: ModelConfig, length: int) -> int:
     return max(1, _AT_ONCE // (4 * length * max(config.intermediate_size, config.hidden_size)))
 
 
+def clear(scratch: Path, key: str, config: ModelConfig) -> None:
+    """Remove what ``gather_moments`` left in ``scratch``."""
+    Scratch(scratch, key).clear(config.num_layers)
+
+
+def feedback_layers(
+    source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Path, key: str
+) -> FeedbackLayers:
+    """The layers of a source, to be rounded by ``scheme`` for windows of tokens [N, T].
+
+    ``scratch`` is a folder for what a later run with the same ``key`` can go on from.
+    """
+    return FeedbackLayers(source, config, scheme, windows, Scratch(scratch, key))
+
+
 class FeedbackLayers:
     """The layers' weights rounded with error feedback, one layer after the other.
 
@@ -102,12 +117,11 @@ class FeedbackLayers:
     """
 
     def __init__(
-        self, source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Path, key: str
+        self, source: TensorSource, config: ModelConfig, scheme: Scheme, windows: torch.Tensor, scratch: Scratch
     ) -> None:
-        """``scratch`` is a folder for what a later run with the same ``key`` can go on from."""
         self._config, self._scheme, self._windows = config, scheme, windows
         self._blocks = Blocks(source, config, windows.shape[1])
-        self._scratch = Scratch(scratch, key)
+        self._scratch = scratch
         self._at = -1  # the layer that the streams have come through
         self._streams: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -162,20 +176,21 @@ class _FeedbackLinears:
         self, config: ModelConfig, scheme: Scheme, exact: dict[str, torch.Tensor], found: dict[str, Encoded]
     ) -> None:
         self._config, self._scheme, self._exact, self._found = config, scheme, exact, found
-        self._last: tuple[torch.Tensor, Feedback] | None = None
+        self._last: tuple[torch.Tensor, int | None, Feedback] | None = None
 
     def make(self, weight: SourceWeight) -> torch.nn.Module:
         form = self._scheme.format_named(weight.name, self._config)
         return _FeedbackLinear(weight, form, self) if isinstance(form, Integers) else StreamedLinear(weight)
 
-    def feedback(self, name: str, x: torch.Tensor) -> Feedback:
-        """For the inputs x [..., in] of a weight; weights with the same inputs share it."""
+    def feedback(self, name: str, x: torch.Tensor, group: int | None) -> Feedback:
+        """For the inputs x [..., in] of a weight in groups of so many; weights that are alike in both share it."""
         exact = self._exact.pop(name)
-        if self._last is None or self._last[0] is not x:
+        if self._last is None or self._last[0] is not x or self._last[1] != group:
             self._last = None  # before the next is made
             inputs = x.flatten(0, -2)
-            self._last = x, Feedback.of(inputs, None if torch.equal(inputs, exact) else exact, name)
-        return self._last[1]
+            exact_or_none = None if torch.equal(inputs, exact) else exact
+            self._last = x, group, Feedback.of(inputs, exact_or_none, group, name)
+        return self._last[2]
 
     def keep(self, name: str, parts: Sequence[Encoded]) -> None:
         self._found[name] = joined(parts)
@@ -189,7 +204,7 @@ class _FeedbackLinear(torch.nn.Module):
         self._weight, self._form, self._linears = weight, form, linears
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        feedback = self._linears.feedback(self._weight.name, x)
+        feedback = self._linears.feedback(self._weight.name, x, self._form.group_size)
         parts, y = [], []
         for _, _, rows in self._weight.blocks(_ROUNDED_AT_ONCE):
             parts.append(feedback.encode(rows, self._form))
@@ -201,9 +216,8 @@ class _FeedbackLinear(torch.nn.Module):
 def joined(parts: Sequence[Encoded]) -> Encoded:
     """Encoded blocks of rows as one."""
     tensors = {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors}
-    return Encoded(
-        tensors, RowErrors(*(torch.cat(columns) for columns in zip(*(p.errors for p in parts), strict=True)))
-    )
+    errors = zip(*(part.errors for part in parts), strict=True)
+    return Encoded(tensors, RowErrors(*map(torch.cat, errors)))
 
 
 @contextmanager
