@@ -117,6 +117,10 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         config, fingerprint = weights.config, weights.fingerprint()
         source = Quantizer(weights, search=request.method != RTN)
         if request.calibrate:
+            if not any(each.quantizes for each in scheme.formats):
+                raise InputError(
+                    "Nothing is to be quantized, so there is nothing to calibrate: leave out --calibrate, or give a format."
+                )
             text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
             source = calibrated(weights, request.method, text, request.moments_directory)
             calibration = text.as_json()
@@ -132,15 +136,16 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
 
 def _check_calibration(request: QuantizeRequest) -> None:
     """Raise InputError for a method and a text that don't go together."""
+    shards = (request.checkpoint / FILE_NAME).exists()
     if not request.calibrate:
-        if request.method in CALIBRATED:
+        if request.method in CALIBRATED and not shards:
             raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")
         if request.moments is not None:
             raise InputError("--moments is where calibration keeps what it saw: add --calibrate TEXT, or leave it out.")
         return
     if request.method == RTN:
         raise InputError("--method rtn takes the largest magnitude, whatever the inputs: leave out one of the two.")
-    if (request.checkpoint / FILE_NAME).exists():
+    if shards:
         raise InputError(f"{request.checkpoint} holds shards, whose values are chosen: leave out --calibrate.")
 
 

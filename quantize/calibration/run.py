@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from converters.console.errors import InputError
 from converters.console.notes import note
 from converters.console.progress import counted
 from converters.model.config import ModelConfig
-from converters.output.claim import Wanted, claim
+from converters.output.claim import Output, Wanted, claim
 from converters.output.state import State
 from converters.sources.source import TensorSource
 from quantize.calibration.calibrator import Calibration, FeedbackLayers, find_calibrator
@@ -58,7 +60,7 @@ def find_moments(directory: Path, source: TensorSource, config: ModelConfig, cal
         "calibration": calibration.as_json(),
     }
     wanted = Wanted("llama-quantize", directory, arguments, tuple(source.files()), (FILE_NAME,))
-    with claim(wanted, lambda path: None, lambda existing: None, force=False) as output:
+    with _claimed(wanted) as output:
         if output.state is State.FINISHED:
             note(f"The moments in {directory} are of this model and this text: they are taken.")
         else:
@@ -69,6 +71,21 @@ def find_moments(directory: Path, source: TensorSource, config: ModelConfig, cal
             output.write({FILE_NAME: found.to_file({"calibration": json.dumps(calibration.as_json())})})
             calibrator.clear(directory, key, config)
     return read_moments(directory / FILE_NAME, config)
+
+
+@contextmanager
+def _claimed(wanted: Wanted) -> Iterator[Output]:
+    """``claim``, with what is to be done about a directory of something else said for --moments."""
+    entered = False
+    try:
+        with claim(wanted, lambda path: None, lambda existing: None, force=False) as output:
+            entered = True
+            yield output
+    except InputError as error:
+        if entered:
+            raise
+        problem = str(error).rpartition(". ")[0].removesuffix(", and --force keeps it")
+        raise InputError(f"{problem}. Give another --moments, or take away what is there.") from None
 
 
 def _key(arguments: dict[str, Any]) -> str:
