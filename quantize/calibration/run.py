@@ -25,6 +25,8 @@ from quantize.shards.scheme import Scheme
 from quantize.shards.stored import StoredParameter
 from quantize.values import Quantizer
 
+_FORCE, _KEEPS = "Give --force", ", and --force keeps it"  # of claim's messages
+
 
 def read_calibration(source: TensorSource, where: Path, paths: Sequence[Path], tokens: int) -> Calibration:
     """The first so many ``tokens`` of these files. Raises InputError for what can't be read."""
@@ -84,8 +86,11 @@ def _claimed(wanted: Wanted) -> Iterator[Output]:
     except InputError as error:
         if entered:
             raise
-        problem = str(error).rpartition(". ")[0].removesuffix(", and --force keeps it")
-        raise InputError(f"{problem}. Give another --moments, or take away what is there.") from None
+        problem = str(error).replace(_KEEPS, "").replace("--out", "--moments")
+        if _FORCE in problem:
+            problem = f"{wanted.out} holds something else than the moments of this model's layers over this text. "
+            problem += "Take it away, or give another --moments."
+        raise InputError(problem) from None
 
 
 def _key(arguments: dict[str, Any]) -> str:
