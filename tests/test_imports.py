@@ -14,7 +14,7 @@ STAGES = ("converters", "quantize", "runtime")  # each may import those before i
 ROOMS = {  # the folders of a stage: each may import those before it
     "converters": ("console", "files", "model", "formats", "tokenizers", "output", "sources"),
     "quantize": ("formats", "shards"),
-    "runtime": ("model", "devices", "run", "plan", "bench"),
+    "runtime": ("model", "devices", "run", "plan", "bench", "evaluate"),
 }
 FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
 
