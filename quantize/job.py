@@ -30,17 +30,16 @@ from quantize.values import BlockSource, Quantizer, Resharder
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What the command line asked for, or a caller from Python, who may choose a format for every weight."""
+    """What the command line asked for, or a caller from Python, who may give every weight a format of its own."""
 
     checkpoint: Path
     out: Path
-    format: AskedFormat
+    format: AskedFormat | Mapping[str, str]  # by the weights' names as ``mixture`` takes them, for the whole model
     chips: int
-    only_chips: tuple[int, ...]
-    layers: int | None
-    quantize_lm_head: bool
+    only_chips: tuple[int, ...] = ()
+    layers: int | None = None
+    quantize_lm_head: bool = False
     method: str = SCALE
-    formats: Mapping[str, str] | None = None  # in place of ``format``, every weight's, as ``mixture`` takes them
     calibrate: tuple[Path, ...] = ()  # files of tokens for the model's linears to be looked at over
     calibration_tokens: int = 8192
     moments: Path | None = None  # the directory for what was seen; None: one beside ``out``
@@ -145,22 +144,29 @@ def _check_calibration(request: QuantizeRequest) -> None:
 
 
 def _asked_scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
-    if request.formats is None:
+    if isinstance(request.format, AskedFormat):
         return request.format.scheme(config, request.quantize_lm_head)
-    return mixture(config, request.formats)
+    return mixture(config, request.format)
 
 
 def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
-    """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
+    """Raise InputError where re-sharding was asked for with other formats than the shards were made with."""
     scheme, method = shards.manifest.scheme, shards.manifest.method
-    any_head = request.format.kind is None and not request.quantize_lm_head
-    same_head = any_head or request.quantize_lm_head == scheme.quantize_lm_head
     same_method = method is None or request.method in (SCALE, method)
-    if request.formats is not None or not (request.format.agrees(scheme) and same_head and same_method):
-        flags = scheme.flags + (f" --method {method}" if method not in (None, SCALE) else "")
-        made = "of several formats" if scheme.overrides else f"made with {flags}"
-        how = "without such options" if scheme.overrides else "with the same"
-        raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")
+    if same_method and _is_as_asked(scheme, request, shards.config):
+        return
+    flags = scheme.flags + (f" --method {method}" if method not in (None, SCALE) else "")
+    made = "of several formats" if scheme.overrides else f"made with {flags}"
+    how = "without options for one" if scheme.overrides else "with the same"
+    raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")
+
+
+def _is_as_asked(scheme: Scheme, request: QuantizeRequest, config: ModelConfig) -> bool:
+    asked = request.format
+    if not isinstance(asked, AskedFormat):
+        return mixture(config, asked) == scheme
+    any_head = asked.kind is None and not request.quantize_lm_head
+    return asked.agrees(scheme) and (any_head or request.quantize_lm_head == scheme.quantize_lm_head)
 
 
 def _only_chips(request: QuantizeRequest) -> tuple[int, ...]:

@@ -11,16 +11,14 @@ import click
 from converters.console.command import DISTRIBUTION, run
 from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
 
-<<<<<<< HEAD
+if TYPE_CHECKING:
+    from runtime.evaluate.report import Evaluation
+
 # What is said to who gives no text.
 _WANTED = (
     "Give --text: text that the model was not calibrated on, of the kind that it will be used for, of 8,192 tokens or "
     "more (.txt, or token ids as .json or .npy). There is no built-in text."
 )
-=======
-if TYPE_CHECKING:
-    from runtime.evaluate.report import Evaluation
->>>>>>> w-eval
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -121,27 +119,16 @@ def command(
     from converters.console.units import plural
     from quantize.shards.reading import Shards
     from runtime.devices.compile_cache import check_folder
-<<<<<<< HEAD
-    from runtime.json_out import STDOUT, check_file_out, check_json_out, write_file_out, write_json_out
-    from runtime.run.token_files import TokenFiles
-=======
-    from runtime.evaluate.texts import check_text_paths, read_tokens
     from runtime.json_out import STDOUT, check_json_out, write_file_out, write_json_out
->>>>>>> w-eval
+    from runtime.run.token_files import TokenFiles
 
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     if compile_cache is not None:
         check_folder(compile_cache, needs_writing=backend != "xla")
-<<<<<<< HEAD
-    if plot is not None and against is None:
-        raise InputError("--plot draws the divergence from another model: give --against, or leave it out.")
+    draw = _drawing(plot, against)
     files = TokenFiles(texts, "--text", "--tokens", _WANTED)
     files.check()
-=======
-    draw = _drawing(plot, against)
-    check_text_paths(texts)
->>>>>>> w-eval
     check_json_out(json_out)
     Shards(shards)  # report a bad directory before torch is loaded
     import torch

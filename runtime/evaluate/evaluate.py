@@ -66,12 +66,8 @@ def evaluate_model(
     by_layer: bool = False,
 ) -> Evaluation | None:
     """``evaluate`` for a model that is opened; ``options.max_seq_len`` is the window."""
-<<<<<<< HEAD
-    check_activations(options.activations, model.shards.scheme.formats)
-=======
     tokens = _integers(tokens)
-    check_activations(options.activations, model.shards.scheme.format)
->>>>>>> w-eval
+    check_activations(options.activations, model.shards.scheme.formats)
     _check_window(model.config, options.max_seq_len)
     _check_tokens(tokens, options.max_seq_len, model.config.vocab_size)
     if by_layer and against is None:

@@ -68,7 +68,7 @@ def _read(path: Path, codec: TextCodec | None, model: Path) -> list[int]:
     if codec is None:
         raise InputError(f"{model} has no tokenizer.json to read {path} with; give token ids, as a .json or .npy file.")
     try:
-        return codec.encode(path.read_text(encoding="utf-8"))
+        return codec.tokens(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8. Convert it, for example with: iconv -f LATIN1 -t UTF-8.") from None
 
@@ -101,6 +101,6 @@ def _check_ids(path: Path, ids: Sequence[int], vocab_size: int) -> None:
     beyond = next((token for token in ids if not 0 <= token < vocab_size), None)
     if beyond is not None:
         raise InputError(
-            f"{path} holds the token id {beyond}, and the model's are 0 to {vocab_size - 1}. Give ids of its own "
-            "tokenizer."
+            f"{path} holds the token {shown(beyond)}, and the model's are 0 to {vocab_size - 1}. Give text for its "
+            "own tokenizer, or ids of that."
         )

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import virtual_chips
+from invoke import invoke
 from mixtures import FORMATS, SIZES, reference, shard
 from models import make_model
 from parity import count_greedy, decode, logits_after, relative
 from transformers import PreTrainedModel
 
 from quantize.shards.reading import Shards
+from runtime.cli import command as run
 from runtime.devices import xla
 from runtime.model.decoder_tensors import decoder_parameters
 from runtime.model.kv_cache import FunctionalKVCache
@@ -79,6 +81,16 @@ def test_forms_for_matrix_units(theirs: PreTrainedModel, root: Path, chips: int)
         cache = make_cache(shards.config, backend, 1, 40, torch.float32)
         logits = Generator(shards.config, decoder, cache, backend, [16]).logits([PROMPTS[1]]).float()
     assert relative(logits[0], logits_after(theirs, PROMPTS[1])[-1]) < 1e-4
+
+
+def test_activations_in_int8(theirs: PreTrainedModel, root: Path) -> None:
+    """Rounded where the weights allow it, with a note on the others."""
+    options = ("--backend", "eager", "--activations", "int8", "--prompt-ids", "3,4", "--max-new-tokens", 1)
+    said = invoke(run, "--shards", root / "out1", *options, "--max-seq-len", 16).stderr
+    assert "not rounded to int8 before weights in int4 in groups of 64, " in said
+    with open_session(root / "out1", backend="eager", dtype=torch.float32, activations="int8") as session:
+        logits = session.logits([PROMPTS[1]])
+    assert 1e-3 < relative(logits[0], logits_after(theirs, PROMPTS[1])[-1]) < 0.1
 
 
 def test_what_a_format_changes_would_be_seen(theirs: PreTrainedModel, root: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from by_hand import decoded, quantized_names
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantize.format_options import AskedFormat
 from quantize.job import QuantizeRequest, quantize
 
 # Groups of 64 lie on two heads of 48. Three chips divide neither the heads nor the feed-forward layer's 5 groups.
@@ -42,8 +41,7 @@ FORMATS = {
 
 def shard(checkpoint: Path, out: Path, chips: int, formats: Mapping[str, str] = FORMATS, **changes: Any) -> Path:
     """Shards of a mixture. ``changes`` are further fields of the request."""
-    fields = {"only_chips": (), "layers": None, "quantize_lm_head": False} | changes
-    quantize(QuantizeRequest(checkpoint, out, AskedFormat(None), chips, formats=formats, **fields), False, False)
+    quantize(QuantizeRequest(checkpoint, out, formats, chips, **changes), force=False, dry_run=False)
     return out
 
 
