@@ -16,7 +16,7 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
-from quantize.calibration.run import calibrated, read_calibration
+from quantize.calibrated import calibrated, read_calibration
 from quantize.format_options import AskedFormat
 from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
