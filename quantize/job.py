@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from converters.checkpoint import finished as written
 from converters.console.errors import InputError
@@ -16,7 +17,8 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
-from quantize.calibrated import calibrated, read_calibration
+from quantize.calibrated import calibrated, fit_formats, fit_lines, measured_line, read_calibration
+from quantize.calibration.calibrator import Calibration, Fit, FitTarget
 from quantize.format_options import AskedFormat
 from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
@@ -43,6 +45,7 @@ class QuantizeRequest:
     calibrate: tuple[Path, ...] = ()  # files of tokens for the model's linears to be looked at over
     calibration_tokens: int = 8192
     moments: Path | None = None  # the directory for what was seen; None: one beside ``out``
+    fit: FitTarget | None = None  # what formats are chosen to fit, in place of ``format``
 
     @property
     def moments_directory(self) -> Path:
@@ -52,8 +55,8 @@ class QuantizeRequest:
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     """Make the shards, or finish those of an interrupted run. Returns the lines to show the user."""
     _check_calibration(request)
-    sharding, source = _plan(request)
-    lines = _describe(sharding, request.out)
+    sharding, source, fitted, text = _plan(request)
+    lines = _describe(sharding, request.out) + (fit_lines(fitted, request.fit) if fitted else [])
     if dry_run:
         if request.calibrate:
             lines.append("  The time below is without calibration.")
@@ -78,6 +81,8 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
     if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.title(sharding.config))):
         lines.append(errors)
+    if fitted and len(sharding.only_chips) == sharding.chips:
+        lines.append(measured_line(open_source(request.checkpoint), request.out, sharding.config, text))
     return "\n".join(lines)
 
 
@@ -98,11 +103,20 @@ def verify_output(out: Path) -> str:
     return f"{out}: {plural(len(shards.manifest.files), 'file')}, {format_bytes(total)}, every digest as in {FILE_NAME}"
 
 
-def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
-    """What is to be made, and where its values come from."""
+class Job(NamedTuple):
+    """What is to be made, and where its values come from; how formats were chosen and the text, where that is so."""
+
+    sharding: Sharding
+    source: BlockSource
+    fitted: Fit | None
+    text: Calibration | None
+
+
+def _plan(request: QuantizeRequest) -> Job:
     _check_distinct(request.checkpoint, request.out)
     source: BlockSource
     calibration = None
+    fitted = None
     if (request.checkpoint / FILE_NAME).exists():
         shards = Shards(request.checkpoint)
         scheme, method, calibration = shards.scheme, shards.manifest.method, shards.manifest.calibration
@@ -111,14 +125,17 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        scheme = _asked_scheme(request, weights.config)
         method = request.method
         config, fingerprint = weights.config, weights.fingerprint()
-        source = Quantizer(weights, search=request.method != RTN)
+        source, text = Quantizer(weights, search=request.method != RTN), None
         if request.calibrate:
             text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
             source = calibrated(weights, request.method, text, request.moments_directory)
             calibration = text.as_json()
+        if request.fit:
+            known = (request.moments_directory, weights, config.cut(request.layers), text, request.fit)
+            fitted = fit_formats(*known, request.format.zero_points)
+        scheme = fitted.scheme if fitted else _asked_scheme(request, weights.config)
     config = config.cut(request.layers)
     scheme = scheme.cut(config)
     config = config.with_dtype(scheme.floating_dtype(config))
@@ -126,11 +143,14 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     if isinstance(source, Quantizer):
         source.note_kept(config, scheme)
     method = method if method in methods_for(scheme.formats) else None
-    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration), source
+    sharding = Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration)
+    return Job(sharding, source, fitted, text)
 
 
 def _check_calibration(request: QuantizeRequest) -> None:
     """Raise InputError for a method and a text that don't go together."""
+    if request.fit and not request.calibrate:
+        raise InputError("--fit weighs formats by what a text tells of them: add --calibrate TEXT.")
     if not request.calibrate:
         if request.method in CALIBRATED:
             raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 FILE_NAME = "moments.safetensors"
-_KIND = "second moments of linears' inputs"
+GRADIENTS = "gradients.safetensors"
+_KIND = "mean squares of linears"
 
 
 @dataclass(frozen=True)
 class Moments:
-    """By the name of a linear's weight [out, in], the mean square of each input: float32 [in]."""
+    """By the name of a linear's weight [out, in], the mean square of each input: float32 [in]; or of gradients by each
+    of its outputs: float32 [out].
+    """
 
     by_weight: Mapping[str, torch.Tensor]
 
@@ -31,8 +34,8 @@ class Moments:
         return save(dict(sorted(self.by_weight.items())), {"kind": _KIND, **about})
 
 
-def read_moments(path: Path, config: ModelConfig) -> Moments:
-    """Read the file and hold it against the linears of ``config``. Raises InputError where it is for another model."""
+def read_moments(path: Path, config: ModelConfig, of_inputs: bool = True) -> Moments:
+    """Read the file and hold it against the linears' inputs, or outputs. Raises InputError for another model's."""
     from safetensors import SafetensorError, safe_open
 
     from quantize.shards.scheme import choices
@@ -43,7 +46,7 @@ def read_moments(path: Path, config: ModelConfig) -> Moments:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} can't be read ({error}). Take it away, and calibrate again.") from None
-    wanted = {name: each.shape[1] for name, each in choices(config).items() if each.in_block}
+    wanted = {name: each.shape[1 if of_inputs else 0] for name, each in choices(config).items() if each.in_block}
     if kind != _KIND or any(name not in found or found[name].shape != (width,) for name, width in wanted.items()):
         raise InputError(f"{path} doesn't hold the moments of {config.name}. Take it away, and calibrate again.")
     return Moments({name: found[name] for name in wanted})

@@ -40,20 +40,21 @@ class TokenFiles:
             if not path.is_file():
                 raise InputError(f"{self.option} {path} is no file. Check the path.")
 
-    def read(self, count: int, codec: TextCodec | None, vocab_size: int, model: Path) -> list[int]:
+    def read(self, count: int, codec: TextCodec | None, vocab_size: int, model: Path, after: int = 0) -> list[int]:
         """The first ``count`` token ids, one file after the other; fewer, with a note, where they hold fewer.
 
+        Up to so many that come ``after`` them are returned as well, where there are some.
         ``codec`` is the tokenizer of ``model``, if it has one. Raises InputError for a file that can't be read, and for
         ids outside the vocabulary.
         """
         tokens: list[int] = []
         for path in self.paths:
-            if len(tokens) >= count:
+            if len(tokens) >= count + after:
                 note(f"{path} is not reached: the files before it hold the {count} tokens of {self.count_option}.")
                 continue
             found = _read(path, codec, model)
             _check_ids(path, found, vocab_size)
-            tokens += found[: count - len(tokens)]
+            tokens += found[: count + after - len(tokens)]
         if len(tokens) < count:
             found = plural(len(tokens), "token")
             note(f"The text holds {found}, fewer than the {count} of {self.count_option}: all are taken.")
