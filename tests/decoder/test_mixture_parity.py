@@ -11,7 +11,7 @@ import torch
 import virtual_chips
 from invoke import invoke
 from mixtures import FORMATS, SIZES, reference, shard
-from models import make_model
+from models import make_model, make_opt
 from parity import count_greedy, decode, logits_after, relative
 from transformers import PreTrainedModel
 
@@ -62,6 +62,23 @@ def test_xla_equals_transformers(theirs: PreTrainedModel, root: Path, chips: int
 @pytest.mark.parametrize("chips", [1, 3])
 def test_eager_equals_transformers(theirs: PreTrainedModel, root: Path, chips: int) -> None:
     assert_parity(theirs, root / f"out{chips}", backend="eager")
+
+
+@pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 3)])
+def test_biases_go_with_their_weights(backend: str, chips: int, tmp_path: Path) -> None:
+    """OPT, in whose first layer q, k and v are apart, and in whose second they are one product."""
+    make_opt(tmp_path / "hf", heads=4, hidden=64, ffn=160, vocab=211, positions=64)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+    first = ("int8", "unquantized", "int4-g32-zp", "fp8", "int8", "int4-g32")
+    second = ("int4-g64", "int4-g64", "int4-g64", "unquantized", "unquantized", "int8")
+    formats = {
+        f"model.decoder.layers.{layer}.{name}.weight": form
+        for layer, forms in enumerate((first, second))
+        for name, form in zip(names, forms, strict=True)
+    }
+    for count in {1, chips}:
+        shard(tmp_path / "hf", tmp_path / f"out{count}", count, formats)
+    assert_parity(reference(tmp_path / "hf", tmp_path / "out1"), tmp_path / f"out{chips}", backend=backend)
 
 
 @pytest.mark.slow
