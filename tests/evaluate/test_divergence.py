@@ -142,15 +142,17 @@ def test_a_model_does_not_diverge_from_itself(cases: dict[str, Case], tmp_path: 
     assert (found.same_first, found.delta_p_rms) == (1, 0)
 
 
-def test_every_number_of_layers(cases: dict[str, Case], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 3)])
+def test_every_number_of_layers(cases: dict[str, Case], backend: str, chips: int, tmp_path: Path) -> None:
     """Both models cut after one layer, as transformers' are."""
     case = cases["opt"]
-    invoke(quantize, case.checkpoint, "--int8", "--out", tmp_path / "out")
-    found = evaluated(tmp_path / "out", case.tokens, against=case.checkpoint, by_layer=True)
+    invoke(quantize, case.checkpoint, "--int8", "--chips", chips, "--out", tmp_path / "out")
+    options = {"against": case.checkpoint, "backend": backend}
+    found = evaluated(tmp_path / "out", case.tokens, by_layer=True, **options)
     wanted = [_cut_divergence(case, layers) for layers in (1, 2)]
     assert found.by_layer == pytest.approx(wanted, rel=1e-3)
     assert found.by_layer[-1] == found.divergence.kl.value
-    cut = evaluated(tmp_path / "out", case.tokens, against=case.checkpoint, layers=1)
+    cut = evaluated(tmp_path / "out", case.tokens, layers=1, **options)
     assert cut.divergence.kl.value == pytest.approx(wanted[0], rel=1e-3)
     assert wanted[0] != pytest.approx(wanted[1], rel=0.1)
 
