@@ -1,8 +1,8 @@
 """What every linear's formats are expected to cost the model, in nats per token.
 
-A weight's error dW changes its outputs at a token by d = dW x. To the second order, and as if errors were independent,
-the divergence KL(exact || rounded) of the model's predictions grows by half the sum over the outputs of g^2 d^2. There g
-is the gradient by the output of the log-probabilities of tokens drawn from the model itself; its mean square is the
+A weight's error dW changes its outputs at a token by d = dW x. To the second order, as if errors were independent,
+the divergence KL(exact || rounded) of the model's predictions grows by half the sum over the outputs of g^2 d^2. There
+g is the gradient by the output of the log-probabilities of tokens drawn from the model itself; its mean square is the
 diagonal of the Fisher information. With the mean squares m of the inputs and G of the gradients a weight costs
 1/2 sum_ij G_i m_j dW_ij^2: an estimate, which tells weights from each other better than it tells their sum.
 """
