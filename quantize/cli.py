@@ -41,6 +41,18 @@ from quantize.formats.table import METHODS, SCALE
     "--calibrate also gptq: rounding with error feedback, awq: inputs scaled by their importance.",
 )
 @click.option(
+    "--fit",
+    metavar="SLICE|BYTES",
+    help="Choose every linear's format such that weights, cache and the compiler's temporaries fit a slice (v4-8), or "
+    "weights a size per chip (14GB, with --chips), and --calibrate's text is predicted best.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --fit: rows of the cache."
+)
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=1), default=256, show_default=True, help="With --fit: slots of the cache."
+)
+@click.option(
     "--chips",
     type=click.IntRange(min=1, max=4096),
     help="Files to make, one per chip (tpu7x: two per chip). [default: 1, or the target's]",
@@ -73,6 +85,9 @@ def command(
     calibration_tokens: int,
     moments: Path | None,
     method: str,
+    fit: str | None,
+    batch_size: int,
+    max_seq_len: int,
     chips: int | None,
     target: str | None,
     only_chips: tuple[int, ...],
@@ -96,20 +111,24 @@ def command(
     llama-quantize --verify --out out/           check an output
     """
     from converters.console.errors import InputError
+    from quantize.calibration.target import fit_target
     from quantize.job import QuantizeRequest, quantize, verify_output
     from quantize.shards.manifest import FILE_NAME
 
-    if kind is None and (group_size or zero_points):
+    if kind is None and (group_size or (zero_points and fit is None)):
         raise InputError(f"--group-size and --zero-points are for a format: give {KIND_FLAGS} with them.")
-    reshards = kind is None and not verify and (checkpoint / FILE_NAME).is_file()
-    if kind is None and not (reshards or verify):
+    if fit is not None and (kind or group_size or target):
+        raise InputError("--fit chooses formats itself, for its own slice: leave out the others' options and --target.")
+    reshards = kind is None and fit is None and not verify and (checkpoint / FILE_NAME).is_file()
+    if kind is None and fit is None and not (reshards or verify):
         raise InputError(f"Give {KIND_FLAGS} (or --verify alone, to check --out; shards are split anew without).")
-    if kind is not None or reshards:
+    if kind is not None or fit is not None or reshards:
+        aim = None if fit is None else fit_target(fit, chips, batch_size, max_seq_len)
         request = QuantizeRequest(
             checkpoint,
             out,
             AskedFormat(kind, group_size, zero_points),
-            _chip_count(chips, target),
+            aim.chips if aim else _chip_count(chips, target),
             only_chips,
             layers,
             quantize_lm_head,
@@ -117,6 +136,7 @@ def command(
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             moments=moments,
+            fit=aim,
         )
         click.echo(quantize(request, force, dry_run))
     if verify and not dry_run:

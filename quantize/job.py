@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from converters.checkpoint import finished as written
 from converters.console.errors import InputError
@@ -16,7 +17,8 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
-from quantize.calibration.run import calibrated, read_calibration
+from quantize.calibrated import calibrated, fit_formats, fit_lines, measured_line, read_calibration
+from quantize.calibration.calibrator import Calibration, Fit, FitTarget
 from quantize.format_options import AskedFormat
 from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
@@ -30,20 +32,20 @@ from quantize.values import BlockSource, Quantizer, Resharder
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What the command line asked for, or a caller from Python, who may choose a format for every weight."""
+    """What the command line asked for, or a caller from Python, who may give every weight a format of its own."""
 
     checkpoint: Path
     out: Path
-    format: AskedFormat
+    format: AskedFormat | Mapping[str, str]  # by the weights' names as ``mixture`` takes them, for the whole model
     chips: int
-    only_chips: tuple[int, ...]
-    layers: int | None
-    quantize_lm_head: bool
+    only_chips: tuple[int, ...] = ()
+    layers: int | None = None
+    quantize_lm_head: bool = False
     method: str = SCALE
-    formats: Mapping[str, str] | None = None  # in place of ``format``, every weight's, as ``mixture`` takes them
     calibrate: tuple[Path, ...] = ()  # files of tokens for the model's linears to be looked at over
     calibration_tokens: int = 8192
     moments: Path | None = None  # the directory for what was seen; None: one beside ``out``
+    fit: FitTarget | None = None  # what formats are chosen to fit, in place of ``format``
 
     @property
     def moments_directory(self) -> Path:
@@ -53,8 +55,8 @@ class QuantizeRequest:
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     """Make the shards, or finish those of an interrupted run. Returns the lines to show the user."""
     _check_calibration(request)
-    sharding, source = _plan(request)
-    lines = _describe(sharding, request.out)
+    sharding, source, fitted, text = _plan(request)
+    lines = _describe(sharding, request.out) + (fit_lines(fitted, request.fit) if fitted else [])
     if dry_run:
         if request.calibrate:
             lines.append("  The time below is without calibration.")
@@ -79,6 +81,8 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
         note_without_tokenizer(source.small_files(), str(request.checkpoint))
     if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.title(sharding.config))):
         lines.append(errors)
+    if fitted and len(sharding.only_chips) == sharding.chips:
+        lines.append(measured_line(open_source(request.checkpoint), request.out, sharding.config, text))
     return "\n".join(lines)
 
 
@@ -99,11 +103,21 @@ def verify_output(out: Path) -> str:
     return f"{out}: {plural(len(shards.manifest.files), 'file')}, {format_bytes(total)}, every digest as in {FILE_NAME}"
 
 
-def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
-    """What is to be made, and where its values come from."""
+class Job(NamedTuple):
+    """What is to be made, and where its values come from; how formats were chosen and the text, where that is so."""
+
+    sharding: Sharding
+    source: BlockSource
+    fitted: Fit | None
+    text: Calibration | None
+
+
+def _plan(request: QuantizeRequest) -> Job:
     _check_distinct(request.checkpoint, request.out)
     source: BlockSource
     calibration = None
+    fitted: Fit | None = None
+    text: Calibration | None = None
     if (request.checkpoint / FILE_NAME).exists():
         shards = Shards(request.checkpoint)
         scheme, method, calibration = shards.scheme, shards.manifest.method, shards.manifest.calibration
@@ -112,18 +126,19 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
         config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
     else:
         weights = open_source(request.checkpoint)
-        scheme = _asked_scheme(request, weights.config)
         method = request.method
         config, fingerprint = weights.config, weights.fingerprint()
         source = Quantizer(weights, search=request.method != RTN)
         if request.calibrate:
-            if not any(each.quantizes for each in scheme.formats):
-                raise InputError(
-                    "Nothing is to be quantized, so there is nothing to calibrate: leave out --calibrate, or give a format."
-                )
             text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
             source = calibrated(weights, request.method, text, request.moments_directory)
             calibration = text.as_json()
+        if request.fit:
+            known = (request.moments_directory, weights, config.cut(request.layers), text, request.fit)
+            fitted = fit_formats(*known, request.format.zero_points)
+        scheme = fitted.scheme if fitted else _asked_scheme(request, weights.config)
+        if request.calibrate and not any(each.quantizes for each in scheme.formats):
+            raise InputError("--calibrate is for weights that are quantized: leave it out, or give a format.")
     config = config.cut(request.layers)
     scheme = scheme.cut(config)
     config = config.with_dtype(scheme.floating_dtype(config))
@@ -131,12 +146,15 @@ def _plan(request: QuantizeRequest) -> tuple[Sharding, BlockSource]:
     if isinstance(source, Quantizer):
         source.note_kept(config, scheme)
     method = method if method in methods_for(scheme.formats) else None
-    return Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration), source
+    sharding = Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration)
+    return Job(sharding, source, fitted, text)
 
 
 def _check_calibration(request: QuantizeRequest) -> None:
     """Raise InputError for a method and a text that don't go together."""
     shards = (request.checkpoint / FILE_NAME).exists()
+    if request.fit and not request.calibrate:
+        raise InputError("--fit weighs formats by what a text tells of them: add --calibrate TEXT.")
     if not request.calibrate:
         if request.method in CALIBRATED and not shards:
             raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")
@@ -150,22 +168,29 @@ def _check_calibration(request: QuantizeRequest) -> None:
 
 
 def _asked_scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
-    if request.formats is None:
+    if isinstance(request.format, AskedFormat):
         return request.format.scheme(config, request.quantize_lm_head)
-    return mixture(config, request.formats)
+    return mixture(config, request.format)
 
 
 def _check_scheme(request: QuantizeRequest, shards: Shards) -> None:
-    """Raise InputError where re-sharding was asked for with other flags than the shards were made with."""
+    """Raise InputError where re-sharding was asked for with other formats than the shards were made with."""
     scheme, method = shards.manifest.scheme, shards.manifest.method
-    any_head = request.format.kind is None and not request.quantize_lm_head
-    same_head = any_head or request.quantize_lm_head == scheme.quantize_lm_head
     same_method = method is None or request.method in (SCALE, method)
-    if request.formats is not None or not (request.format.agrees(scheme) and same_head and same_method):
-        flags = scheme.flags + (f" --method {method}" if method not in (None, SCALE) else "")
-        made = "of several formats" if scheme.overrides else f"made with {flags}"
-        how = "without such options" if scheme.overrides else "with the same"
-        raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")
+    if same_method and _is_as_asked(scheme, request, shards.config):
+        return
+    flags = scheme.flags + (f" --method {method}" if method not in (None, SCALE) else "")
+    made = "of several formats" if scheme.overrides else f"made with {flags}"
+    how = "without options for one" if scheme.overrides else "with the same"
+    raise InputError(f"{shards.directory} holds shards {made}; they can only be re-sharded {how}.")
+
+
+def _is_as_asked(scheme: Scheme, request: QuantizeRequest, config: ModelConfig) -> bool:
+    asked = request.format
+    if not isinstance(asked, AskedFormat):
+        return mixture(config, asked) == scheme
+    any_head = asked.kind is None and not request.quantize_lm_head
+    return asked.agrees(scheme) and (any_head or request.quantize_lm_head == scheme.quantize_lm_head)
 
 
 def _only_chips(request: QuantizeRequest) -> tuple[int, ...]:

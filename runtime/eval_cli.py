@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from converters.console.command import DISTRIBUTION, run
 from runtime.model.sizing import ACTIVATIONS, CACHE_DTYPES
+
+if TYPE_CHECKING:
+    from runtime.evaluate.report import Evaluation
 
 # What is said to who gives no text.
 _WANTED = (
@@ -114,19 +119,17 @@ def command(
     from converters.console.units import plural
     from quantize.shards.reading import Shards
     from runtime.devices.compile_cache import check_folder
-    from runtime.json_out import STDOUT, check_file_out, check_json_out, write_file_out, write_json_out
+    from runtime.json_out import STDOUT, check_json_out, write_file_out, write_json_out
     from runtime.run.token_files import TokenFiles
 
     if compile_cache is not None and backend == "eager":
         raise InputError("--backend eager compiles nothing; leave out --compile-cache.")
     if compile_cache is not None:
         check_folder(compile_cache, needs_writing=backend != "xla")
-    if plot is not None and against is None:
-        raise InputError("--plot draws the divergence from another model: give --against, or leave it out.")
+    draw = _drawing(plot, against)
     files = TokenFiles(texts, "--text", "--tokens", _WANTED)
     files.check()
     check_json_out(json_out)
-    check_file_out("--plot", plot)
     Shards(shards)  # report a bad directory before torch is loaded
     import torch
 
@@ -153,15 +156,30 @@ def command(
         click.echo(done.table())
     if json_out is not None:
         write_json_out(json_out, done.to_json())
-    if plot is not None:
-        from runtime.evaluate.plot import draw
-
+    if plot is not None and draw is not None:
         write_file_out("--plot", plot, draw(done))
     if done.recompilations:
         count = plural(done.recompilations, "graph")
         click.echo(f"Error: {count} compiled after warm-up, where none should be: don't trust this run.", err=True)
         return 1
     return 0
+
+
+def _drawing(plot: Path | None, against: Path | None) -> Callable[[Evaluation], bytes] | None:
+    """What draws the picture, found before the run: there is no matplotlib everywhere."""
+    from converters.console.errors import InputError
+    from runtime.json_out import check_file_out
+
+    if plot is None:
+        return None
+    if against is None:
+        raise InputError("--plot draws the divergence from another model: give --against, or leave it out.")
+    if plot.suffix != ".png":
+        raise InputError(f"--plot {plot} would be a PNG; give a name that ends in .png.")
+    check_file_out("--plot", plot)
+    from runtime.evaluate.plot import draw
+
+    return draw
 
 
 def main() -> None:

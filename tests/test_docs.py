@@ -23,6 +23,7 @@ COMMANDS = {
     "llama-run": "runtime.cli",
     "llama-plan": "runtime.plan_cli",
     "llama-bench": "runtime.bench_cli",
+    "llama-eval": "runtime.eval_cli",
 }
 
 
@@ -85,6 +86,18 @@ def test_every_option_is_documented(name: str) -> None:
         if isinstance(parameter, click.Option) and parameter.opts[0] not in page and parameter.opts[0] != "--version"
     ]
     assert [option for option in missing if option != "--traceback"] == []
+
+
+def test_the_example_of_an_evaluation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As below: 42 tokens in windows of 16, compared with themselves."""
+    page = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    invoke(quantize, write_hf(tmp_path / "hf"), "--int8", "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/eval.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[1:] == ["0.0 1.0", "(39,)"]
 
 
 def test_the_example_in_python_runs(

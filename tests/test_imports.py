@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("converters", "quantize", "runtime")  # each may import those before it
 ROOMS = {  # the folders of a stage: each may import those before it
     "converters": ("console", "files", "model", "formats", "tokenizers", "output", "sources"),
-    "quantize": ("formats", "shards"),
-    "runtime": ("model", "devices", "run", "plan", "bench"),
+    "quantize": ("formats", "shards", "calibration"),
+    "runtime": ("model", "devices", "run", "plan", "bench", "evaluate", "calibrate"),
 }
 FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
 

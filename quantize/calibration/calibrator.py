@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import entry_points
@@ -16,6 +16,7 @@ from converters.sources.source import TensorSource
 from quantize.calibration.moments import Moments
 from quantize.formats.weight_format import Encoded
 from quantize.shards.scheme import Scheme
+from quantize.slices import Slice
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +37,49 @@ class FeedbackLayers(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FitTarget:
+    """What a mixture of formats is to fit: a slice with its cache, or ``weight_bytes`` of parameters on each chip."""
+
+    name: str
+    chips: int
+    slice: Slice | None = None
+    weight_bytes: int = 0
+    batch_size: int = 1
+    max_seq_len: int = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A mixture of formats for a target."""
+
+    scheme: Scheme
+    predicted: float  # nats per token
+    table: list[list[str]]  # what went where, a header first
+    parameter_bytes: int  # on each chip
+    lines: list[str]  # what the compiler says
+
+
+class Divergence(Protocol):
+    """The mean of KL(exact || rounded) in nats per token, and its standard error."""
+
+    mean: float
+    error: float
+
+
 class Calibrator(Protocol):
     """A module with these functions. ``windows`` are token ids [N, T].
 
     ``scratch`` is a folder for what a later run with the same ``key`` can go on from.
     """
 
-    def read_windows(self, source: TensorSource, where: Path, paths: Sequence[Path], tokens: int) -> torch.Tensor:
-        """The first so many tokens of the texts, in windows. Raises InputError for what can't be read."""
+    def read_windows(
+        self, source: TensorSource, where: Path, paths: Sequence[Path], tokens: int, after: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first so many tokens of the texts in windows, and up to so many that come ``after`` them, maybe none.
+
+        Raises InputError for what can't be read.
+        """
         ...
 
     def gather_moments(
@@ -56,6 +92,32 @@ class Calibrator(Protocol):
         advance: Advance,
     ) -> Moments:
         """Those of all layers' linears; ``advance`` is told layers."""
+        ...
+
+    def gather_gradients(
+        self,
+        source: TensorSource,
+        config: ModelConfig,
+        windows: torch.Tensor,
+        scratch: Path,
+        key: str,
+        advance: Advance,
+    ) -> Moments:
+        """Mean squares of the gradients by all layers' linears' outputs; ``advance`` is told layers, each twice."""
+        ...
+
+    def candidates(self, config: ModelConfig, zero_points: bool) -> dict[str, list[str]]:
+        """The formats that ``fit`` chooses from, by weight."""
+        ...
+
+    def fit(self, config: ModelConfig, losses: Mapping[str, Mapping[str, float]], target: FitTarget) -> Fit:
+        """The mixture of the least predicted loss. Raises InputError where none fits."""
+        ...
+
+    def measure_divergence(
+        self, exact: TensorSource, rounded: TensorSource, config: ModelConfig, windows: torch.Tensor, advance: Advance
+    ) -> Divergence:
+        """Over windows of tokens; ``advance`` is told layers."""
         ...
 
     def clear(self, scratch: Path, key: str, config: ModelConfig) -> None:
@@ -74,6 +136,7 @@ class Calibration:
     """The text that a model is calibrated on, in windows of token ids [N, T]."""
 
     windows: torch.Tensor
+    held_out: torch.Tensor  # [M, T]: of what comes after them, for measuring; M may be 0
 
     @property
     def digest(self) -> str:

@@ -234,4 +234,5 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 
 def _percent(share: float) -> str:
-    return "<1%" if share < 0.01 else f"{share:.0%}"
+    """Whole percents, 100 only of all."""
+    return "<1%" if share < 0.01 else f"{share if share == 1 else min(share, 0.99):.0%}"

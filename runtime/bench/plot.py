@@ -16,7 +16,7 @@ from quantize.formats.table import FORMATS
 
 _DPI = 150
 _COLORS = {"transformers": "#7f7f7f"}
-_KIND_COLORS = {"bf16": "#ff7f0e", "fp8": "#2ca02c", "int8": "#1f77b4", "int4": "#d62728"}
+_KIND_COLORS = {"bf16": "#ff7f0e", "fp8": "#2ca02c", "int8": "#1f77b4", "int4": "#d62728", "mixed": "#9467bd"}
 _DEFAULT_COLOR = "#1f77b4"
 _LATENCY = "latency per token (ms)"
 _NAMES = {"bf16": "bfloat16"}  # of formats that are shown by another name than their own

@@ -6,8 +6,7 @@ blocks of its weights. What is known after a layer is kept on the disk until all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +22,24 @@ from quantize.formats.integers import Integers
 from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.shards.scheme import Scheme
 from runtime.calibrate.blocks import Blocks, SourceWeight, StreamedLinear
+from runtime.calibrate.fit import candidates, fit
+from runtime.calibrate.measure import measure_divergence
 from runtime.calibrate.scratch import Scratch
-from runtime.devices.cpu.process import available_cpus
+from runtime.calibrate.sensitivity import gather_gradients
+from runtime.devices.cpu.process import all_threads
 from runtime.run.text import codec_of
 from runtime.run.token_files import TokenFiles
+
+__all__ = [  # what the entry point promises
+    "candidates",
+    "clear",
+    "feedback_layers",
+    "fit",
+    "gather_gradients",
+    "gather_moments",
+    "measure_divergence",
+    "read_windows",
+]
 
 _ROUNDED_AT_ONCE = 1 << 26  # elements of rows: 256 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
@@ -38,8 +51,11 @@ _WANTED = (
 )
 
 
-def read_windows(source: TensorSource, where: Path, paths: Sequence[Path], tokens: int) -> torch.Tensor:
-    """The first so many ``tokens`` of the texts, in windows [N, T] of up to WINDOW; what is over is left out.
+def read_windows(
+    source: TensorSource, where: Path, paths: Sequence[Path], tokens: int, after: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first so many ``tokens`` of the texts in windows [N, T] of up to WINDOW, and as many windows as there are of
+    the ``after`` tokens that follow; what is over is left out.
 
     ``where`` is what messages call the source. Raises InputError for what can't be read.
     """
@@ -47,13 +63,14 @@ def read_windows(source: TensorSource, where: Path, paths: Sequence[Path], token
     files.check()
     config = source.config
     codec = codec_of(source.auxiliary_files(), where, config.vocab_size)
-    found = files.read(tokens, codec, config.vocab_size, where)
+    found = files.read(tokens, codec, config.vocab_size, where, after)
     if not found:
         raise InputError(_WANTED)
-    length = min(WINDOW, len(found))
+    length = min(WINDOW, len(found), tokens)
     while not config.holds_context(length):
         length //= 2
-    return torch.tensor(found[: len(found) // length * length]).view(-1, length)
+    first, rest = found[:tokens], found[tokens:]
+    return tuple(torch.tensor(each[: len(each) // length * length]).view(-1, length) for each in (first, rest))
 
 
 def gather_moments(
@@ -63,7 +80,7 @@ def gather_moments(
 
     ``scratch`` is a folder for what a later run with the same ``key`` can go on from. ``advance`` is told layers.
     """
-    with torch.no_grad(), _all_threads():
+    with torch.no_grad(), all_threads():
         return _gather(source, config, windows, Scratch(scratch, key), advance)
 
 
@@ -127,7 +144,7 @@ class FeedbackLayers:
 
     def encoded(self, number: int) -> dict[str, Encoded]:
         """The layer's weights that are in a format with integers, by name. Layers are asked for in ascending order."""
-        with torch.no_grad(), _all_threads():
+        with torch.no_grad(), all_threads():
             exact, rounded = self._through(number)
             found: dict[str, Encoded] = {}
             self._streams = self._run(number, exact, rounded, found)
@@ -218,14 +235,3 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     tensors = {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors}
     errors = zip(*(part.errors for part in parts), strict=True)
     return Encoded(tensors, RowErrors(*map(torch.cat, errors)))
-
-
-@contextmanager
-def _all_threads() -> Iterator[None]:
-    """Let torch use every core: writing ahead leaves it one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(available_cpus())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

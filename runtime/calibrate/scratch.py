@@ -22,17 +22,22 @@ class Scratch:
     Files of other keys are replaced, those of other tools never.
     """
 
-    def __init__(self, directory: Path, key: str) -> None:
-        self._directory, self._key = directory, key
+    def __init__(self, directory: Path, key: str, kept: int | None = _KEPT) -> None:
+        """``kept`` is how many layers are kept, the last ones; None: all."""
+        self._directory, self._key, self._kept = directory, key, kept
 
     def last(self, before: int) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The number of the latest layer saved, of those before layer ``before``, and its tensors; None without one."""
         for layer in range(before - 1, -1, -1):
             path = self._path(layer)
             if path.is_file() and self._is_whole(path):
-                with safe_open(path, "pt") as file:
-                    return layer, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return layer, self.load(layer)
         return None
+
+    def load(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors that were saved after ``layer``."""
+        with safe_open(self._path(layer), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def save(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the tensors after ``layer``, and no longer those of a few layers before."""
@@ -44,7 +49,8 @@ class Scratch:
         contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_partial(path, save(contents, {"made_by": _MADE_BY, "key": self._key}))
         publish(partial_path(path), path)
-        self._remove(layer - _KEPT)
+        if self._kept is not None:
+            self._remove(layer - self._kept)
 
     def clear(self, layers: int) -> None:
         """Remove what is kept of so many layers."""

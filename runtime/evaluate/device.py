@@ -16,6 +16,7 @@ from runtime.devices.backend import Backend
 from runtime.evaluate.graphs import outputs_graph
 from runtime.evaluate.windows import Piece
 from runtime.model.decoder import Head
+from runtime.model.decoder_tensors import decoder_tensors, head_parameters
 from runtime.model.graphs import CACHE_ARGUMENT
 from runtime.run.load import load_head, load_tensors, make_cache, make_decoder
 
@@ -63,9 +64,16 @@ class Layers:
         return self._backend.compile(graph, CACHE_ARGUMENT, exact=dtype == torch.float32, name=name)
 
 
+def head_bytes(weights: ChipWeights, backend: Backend) -> int:
+    """What ``reference_head`` takes on each chip."""
+    config, scheme, chips = weights.config, weights.scheme, backend.chips
+    tensors = decoder_tensors(head_parameters(config, scheme, chips, backend.fuse_bytes))
+    return sum(tensor.nbytes(config, chips) for tensor in tensors)
+
+
 def reference_head(weights: ChipWeights, dtype: torch.dtype, backend: Backend) -> Head:
     """The head of a model none of whose layers is loaded."""
-    with progress("Loading", 0) as advance:
+    with progress("Loading", head_bytes(weights, backend) * backend.chips) as advance:
         return load_head(weights, dtype, backend, advance)
 
 

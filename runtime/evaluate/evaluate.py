@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def evaluate_model(
     by_layer: bool = False,
 ) -> Evaluation | None:
     """``evaluate`` for a model that is opened; ``options.max_seq_len`` is the window."""
+    tokens = _integers(tokens)
     check_activations(options.activations, model.shards.scheme.formats)
     _check_window(model.config, options.max_seq_len)
     _check_tokens(tokens, options.max_seq_len, model.config.vocab_size)
@@ -75,11 +77,18 @@ def evaluate_model(
         chips = model.shards.chips if options.backend == "xla" else None
         reference = open_reference(against, model, chips, options.layers)
         _check_reference(model, reference, options.max_seq_len, by_layer)
-    job = Job(model, reference, [int(token) for token in tokens], options, by_layer)
+    job = Job(model, reference, tokens, options, by_layer)
     with guarded(), torch.no_grad():
         passes = [] if reference is None else [reference_pass(job)]
         passes.append(model_pass(job, passes[0].found if passes else None))
     return _evaluation(job, passes) if passes[-1].leader else None
+
+
+def _integers(tokens: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in tokens]
+    except TypeError:
+        raise InputError("The tokens to evaluate over are no whole numbers; give their ids.") from None
 
 
 def _check_window(config: ModelConfig, window: int) -> None:

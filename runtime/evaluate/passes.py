@@ -24,7 +24,7 @@ from converters.model.config import ModelConfig
 from converters.output.preflight import available_memory
 from quantize.shards.chip_weights import ChipWeights
 from runtime.devices.backend import Backend
-from runtime.evaluate.device import Layers, fetched, reference_head
+from runtime.evaluate.device import Layers, fetched, head_bytes, reference_head
 from runtime.evaluate.graphs import NOTHING_ARGUMENT, compare_graph, score_graph
 from runtime.evaluate.reference import Reference
 from runtime.evaluate.windows import Piece, count_pieces, piece_size, pieces, warm_up_pieces
@@ -89,8 +89,10 @@ def model_pass(job: Job, outputs: list[list[Tensor]] | None) -> Pass:
     """
     model, options = job.model, job.options
     with _device(job, options, "model", model.shards) as backend:
-        layers = _layers(job, model.shards, model.config, options, backend)
-        use = _scored(layers, options, backend) if outputs is None else _compared(job, layers, backend)
+        head = None if job.reference is None else job.reference.head(options.activations == "int8")
+        more = 0 if head is None else head_bytes(head, backend)
+        layers = _layers(job, model.shards, model.config, options, backend, more)
+        use = _scored(layers, options, backend) if outputs is None else _compared(job, layers, head, backend)
         return _over_text(job, backend, "Evaluating", use, outputs)
 
 
@@ -104,8 +106,9 @@ def _scored(layers: Layers, options: SessionOptions, backend: Backend) -> Use:
     return use
 
 
-def _compared(job: Job, layers: Layers, backend: Backend) -> Use:
-    head = reference_head(job.reference.head(job.options.activations == "int8"), job.options.dtype, backend)
+def _compared(job: Job, layers: Layers, weights: ChipWeights, backend: Backend) -> Use:
+    """``weights`` are the reference's, for its head."""
+    head = reference_head(weights, job.options.dtype, backend)
     compare = _compiled(compare_graph(layers.head, head), job.options, backend)
 
     def use(piece: Piece, kept: list[Tensor]) -> list[Any]:
@@ -121,10 +124,17 @@ def _compiled(graph: Callable[..., Any], options: SessionOptions, backend: Backe
     return backend.compile(graph, NOTHING_ARGUMENT, exact=exact, name=f"{graph.__name__} in {options.dtype}")
 
 
-def _layers(job: Job, weights: ChipWeights, config: ModelConfig, options: SessionOptions, backend: Backend) -> Layers:
-    """A model's layers on the device, once it is known that they have room there."""
+def _layers(
+    job: Job,
+    weights: ChipWeights,
+    config: ModelConfig,
+    options: SessionOptions,
+    backend: Backend,
+    more: int = 0,
+) -> Layers:
+    """A model's layers on the device, where they must have room beside ``more`` bytes on each chip."""
     needs = Needs.of(config, weights.scheme, backend.chips, 1, job.window, options.cache_dtype)
-    check_memory(needs, backend, _ADVICE)
+    check_memory(replace(needs, parameters=needs.parameters + more), backend, _ADVICE)
     return Layers(weights, config, options.dtype, options.cache_dtype, job.window, backend, job.by_layer)
 
 
@@ -138,7 +148,8 @@ def _device(job: Job, options: SessionOptions, what: str, weights: ChipWeights) 
         backend.check_files(weights)
     except (InputError, OSError) as error:
         fault = error
-    backend.processes.agree(facts | {"tokens": job.tokens}, fault)
+    of = job.model.shards.manifest.source_fingerprint
+    backend.processes.agree(facts | {"source": of, "tokens": job.tokens}, fault)
     try:
         yield backend
         backend.wait()

@@ -19,7 +19,7 @@ from runtime.model.decoder_tensors import collect, decoder_parameters
 from runtime.model.graphs import CACHE_ARGUMENT, MakeGraph, fill_graph, greedy_graph, later_fill_graph
 from runtime.plan.chips import chip_of
 from runtime.plan.estimate import Estimate, estimate
-from runtime.plan.hlo import Module, parse_module
+from runtime.plan.hlo import Instruction, Module, parse_module
 from runtime.plan.latency import FITTED_GENERATION, latency_model
 from runtime.plan.plan import Workload
 from runtime.plan.tpu_compiler import CompiledProgram, TPUCompiler
@@ -219,7 +219,8 @@ def dequantized_weights(module: Module, rows: int = 0) -> int:
     """The number of results outside fusions that have the sizes of a quantized weight and a wider floating dtype.
 
     A weight in groups [groups, group size, out] may also have become a matrix. Weights with an axis as long as there
-    are ``rows`` of activations are left out: these have the same sizes.
+    are ``rows`` of activations are left out: these have the same sizes. So may other weights that are not quantized at
+    all: fetching those doesn't count.
     """
     weights = set()
     for each in module.entry.parameters.values():
@@ -230,6 +231,10 @@ def dequantized_weights(module: Module, rows: int = 0) -> int:
     return sum(
         array.dtype in _FLOATING and tuple(sorted(size for size in array.dims if size > 1)) in weights
         for each in module.entry.instructions.values()
-        if each.parameter is None
+        if not _is_floating_parameter(module.entry.source(each))
         for array in each.results
     )
+
+
+def _is_floating_parameter(instruction: Instruction) -> bool:
+    return instruction.parameter is not None and all(array.dtype in _FLOATING for array in instruction.results)

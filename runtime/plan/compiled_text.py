@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from converters.console.columns import columns
 from converters.console.units import format_bytes, plural
 from quantize.slices import Slice, device_word
 from runtime.devices.backend import CacheUse
 from runtime.plan.chips import chip_of
-from runtime.plan.columns import columns
 from runtime.plan.compiled_plan import CompiledGraph, CompiledPlan, Prediction
 from runtime.plan.latency import FITTED_GENERATION, PUBLISHED, latency_model
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from converters.console.columns import columns
 from converters.console.units import format_bytes, plural
 from quantize.slices import device_word
 from runtime.plan.chips import GB, describe
-from runtime.plan.columns import columns
 from runtime.plan.plan import DEFAULT_GENERATION, Plan, Workload
 
 # Table 2 of the post: MB of parameters (the models' names times 2 bytes), MB of cache, GB in total, TPU v4 chips.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from converters.console.columns import columns
 from converters.console.units import format_bytes, format_count, plural
 from converters.model.config import ModelConfig
 from quantize.shards.partition import plan_heads
@@ -9,7 +10,6 @@ from quantize.shards.stored import padding_bytes
 from quantize.slices import GENERATIONS, Slice, device_word
 from runtime.model.sizing import POST_HBM_BYTES, min_chips, post_cache_bytes, post_parameter_bytes, post_parameters
 from runtime.plan.chips import CHIPS, chip_of, describe, slices_of
-from runtime.plan.columns import columns
 from runtime.plan.plan import Plan, Workload
 
 # A plan without a target shows chip counts at least up to this one.

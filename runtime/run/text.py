@@ -22,17 +22,14 @@ class TextCodec:
             self._tokenizer, self._left_out = read_tokenizer(files, str(where), vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the begin token if the model's tokenizer adds one. Raises InputError if there are none, if
-        one has no row in the model, and if the text is not valid Unicode.
+        """Token ids of a prompt, with the begin token if the model's tokenizer adds one. Raises InputError if there are
+        none, if one has no row in the model, and if the text is not valid Unicode.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(_not_text(text[error.start])) from None
-        for token in self._left_out:
-            if token in text:
-                note(f"The prompt holds {shown(token)}, a token without a row in the model: it is cut as any text.")
-        ids = self._tokenizer.encode(text).ids
+        ids = self.tokens(text, "The prompt")
         if not ids:
             raise InputError("The prompt holds no token; give some text.")
         beyond = next((i for i in ids if i >= self._vocab_size), None)
@@ -43,6 +40,16 @@ class TextCodec:
                 "embeddings. Give another text, or --prompt-ids."
             )
         return ids
+
+    def tokens(self, text: str, name: str) -> list[int]:
+        """Token ids of valid Unicode, with the begin token if the tokenizer adds one: maybe none, and unchecked.
+
+        ``name`` is that of the text in notes.
+        """
+        for token in self._left_out:
+            if token in text:
+                note(f"{name} holds {shown(token)}, a token without a row in the model: it is cut as any text.")
+        return self._tokenizer.encode(text).ids
 
     def control_tokens(self) -> dict[int, str]:
         """The texts of control tokens, by id."""

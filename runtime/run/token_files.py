@@ -40,20 +40,21 @@ class TokenFiles:
             if not path.is_file():
                 raise InputError(f"{self.option} {path} is no file. Check the path.")
 
-    def read(self, count: int, codec: TextCodec | None, vocab_size: int, model: Path) -> list[int]:
+    def read(self, count: int, codec: TextCodec | None, vocab_size: int, model: Path, after: int = 0) -> list[int]:
         """The first ``count`` token ids, one file after the other; fewer, with a note, where they hold fewer.
 
+        Up to so many that come ``after`` them are returned as well, where there are some.
         ``codec`` is the tokenizer of ``model``, if it has one. Raises InputError for a file that can't be read, and for
         ids outside the vocabulary.
         """
         tokens: list[int] = []
         for path in self.paths:
-            if len(tokens) >= count:
+            if len(tokens) >= count + after:
                 note(f"{path} is not reached: the files before it hold the {count} tokens of {self.count_option}.")
                 continue
             found = _read(path, codec, model)
             _check_ids(path, found, vocab_size)
-            tokens += found[: count - len(tokens)]
+            tokens += found[: count + after - len(tokens)]
         if len(tokens) < count:
             found = plural(len(tokens), "token")
             note(f"The text holds {found}, fewer than the {count} of {self.count_option}: all are taken.")
@@ -68,7 +69,7 @@ def _read(path: Path, codec: TextCodec | None, model: Path) -> list[int]:
     if codec is None:
         raise InputError(f"{model} has no tokenizer.json to read {path} with; give token ids, as a .json or .npy file.")
     try:
-        return codec.encode(path.read_text(encoding="utf-8"))
+        return codec.tokens(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8. Convert it, for example with: iconv -f LATIN1 -t UTF-8.") from None
 
@@ -101,6 +102,6 @@ def _check_ids(path: Path, ids: Sequence[int], vocab_size: int) -> None:
     beyond = next((token for token in ids if not 0 <= token < vocab_size), None)
     if beyond is not None:
         raise InputError(
-            f"{path} holds the token id {beyond}, and the model's are 0 to {vocab_size - 1}. Give ids of its own "
-            "tokenizer."
+            f"{path} holds the token {shown(beyond)}, and the model's are 0 to {vocab_size - 1}. Give text for its "
+            "own tokenizer, or ids of that."
         )

@@ -159,7 +159,7 @@ def test_every_format_has_its_bars_and_says_how_fast_it_is() -> None:
 
     from runtime.bench.plot import _grouped_bars
 
-    names = ("bf16", "fp8", "int8", "int4", "int4-zp", "int4-g128")
+    names = ("bf16", "fp8", "int8", "int4", "int4-zp", "int4-g128", "mixed")
     figures = plan_figures(("5",), SIZES, "int8", names)
     runs = [run for run in _runs(figures, 3) if (run["point"]["weights"], run["point"]["batch_size"]) != ("bf16", 8)]
     [figure] = summarize(figures, runs, {}, SETTINGS)["figures"]

@@ -1,4 +1,4 @@
-"""Shards made with --calibrate: the same values on any number of chips, all at once or one by one, and what they say."""
+"""Shards made with --calibrate: alike on any number of chips, made at once or one by one, and what they say."""
 
 from __future__ import annotations
 
@@ -72,10 +72,9 @@ def test_resharded(made: Made, method: str, tmp_path: Path) -> None:
         invoke(quantize, made.shards(method, 2), *options, "--chips", 3, "--out", out)
         assert content(out) == content(made.shards(method, 3))
     other = next(each for each in ("gptq", "awq") if each != method)
-    refuse(
-        tmp_path, quantize, made.shards(method, 2), *FORMATS["int4"], "--method", other, "--out", tmp_path / "new",
-        says=["can only be re-sharded", "--int4 --group-size 64" + (f" --method {method}" if method != "scale" else "")],
-    )  # fmt: skip
+    says = ["can only be re-sharded", "--int4 --group-size 64" + (f" --method {method}" if method != "scale" else "")]
+    options = (*FORMATS["int4"], "--method", other, "--out", tmp_path / "new")
+    refuse(tmp_path, quantize, made.shards(method, 2), *options, says=says)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,7 +114,7 @@ def test_a_second_format_takes_the_moments(made: Made, tmp_path: Path) -> None:
     kept = content(tmp_path / "moments")
     second = invoke(quantize, made.checkpoint, *FORMATS["int8"], *options, "--out", tmp_path / "b")
     assert not any("moments" in line for line in notes(first))
-    assert [line for line in notes(second) if "moments" in line and "they are taken" in line]
+    assert [line for line in notes(second) if "moments" in line and "it is taken" in line]
     assert content(tmp_path / "moments") == kept
     assert kept.keys() == {"moments.safetensors"}
 
@@ -159,7 +158,15 @@ def test_finished_is_found_finished(made: Made) -> None:
 
 def test_bf16_has_no_method(made: Made, tmp_path: Path) -> None:
     options = ("--bf16", "--calibrate", made.text)
-    refuse(tmp_path, quantize, made.checkpoint, *options, "--out", tmp_path / "a", says=["Nothing is to be quantized", "--calibrate"])
+    refuse(
+        tmp_path,
+        quantize,
+        made.checkpoint,
+        *options,
+        "--out",
+        tmp_path / "a",
+        says=["--calibrate is for weights that are quantized"],
+    )
 
 
 @pytest.mark.parametrize(

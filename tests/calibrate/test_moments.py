@@ -158,9 +158,10 @@ def test_windows(count: int, wanted: int, shape: tuple[int, int], tmp_path: Path
     make_model(tmp_path / "hf", **SIZES)
     ids = np.arange(count) % 211
     np.save(tmp_path / "ids.npy", ids)
-    found = calibrator.read_windows(open_source(tmp_path / "hf"), tmp_path / "hf", [tmp_path / "ids.npy"], wanted)
-    assert found.shape == shape
-    assert found.flatten().tolist() == ids[: found.numel()].tolist()
+    found = calibrator.read_windows(open_source(tmp_path / "hf"), tmp_path / "hf", [tmp_path / "ids.npy"], wanted, 0)
+    assert found[0].shape == shape
+    assert found[0].flatten().tolist() == ids[: found[0].numel()].tolist()
+    assert found[1].numel() == 0
 
 
 def test_windows_of_a_short_context(tmp_path: Path) -> None:
@@ -168,6 +169,7 @@ def test_windows_of_a_short_context(tmp_path: Path) -> None:
     make_opt(tmp_path / "hf", **SIZES, positions=100)
     np.save(tmp_path / "ids.npy", np.arange(1000) % 211)
     source = open_source(tmp_path / "hf")
-    found = calibrator.read_windows(source, tmp_path / "hf", [tmp_path / "ids.npy"], 1000)
-    assert found.shape == (15, 64)
+    found, after = calibrator.read_windows(source, tmp_path / "hf", [tmp_path / "ids.npy"], 700, 150)
+    assert found.shape == (10, 64)
+    assert after.flatten().tolist() == [each % 211 for each in range(700, 828)]
     agree(source, in_float64(tmp_path / "hf"), tmp_path, tuple(found.shape))

@@ -18,6 +18,7 @@ from runtime.bench import child as bench_run
 from runtime.bench.child import RunFailed, Runner
 from runtime.bench_cli import command as bench
 from runtime.cli import command as run_shards
+from runtime.eval_cli import command as evaluate
 from runtime.plan_cli import command as plan
 
 
@@ -112,7 +113,9 @@ def test_a_fault_in_a_helper_thread_gives_one_line_too() -> None:
     assert (code, error_line(result)) == (1, f"Error: KeyError: 'missing'. {FAULT}")
 
 
-@pytest.mark.parametrize("command", [convert, quantize, run_shards, plan, bench], ids=lambda c: c.callback.__module__)
+@pytest.mark.parametrize(
+    "command", [convert, quantize, run_shards, plan, bench, evaluate], ids=lambda c: c.callback.__module__
+)
 def test_every_command_has_the_flag(command: click.Command) -> None:
     for _ in range(2):
         assert invoke(command, "--help").stdout.count("--traceback") == 1

@@ -23,6 +23,7 @@ from runtime.bench import report as bench_report
 from runtime.bench.child import Runner
 from runtime.bench_cli import command as bench
 from runtime.cli import command as run_shards
+from runtime.eval_cli import command as evaluate
 from runtime.plan_cli import command as plan
 
 NAME = "mod\u00e8le-\u6f22\u5b57"
@@ -133,5 +134,6 @@ def test_refusals_of_arguments_that_are_no_text(shards: Path, tmp_path: Path) ->
         (run_shards, ("--shards", shards, "--prompt-ids", NOT_TEXT)),
         (run_shards, ("--shards", shards, "--buckets", NOT_TEXT)),
         (bench, ("--shards", shards, "--batch-size", NOT_TEXT)),
+        (evaluate, ("--shards", shards, "--text", f"{NOT_TEXT}.txt")),
     ):
         assert "caf\\udce9" in invoke(command, *arguments, exit_code=2).stderr

@@ -21,6 +21,16 @@ def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ]
 
 
+def test_parts_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with module.counted("Evaluating", 16) as advance:
+        for _ in range(4):
+            now[0] += 5
+            advance(1)
+    assert capsys.readouterr().err == "Evaluating: 2 of 16 (12%), 70 s left\n"
+
+
 def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with module.progress("Converting", 100) as advance:
         advance(100)

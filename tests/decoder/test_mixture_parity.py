@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import virtual_chips
+from invoke import invoke
 from mixtures import FORMATS, SIZES, reference, shard
-from models import make_model
+from models import make_model, make_opt
 from parity import count_greedy, decode, logits_after, relative
 from transformers import PreTrainedModel
 
 from quantize.shards.reading import Shards
+from runtime.cli import command as run
 from runtime.devices import xla
 from runtime.model.decoder_tensors import decoder_parameters
 from runtime.model.kv_cache import FunctionalKVCache
@@ -62,6 +64,23 @@ def test_eager_equals_transformers(theirs: PreTrainedModel, root: Path, chips: i
     assert_parity(theirs, root / f"out{chips}", backend="eager")
 
 
+@pytest.mark.parametrize(("backend", "chips"), [("eager", 1), ("xla", 3)])
+def test_biases_go_with_their_weights(backend: str, chips: int, tmp_path: Path) -> None:
+    """OPT, in whose first layer q, k and v are apart, and in whose second they are one product."""
+    make_opt(tmp_path / "hf", heads=4, hidden=64, ffn=160, vocab=211, positions=64)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+    first = ("int8", "unquantized", "int4-g32-zp", "fp8", "int8", "int4-g32")
+    second = ("int4-g64", "int4-g64", "int4-g64", "unquantized", "unquantized", "int8")
+    formats = {
+        f"model.decoder.layers.{layer}.{name}.weight": form
+        for layer, forms in enumerate((first, second))
+        for name, form in zip(names, forms, strict=True)
+    }
+    for count in {1, chips}:
+        shard(tmp_path / "hf", tmp_path / f"out{count}", count, formats)
+    assert_parity(reference(tmp_path / "hf", tmp_path / "out1"), tmp_path / f"out{chips}", backend=backend)
+
+
 @pytest.mark.slow
 def test_inductor_equals_transformers(theirs: PreTrainedModel, root: Path) -> None:
     assert_parity(theirs, root / "out1", backend="inductor")
@@ -79,6 +98,16 @@ def test_forms_for_matrix_units(theirs: PreTrainedModel, root: Path, chips: int)
         cache = make_cache(shards.config, backend, 1, 40, torch.float32)
         logits = Generator(shards.config, decoder, cache, backend, [16]).logits([PROMPTS[1]]).float()
     assert relative(logits[0], logits_after(theirs, PROMPTS[1])[-1]) < 1e-4
+
+
+def test_activations_in_int8(theirs: PreTrainedModel, root: Path) -> None:
+    """Rounded where the weights allow it, with a note on the others."""
+    options = ("--backend", "eager", "--activations", "int8", "--prompt-ids", "3,4", "--max-new-tokens", 1)
+    said = invoke(run, "--shards", root / "out1", *options, "--max-seq-len", 16).stderr
+    assert "not rounded to int8 before weights in int4 in groups of 64, " in said
+    with open_session(root / "out1", backend="eager", dtype=torch.float32, activations="int8") as session:
+        logits = session.logits([PROMPTS[1]])
+    assert 1e-3 < relative(logits[0], logits_after(theirs, PROMPTS[1])[-1]) < 0.1
 
 
 def test_what_a_format_changes_would_be_seen(theirs: PreTrainedModel, root: Path, tmp_path: Path) -> None:

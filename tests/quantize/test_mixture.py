@@ -147,10 +147,18 @@ def test_resharded(made: Made, tmp_path: Path) -> None:
     assert "already complete" in invoke(quantize, tmp_path / "three", "--chips", 4, "--out", tmp_path / "four").stdout
 
 
+def test_resharding_from_python(made: Made, tmp_path: Path) -> None:
+    """With the formats that the shards have; others are refused, and another way to find scales."""
+    assert digests(shard(made.shards(2), tmp_path / "new", 3)) == digests(made.shards(3))
+    for changes in ({"formats": FORMATS | {DOWN.format(0): "int4"}}, {"method": "rtn"}):
+        with pytest.raises(InputError, match="they can only be re-sharded without options for one"):
+            shard(made.shards(2), tmp_path / "other", 3, **changes)
+
+
 @pytest.mark.parametrize("flags", [("--int4", "--group-size", 64), ("--int8",), ("--quantize-lm-head", "--bf16")])
 def test_resharding_in_one_format_is_refused(made: Made, flags: tuple[object, ...], tmp_path: Path) -> None:
     source = made.shards(2)
-    says = ["out2 holds shards of several formats; they can only be re-sharded without such options"]
+    says = ["out2 holds shards of several formats; they can only be re-sharded without options for one"]
     refuse(tmp_path, quantize, source, *flags, "--out", tmp_path / "new", says=says)
 
 

@@ -135,7 +135,9 @@ def test_175b_keeps_the_seed_where_files_do_not_fit(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["config.json", "random_init.json"]
 
 
-@pytest.mark.parametrize("command", ["llama-convert", "llama-quantize", "llama-run", "llama-plan", "llama-bench"])
+@pytest.mark.parametrize(
+    "command", ["llama-convert", "llama-quantize", "llama-run", "llama-plan", "llama-bench", "llama-eval"]
+)
 def test_help_names_every_option_of_the_contract(command: str) -> None:
     promised = {
         "llama-convert": "--config --source --out --storage --seed --dtype --layers --max-shard-size --force --dry-run",
@@ -146,6 +148,8 @@ def test_help_names_every_option_of_the_contract(command: str) -> None:
         "--json",
         "llama-plan": "--config --shards --int8 --bf16 --target --batch-size --max-seq-len --json",
         "llama-bench": "--shards --batch-size --prompt-len --max-seq-len --out --repeat --figures --force --json",
+        "llama-eval": "--shards --text --against --tokens --window --dtype --kv-cache-dtype --activations --backend "
+        "--compile-cache --layers --by-layer --plot --json",
     }
     text = _run(Path.cwd(), command, "--help").stdout
     assert [option for option in promised[command].split() if option not in text] == []

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from quantize.shards.reading import Shards
-from quantize.shards.stored import Scheme
 from runtime.devices import pjrt, xla
 from runtime.devices.tracing import TracedGraph, TracedTensor
 from runtime.model.graphs import fill_graph, greedy_graph, later_fill_graph
@@ -45,7 +44,7 @@ def main(shards_path: str, result_path: str) -> None:
         decoder, _ = load_decoder(shards, shards.config, torch.bfloat16, backend, lambda *done: None)
         cache = make_cache(shards.config, backend, ROWS, SLOTS, torch.bfloat16)
         Generator(shards.config, decoder, cache, backend, [BUCKET]).warm_up()
-    workload = Workload(shards.config, Scheme(shards.manifest.scheme.name), ROWS, SLOTS)
+    workload = Workload(shards.config, shards.manifest.scheme, ROWS, SLOTS)
     wanted = [(fill_graph, BUCKET), (later_fill_graph, BUCKET), (greedy_graph, 1)]
     planned = [trace_graph(workload, shards.chips, make, tokens) for make, tokens in wanted]
     content = {"run": [_content(graph) for graph in compiled], "plan": [_content(graph) for graph in planned]}
