@@ -5,30 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.console.columns import columns
 from converters.console.errors import InputError
 from converters.console.notes import note
 from converters.console.progress import counted
 from converters.console.units import format_bytes
+from converters.files.parallel import AHEAD, every_core
 from converters.model.config import ModelConfig
 from converters.output.claim import Output, Wanted, claim
 from converters.output.state import State
 from converters.sources.source import TensorSource
+from quantize.calibration.awq import Scaled, ScaledSource, Scaler, block_prefix, places
 from quantize.calibration.calibrator import Calibration, FeedbackLayers, Fit, FitTarget, find_calibrator
 from quantize.calibration.losses import predicted_losses
 from quantize.calibration.moments import FILE_NAME, GRADIENTS, Moments, read_moments
 from quantize.formats.integers import Integers
-from quantize.formats.table import GPTQ
+from quantize.formats.table import AWQ, GPTQ
 from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.shards.reading import Shards
-from quantize.shards.scheme import Scheme, choices
+from quantize.shards.scheme import UNQUANTIZED, Scheme, choices
 from quantize.shards.source import ShardsSource
-from quantize.shards.stored import StoredParameter
+from quantize.shards.stored import StoredParameter, stored_parameters
 from quantize.values import Quantizer
+
+if TYPE_CHECKING:
+    import torch
 
 GRADIENT_TOKENS = 2048  # of the text's: a mean over outputs needs fewer than one by input
 HELD_OUT = 2048  # tokens after those, to measure on
@@ -44,6 +50,8 @@ def calibrated(source: TensorSource, method: str, calibration: Calibration, dire
     """The quantizer of a source by one of METHODS; moments are kept in ``directory``."""
     if method == GPTQ:
         return FeedbackQuantizer(source, calibration)
+    if method == AWQ:
+        return ScalingQuantizer(source, calibration, directory)
     return MomentsQuantizer(source, calibration, directory)
 
 
@@ -56,6 +64,51 @@ class MomentsQuantizer(Quantizer):
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         self._moments = find_moments(self._directory, self._source, config, self._calibration)
+
+
+class ScalingQuantizer(MomentsQuantizer):
+    """A checkpoint whose inputs are scaled by their importance first, block by block as blocks are asked for."""
+
+    def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
+        linears = {name: each for name, each in choices(config).items() if each.in_block}
+        formats = {name: scheme.format_of(each, config) for name, each in linears.items()}
+        scaler = Scaler(self._source, config, linears, formats, self.kept(config, scheme), Moments({}))
+        self._check(scaler)
+        super().begin(config, scheme, directory)
+        self._scaler = replace(scaler, moments=self._moments)
+        self._scaled: dict[str, Scaled] = {}  # by the names' prefix
+        self._source = ScaledSource(self._source, self._scaled)
+
+    @staticmethod
+    def _check(scaler: Scaler) -> None:
+        """Raise InputError where nothing can be scaled, and say what can't."""
+        found, left = places(scaler.config)
+        prefixes = {each.prefix for each in scaler.linears.values()}
+        if not any(scaler.can_scale(prefix, place) for prefix in prefixes for place in found):
+            raise InputError(
+                "--method awq finds nothing to scale: the weights whose inputs could be are kept as the source has them, or "
+                "not quantized. Give another --method."
+            )
+        if left:
+            note(f"Not all inputs can be scaled without changing the model. As they are stay {' and '.join(left)}.")
+
+    def prepare(self, stored: StoredParameter) -> None:
+        prefix = stored.parameter.prefix
+        if stored.parameter.in_block and self._moments is not None and prefix not in self._scaled:
+            with every_core():
+                self._scaled[prefix] = self._scaler.scale(prefix)
+
+    def close(self) -> None:
+        """Say what was moved."""
+        alphas = [alpha for scaled in self._scaled.values() for alpha in scaled.alphas.values()]
+        moved = [alpha for alpha in alphas if alpha]
+        mean = f", by a mean alpha of {sum(moved) / len(moved):.2f}" if moved else ""
+        note(f"Inputs were scaled in {len(moved)} of {len(alphas)} places{mean}.")
+
+    def _importance(self, name: str) -> torch.Tensor | None:
+        found = super()._importance(name)
+        scaled = self._scaled.get(block_prefix(name, self._source.config))
+        return found if found is None or scaled is None else scaled.importance(name, found)
 
 
 def find_moments(directory: Path, source: TensorSource, config: ModelConfig, calibration: Calibration) -> Moments:
@@ -181,15 +234,22 @@ class FeedbackQuantizer(Quantizer):
         super().__init__(source)
         self._calibration = calibration
         self._layers: FeedbackLayers | None = None  # None in a dry run
-        self._encoded_layers: dict[str, dict[str, Encoded]] = {}  # by the names' prefix, the last two
+        self._encoded_layers: dict[str, dict[str, Encoded]] = {}  # by the names' prefix, the last few
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
+        self._kept = self.kept(config, scheme)
+        if self._kept:  # in the layers that are run they are what the source says
+            kept = tuple((name, UNQUANTIZED) for name in sorted(self._kept))
+            scheme = replace(scheme, overrides=scheme.overrides + kept)
         arguments = {
             "source_fingerprint": self._source.fingerprint(),
             "layers": config.num_layers,
             "calibration": self._calibration.as_json(),
             "scheme": repr(scheme),
         }
+        stored = [each for each in stored_parameters(config, scheme) if each.parameter.in_block]
+        # Of so many layers before the one that is begun blocks may still be on their way.
+        self._behind = -(-AHEAD * config.num_layers // len(stored))
         self._layers = find_calibrator().feedback_layers(
             self._source, config, scheme, self._calibration.windows, directory, _key(arguments)
         )
@@ -198,7 +258,7 @@ class FeedbackQuantizer(Quantizer):
         prefix = stored.parameter.prefix
         if not self._has_feedback(stored) or prefix in self._encoded_layers:
             return
-        while len(self._encoded_layers) > 1:  # blocks of the layer before this one may still be on their way
+        while len(self._encoded_layers) > self._behind:
             del self._encoded_layers[next(iter(self._encoded_layers))]
         self._encoded_layers[prefix] = self._layers.encoded(_layer_number(prefix))
 
@@ -215,7 +275,9 @@ class FeedbackQuantizer(Quantizer):
         return Encoded(tensors, RowErrors(*(column[start:stop] for column in whole.errors)))
 
     def _has_feedback(self, stored: StoredParameter) -> bool:
-        return self._layers is not None and stored.parameter.in_block and isinstance(stored.format, Integers)
+        if self._layers is None or stored.name in self._kept:
+            return False
+        return stored.parameter.in_block and isinstance(stored.format, Integers)
 
 
 def _layer_number(prefix: str) -> int:
