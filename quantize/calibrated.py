@@ -86,7 +86,7 @@ class ScalingQuantizer(MomentsQuantizer):
         prefixes = {each.prefix for each in scaler.linears.values()}
         if not any(scaler.can_scale(prefix, place) for prefix in prefixes for place in found):
             raise InputError(
-                "--method awq finds nothing to scale: the weights whose inputs could be are kept as the source has them, or "
+                "--method awq finds nothing to scale: weights whose inputs could be are kept as the source has them, or "
                 "not quantized. Give another --method."
             )
         if left:
