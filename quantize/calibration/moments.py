@@ -59,5 +59,6 @@ def with_output_errors(encoded: Encoded, weight: torch.Tensor, form: WeightForma
     """
     weight = weight.float()
     difference = form.decode(encoded.tensors) - weight
-    sums = (values.square().double() @ moments.double() for values in (difference, weight))
+    # A product with a vector would add in an order that depends on the number of rows.
+    sums = ((values.square().double() * moments.double()).sum(1) for values in (difference, weight))
     return RowErrors(*encoded.errors[:3], *sums)

@@ -53,7 +53,8 @@ def quantize_groups(
     ``in`` is a multiple of ``group``; None makes a row one group. Scales are bfloat16 [n, in / group], or float32
     [n, 1] for whole rows, and values are chosen for the scale as it is stored. Rows are independent, so a weight may be
     quantized in any blocks of rows. Without ``search`` the scale follows from the largest magnitude and is positive.
-    ``importance`` float32 [in] multiplies each input's squared error where the search weighs scales.
+    ``importance`` float32 [in] multiplies each input's squared error where the search weighs scales; in a group that
+    has none all inputs count alike.
 
     A group of zeros, or of nothing that float32 could divide by, has scale 1 and values 0. NaN or an infinity in a
     group makes its scale not finite.
@@ -67,7 +68,7 @@ def quantize_groups(
     found = [torch.empty(rows, width // size) for _ in range(5)]
     blocks = list(row_blocks(0, rows, width, BLOCK_ELEMENTS))
     buffers = _Buffers.for_groups(blocks[0][1] * width // size, size)
-    weighting = None if importance is None else importance.view(-1, size)
+    weighting = None if importance is None else _weighting(importance, size)
     for start, stop in blocks:
         block = buffers.first((stop - start) * width // size)
         block.weight.view(stop - start, width).copy_(weight[start:stop])
@@ -96,7 +97,7 @@ def choose_scales(
     scheme = _Scheme(bits, zero_points, in_bfloat16, bits == 4)
     block = _Buffers.for_groups(*weight.shape)
     block.weight.copy_(weight)
-    return _choose(block, scheme, None if importance is None else importance[None])
+    return _choose(block, scheme, None if importance is None else _weighting(importance, weight.shape[1]))
 
 
 def value_range(bits: int, zero_points: bool) -> tuple[int, int]:
@@ -196,6 +197,12 @@ def _best_factors(
     ranked = costs.view(torch.int32).bitwise_and_(-_CANDIDATES).bitwise_or_(candidates.numbers)
     best = ranked.amin(1).bitwise_and_(_CANDIDATES - 1)
     return candidates.factors.index_select(0, best).unsqueeze(1)
+
+
+def _weighting(importance: torch.Tensor, size: int) -> torch.Tensor:
+    """``importance`` [in] by groups [in / size, size], of which none is all zero."""
+    groups = importance.view(-1, size)
+    return groups.masked_fill(groups.amax(1, keepdim=True) == 0, 1.0)
 
 
 def _spread(weighting: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from converters.files.json_file import read_json
 from converters.files.whole import FileRecord
 from converters.model.config import ModelConfig
 from converters.output.record import read_file_record
-from quantize.formats.table import FORMATS, methods_for
+from quantize.formats.table import CALIBRATED, FORMATS, RTN, methods_for
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import MAX_CHIPS
 from quantize.shards.scheme import UNQUANTIZED, Scheme, choices
@@ -94,6 +95,8 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
         and scheme is not None
         and method in methods_for(scheme.formats)
         and _is_calibration(calibration)
+        and (method not in CALIBRATED or calibration is not None)
+        and (method != RTN or calibration is None)
         and isinstance(files, dict)
         and all(isinstance(text, str) for text in texts)
     )
@@ -109,8 +112,14 @@ def read_manifest(directory: Path, config: ModelConfig) -> Manifest:
 def _is_calibration(found: Any) -> bool:
     if found is None:
         return True
-    kinds = {"tokens": int, "sha256": str}
-    return isinstance(found, dict) and {key: type(value) for key, value in found.items()} == kinds
+    return (
+        isinstance(found, dict)
+        and found.keys() == {"tokens", "sha256"}
+        and type(found["tokens"]) is int
+        and found["tokens"] > 0
+        and isinstance(found["sha256"], str)
+        and re.fullmatch("[0-9a-f]{64}", found["sha256"]) is not None
+    )
 
 
 def _scheme(content: dict[str, Any]) -> Scheme | None:

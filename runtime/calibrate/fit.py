@@ -136,6 +136,13 @@ def _choose(
         numbers = choose(costs, losses, left)
         if numbers is None:
             return None
+        if config.dtype != "bfloat16" and all(
+            each.formats[n] == UNQUANTIZED for each, n in zip(groups, numbers, strict=True)
+        ):
+            raise InputError(
+                f"{config.name} fits {target.name} in {config.dtype} as it is: no weight needs a format. Shard it with "
+                "--bf16, or fit it to less."
+            )
         scheme = _scheme(config, groups, numbers)
         over = parameter_bytes_per_chip(config, scheme, target.chips) - budget
         if over <= 0:
