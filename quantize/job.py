@@ -18,7 +18,7 @@ from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.calibrated import calibrated, read_calibration
-from quantize.calibration.calibrator import Calibration, Fit, FitTarget
+from quantize.calibration.calibrator import Calibration, Fit, FitTarget, find_calibrator
 from quantize.calibration.gathered import find_moments
 from quantize.fitted import fit_formats, fit_lines, measured_line
 from quantize.format_options import AskedFormat
@@ -134,6 +134,8 @@ def _quantize(request: QuantizeRequest) -> Job:
     if request.calibrate:
         if scheme and not any(each.quantizes for each in scheme.formats):
             raise InputError("Nothing is to be quantized, so nothing to calibrate: leave out --calibrate.")
+        if request.fit:
+            find_calibrator().check_fit(config.cut(request.layers), request.fit, request.format.zero_points)
         text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
         calibration, moments, directory = text.as_json(), None, request.moments_directory
         if request.fit:

@@ -22,7 +22,7 @@ from quantize.formats.integers import Integers
 from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.shards.scheme import Scheme
 from runtime.calibrate.blocks import Blocks, SourceWeight, StreamedLinear
-from runtime.calibrate.fit import candidates, fit
+from runtime.calibrate.fit import candidates, check_fit, fit
 from runtime.calibrate.measure import measure_divergence
 from runtime.calibrate.scratch import Scratch
 from runtime.calibrate.sensitivity import gather_gradients
@@ -32,6 +32,7 @@ from runtime.run.token_files import TokenFiles
 
 __all__ = [  # what the entry point promises
     "candidates",
+    "check_fit",
     "clear",
     "feedback_layers",
     "fit",
