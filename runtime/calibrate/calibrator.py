@@ -42,7 +42,7 @@ __all__ = [  # what the entry point promises
     "read_windows",
 ]
 
-_ROUNDED_AT_ONCE = 1 << 26  # elements of rows: 256 MB in float32, enough to be worth a column's few operations
+_ROUNDED_AT_ONCE = 1 << 25  # elements of rows: 128 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
 
 

@@ -57,7 +57,7 @@ def check(
     Returns the weight that was made.
     """
     weight = weights(width=x.shape[1]) if weight is None else weight
-    encoded = Feedback.of(x, exact, form.group_size, "w").encode(weight, form)
+    encoded = Feedback.of(x, None if exact is None else exact.clone(), form.group_size, "w").encode(weight, form)
     values, scale, *zeros = (tensor.double().numpy() for tensor in encoded.tensors.values())
     zeros = zeros[0] if zeros else np.zeros_like(scale)
     rows, inexact = weight.double().numpy().copy(), x.double().numpy()
