@@ -63,7 +63,7 @@ def read_windows(
     files = TokenFiles(paths, "--calibrate", "--calibration-tokens", _WANTED)
     files.check()
     config = source.config
-    codec = codec_of(source.auxiliary_files(), where, config.vocab_size)
+    codec = codec_of(source.auxiliary_files(), where, config.vocab_size, "token ids")
     found = files.read(tokens, codec, config.vocab_size, where, after)
     if not found:
         raise InputError(_WANTED)
