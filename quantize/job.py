@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from converters.checkpoint import finished as written
 from converters.console.errors import InputError
@@ -17,12 +17,14 @@ from converters.output.preflight import check_machine, estimate, free_bytes, lay
 from converters.output.state import State
 from converters.sources.opening import open_source
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
-from quantize.calibrated import calibrated, fit_formats, fit_lines, measured_line, read_calibration
-from quantize.calibration.calibrator import Calibration, Fit, FitTarget
+from quantize.calibrated import calibrated, read_calibration
+from quantize.calibration.calibrator import Calibration, Fit, FitTarget, find_calibrator
+from quantize.calibration.gathered import find_moments
+from quantize.fitted import fit_formats, fit_lines, measured_line
 from quantize.format_options import AskedFormat
 from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
-from quantize.shards.manifest import FILE_NAME, chip_file
+from quantize.shards.manifest import FILE_NAME, Manifest, chip_file
 from quantize.shards.partition import plan_heads
 from quantize.shards.reading import Shards
 from quantize.shards.scheme import Scheme, mixture
@@ -108,53 +110,72 @@ class Job(NamedTuple):
 
     sharding: Sharding
     source: BlockSource
-    fitted: Fit | None
-    text: Calibration | None
+    fitted: Fit | None = None
+    text: Calibration | None = None
 
 
 def _plan(request: QuantizeRequest) -> Job:
     _check_distinct(request.checkpoint, request.out)
-    source: BlockSource
-    calibration = None
-    fitted: Fit | None = None
-    text: Calibration | None = None
-    if (request.checkpoint / FILE_NAME).exists():
-        shards = Shards(request.checkpoint)
-        scheme, method, calibration = shards.scheme, shards.manifest.method, shards.manifest.calibration
-        _check_scheme(request, shards)
-        shards.require(range(shards.chips))
-        config, fingerprint, source = shards.config, shards.manifest.source_fingerprint, Resharder(shards)
-    else:
-        weights = open_source(request.checkpoint)
-        method = request.method
-        config, fingerprint = weights.config, weights.fingerprint()
-        source = Quantizer(weights, search=request.method != RTN)
-        if request.calibrate:
-            text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
-            source = calibrated(weights, request.method, text, request.moments_directory)
-            calibration = text.as_json()
+    return _reshard(request) if (request.checkpoint / FILE_NAME).exists() else _quantize(request)
+
+
+def _reshard(request: QuantizeRequest) -> Job:
+    shards = Shards(request.checkpoint)
+    _check_scheme(request, shards)
+    shards.require(range(shards.chips))
+    return Job(_sharding(request, shards.config, shards.manifest), Resharder(shards))
+
+
+def _quantize(request: QuantizeRequest) -> Job:
+    weights = open_source(request.checkpoint)
+    config, fitted, calibration = weights.config, None, None
+    source, text = Quantizer(weights, search=request.method != RTN), None
+    scheme = None if request.fit else _asked_scheme(request, config)
+    if request.calibrate:
+        if scheme and not any(each.quantizes for each in scheme.formats):
+            raise InputError("Nothing is to be quantized, so nothing to calibrate: leave out --calibrate.")
         if request.fit:
-            known = (request.moments_directory, weights, config.cut(request.layers), text, request.fit)
-            fitted = fit_formats(*known, request.format.zero_points)
-        scheme = fitted.scheme if fitted else _asked_scheme(request, weights.config)
-        if request.calibrate and not any(each.quantizes for each in scheme.formats):
-            raise InputError("--calibrate is for weights that are quantized: leave it out, or give a format.")
+            find_calibrator().check_fit(config.cut(request.layers), request.fit, request.format.zero_points)
+        text = read_calibration(weights, request.checkpoint, request.calibrate, request.calibration_tokens)
+        calibration, moments, directory = text.as_json(), None, request.moments_directory
+        if request.fit:
+            cut = config.cut(request.layers)
+            moments = find_moments(directory, weights, cut, text)
+            fitted = fit_formats(directory, weights, cut, text, request.fit, request.format.zero_points, moments)
+            scheme = fitted.scheme
+        source = calibrated(weights, request.method, text, directory, moments)
+    made = Made(scheme, weights.fingerprint(), request.method, calibration)
+    sharding = _sharding(request, config, made)
+    source.note_kept(sharding.config, sharding.scheme)
+    return Job(sharding, source, fitted, text)
+
+
+class Made(NamedTuple):
+    """How values are made, as a manifest has it too."""
+
+    scheme: Scheme
+    source_fingerprint: str
+    method: str | None
+    calibration: dict[str, Any] | None
+
+
+def _sharding(request: QuantizeRequest, config: ModelConfig, made: Made | Manifest) -> Sharding:
+    """What is to be written. Raises InputError where the scheme doesn't fit the model."""
     config = config.cut(request.layers)
-    scheme = scheme.cut(config)
+    scheme = made.scheme.cut(config)
     config = config.with_dtype(scheme.floating_dtype(config))
     scheme.check(config)
-    if isinstance(source, Quantizer):
-        source.note_kept(config, scheme)
-    method = method if method in methods_for(scheme.formats) else None
-    sharding = Sharding(config, scheme, request.chips, _only_chips(request), fingerprint, method, calibration)
-    return Job(sharding, source, fitted, text)
+    method = made.method if made.method in methods_for(scheme.formats) else None
+    return Sharding(
+        config, scheme, request.chips, _only_chips(request), made.source_fingerprint, method, made.calibration
+    )
 
 
 def _check_calibration(request: QuantizeRequest) -> None:
     """Raise InputError for a method and a text that don't go together."""
-    shards = (request.checkpoint / FILE_NAME).exists()
     if request.fit and not request.calibrate:
         raise InputError("--fit weighs formats by what a text tells of them: add --calibrate TEXT.")
+    shards = (request.checkpoint / FILE_NAME).exists()
     if not request.calibrate:
         if request.method in CALIBRATED and not shards:
             raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")

@@ -36,6 +36,8 @@ class Block(NamedTuple):
 class BlockSource(Protocol):
     """Where the values of the shards come from, in their stored form and before the split."""
 
+    is_slow: bool  # whether a parameter takes so long that its end is worth noting for a rerun, however small it is
+
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         """Called once it is sure that there is something to write, to ``directory``; never in a dry run."""
         ...
@@ -76,6 +78,8 @@ class Quantizer:
 
     What the checkpoint holds in the wanted format already is taken as it is.
     """
+
+    is_slow = False
 
     def __init__(self, source: TensorSource, search: bool = True, moments: Moments | None = None) -> None:
         """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's.
@@ -188,6 +192,8 @@ def _listed(names: set[str]) -> str:
 
 class Resharder:
     """Blocks of finished shards, as they are: values and scales don't depend on the number of chips."""
+
+    is_slow = False
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards

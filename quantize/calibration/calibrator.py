@@ -110,6 +110,10 @@ class Calibrator(Protocol):
         """The formats that ``fit`` chooses from, by weight."""
         ...
 
+    def check_fit(self, config: ModelConfig, target: FitTarget, zero_points: bool) -> None:
+        """Raise InputError where it is known beforehand that nothing fits."""
+        ...
+
     def fit(self, config: ModelConfig, losses: Mapping[str, Mapping[str, float]], target: FitTarget) -> Fit:
         """The mixture of the least predicted loss. Raises InputError where none fits."""
         ...

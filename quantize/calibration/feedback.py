@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean second moment, added to each: it keeps H regular and errors from piling up
 CORRECTION = 0.5  # the share of the earlier layers' errors that rows make up for
 _BLOCK = 128  # columns at once where a group is a whole row
+_STEP = 1024  # columns of the moments' matrix at once
 _MOST = 10**6  # times the damping, at most
 
 
@@ -47,8 +48,8 @@ class Feedback:
     ) -> Feedback:
         """From the inputs [n, in] of a linear and, where they differ, those that it had before anything was quantized.
 
-        ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the linear where its
-        second moments are singular in spite of the usual damping.
+        ``exact`` is lost. ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the
+        linear where its second moments are singular in spite of the usual damping.
         """
         width = inputs.shape[1]
         moments = inputs.square().mean(0)
@@ -56,7 +57,7 @@ class Feedback:
         order = moments.view(starts, -1).argsort(stable=True, dim=1)
         order = (order + (group or width) * order.new_tensor(range(starts))[:, None]).flatten()
         ordered = inputs[:, order]
-        change = None if exact is None else (exact - inputs)[:, order]
+        change = None if exact is None else exact.sub_(inputs)[:, order]
         return cls(order, moments[order], _inverse_factor(ordered, name), ordered, change)
 
     def encode(self, weight: torch.Tensor, form: Integers) -> Encoded:
@@ -132,23 +133,54 @@ class Feedback:
 
 def _inverse_factor(inputs: torch.Tensor, name: str) -> torch.Tensor:
     """M [in, in] of the second moments' matrix of inputs [n, in], with the damping."""
-    import torch
+    times = 1
+    matrix = _damped_moments(inputs, times)
+    while not _factor(matrix) and times < _MOST:
+        times *= 10
+        matrix = _damped_moments(inputs, times)
+    if times > 1:
+        note(f"The inputs of {name} are so alike that their moments are damped {times} times as much as usual.")
+    _invert(matrix)
+    return matrix
 
+
+def _damped_moments(inputs: torch.Tensor, times: int) -> torch.Tensor:
+    """The matrix of second moments [in, in], with so many times the damping."""
     matrix = inputs.T @ inputs
     matrix /= len(inputs)
     diagonal = matrix.diagonal()
     mean = diagonal.mean()
     # An input that is always zero costs nothing, however it is rounded: it moves no other.
     diagonal[diagonal == 0] = mean if mean else 1.0
-    damping = DAMPING * mean
-    diagonal += damping
-    factor, problem = torch.linalg.cholesky_ex(matrix)
-    more = 1
-    while problem and more < _MOST:
-        diagonal += 9 * more * damping
-        more *= 10
-        factor, problem = torch.linalg.cholesky_ex(matrix)
-    if more > 1:
-        note(f"The inputs of {name} are so alike that their moments are damped {more} times as much as usual.")
-    del matrix, diagonal
-    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False)
+    diagonal += times * DAMPING * mean
+    return matrix
+
+
+# Both by blocks, in the matrix's own memory: for the widest layers there is no room for a second one.
+def _factor(matrix: torch.Tensor) -> bool:
+    """Put L into the lower triangle of a matrix L L^T, and zeros above. False, and anything, where there is none."""
+    import torch
+
+    for start in range(0, len(matrix), _STEP):
+        at, rest = slice(start, start + _STEP), slice(start + _STEP, None)
+        corner, problem = torch.linalg.cholesky_ex(matrix[at, at])
+        if problem:
+            return False
+        matrix[at, at] = corner
+        panel = torch.linalg.solve_triangular(corner, matrix[rest, at].T, upper=False).T
+        matrix[rest, at] = panel
+        matrix[rest, rest].addmm_(panel, panel.T, alpha=-1)
+    matrix.tril_()
+    return True
+
+
+def _invert(factor: torch.Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse."""
+    import torch
+
+    for start in range(0, len(factor), _STEP):
+        at, before = slice(start, start + _STEP), slice(0, start)
+        corner = factor[at, at]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
+        factor[at, before] = -inverse @ (factor[at, before] @ factor[before, before])
+        factor[at, at] = inverse

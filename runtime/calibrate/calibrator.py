@@ -22,7 +22,7 @@ from quantize.formats.integers import Integers
 from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.shards.scheme import Scheme
 from runtime.calibrate.blocks import Blocks, SourceWeight, StreamedLinear
-from runtime.calibrate.fit import candidates, fit
+from runtime.calibrate.fit import candidates, check_fit, fit
 from runtime.calibrate.measure import measure_divergence
 from runtime.calibrate.scratch import Scratch
 from runtime.calibrate.sensitivity import gather_gradients
@@ -32,6 +32,7 @@ from runtime.run.token_files import TokenFiles
 
 __all__ = [  # what the entry point promises
     "candidates",
+    "check_fit",
     "clear",
     "feedback_layers",
     "fit",
@@ -41,7 +42,7 @@ __all__ = [  # what the entry point promises
     "read_windows",
 ]
 
-_ROUNDED_AT_ONCE = 1 << 26  # elements of rows: 256 MB in float32, enough to be worth a column's few operations
+_ROUNDED_AT_ONCE = 1 << 25  # elements of rows: 128 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
 
 
@@ -62,7 +63,7 @@ def read_windows(
     files = TokenFiles(paths, "--calibrate", "--calibration-tokens", _WANTED)
     files.check()
     config = source.config
-    codec = codec_of(source.auxiliary_files(), where, config.vocab_size)
+    codec = codec_of(source.auxiliary_files(), where, config.vocab_size, "token ids")
     found = files.read(tokens, codec, config.vocab_size, where, after)
     if not found:
         raise InputError(_WANTED)

@@ -60,23 +60,26 @@ class _Choices:
     losses: tuple[float, ...]
 
 
+def check_fit(config: ModelConfig, target: FitTarget, zero_points: bool) -> None:
+    """Raise InputError where not even the smallest formats fit, temporaries aside: known before any text is read."""
+    losses = {name: dict.fromkeys(forms, 0.0) for name, forms in candidates(config, zero_points).items()}
+    smallest, budget = _smallest(config, _choices(config, losses, target.chips)), _weights_at_most(config, target)
+    if parameter_bytes_per_chip(config, smallest, target.chips) > budget:
+        raise _too_large(config, smallest, target, budget)
+
+
 def fit(config: ModelConfig, losses: Mapping[str, Mapping[str, float]], target: FitTarget) -> Fit:
     """The scheme that loses the least on ``target``, by the predicted ``losses`` of every weight's formats.
 
     Raises InputError where no choice fits.
     """
-    groups = _choices(config, losses, target.chips)
-    room = _Room(config, target)
-    smallest = _scheme(config, groups, [each.costs.index(min(each.costs)) for each in groups])
+    groups, room = _choices(config, losses, target.chips), _Room(config, target)
+    smallest = _smallest(config, groups)
     budget = room.for_weights(smallest)
     for _ in range(_TRIES):
         found = _choose(config, groups, target, budget)
         if found is None:
-            raise InputError(
-                f"{config.name} doesn't fit {target.name}, not even in the smallest formats: they take "
-                f"{format_bytes(parameter_bytes_per_chip(config, smallest, target.chips))} on each chip, and "
-                f"{format_bytes(max(0, budget))} are left. Give a larger slice, or less --batch-size or --max-seq-len."
-            )
+            raise _too_large(config, smallest, target, budget)
         scheme, numbers = found
         beyond = room.beyond(scheme)
         if beyond <= 0:
@@ -86,7 +89,7 @@ def fit(config: ModelConfig, losses: Mapping[str, Mapping[str, float]], target: 
         budget -= beyond
     raise InputError(
         f"The TPU's compiler takes no mixture of {config.name} for {target.name} (the last one wanted "
-        f"{format_bytes(beyond)} more). Give a larger slice, or less --batch-size or --max-seq-len."
+        f"{format_bytes(beyond)} more). {_advice(target)}"
     )
 
 
@@ -124,23 +127,56 @@ def _scheme(config: ModelConfig, groups: Sequence[_Choices], numbers: Sequence[i
     return mixture(config, formats)
 
 
+def _smallest(config: ModelConfig, groups: Sequence[_Choices]) -> Scheme:
+    return _scheme(config, groups, [each.costs.index(min(each.costs)) for each in groups])
+
+
 def _choose(
     config: ModelConfig, groups: Sequence[_Choices], target: FitTarget, budget: int
 ) -> tuple[Scheme, list[int]] | None:
     """The scheme of the least loss whose parameters take at most ``budget`` bytes on each chip; None without one."""
     costs, losses = [each.costs for each in groups], [each.losses for each in groups]
-    smallest = _scheme(config, groups, [each.costs.index(min(each.costs)) for each in groups])
+    smallest = _smallest(config, groups)
     others = parameter_bytes_per_chip(config, smallest, target.chips) - sum(min(each.costs) for each in groups)
     left = budget - others
     while True:
         numbers = choose(costs, losses, left)
         if numbers is None:
             return None
+        if config.dtype != "bfloat16" and all(
+            each.formats[n] == UNQUANTIZED for each, n in zip(groups, numbers, strict=True)
+        ):
+            raise InputError(
+                f"{config.name} fits {target.name} in {config.dtype} as it is: no weight needs a format. Shard it with "
+                "--bf16, or fit it to less."
+            )
         scheme = _scheme(config, groups, numbers)
         over = parameter_bytes_per_chip(config, scheme, target.chips) - budget
         if over <= 0:
             return scheme, numbers
         left -= over  # down's groups decide how gate and up are padded, which their own sizes don't know
+
+
+def _weights_at_most(config: ModelConfig, target: FitTarget) -> int:
+    """Bytes that weights may take on each chip, temporaries aside."""
+    if target.slice is None:
+        return target.weight_bytes
+    fixed = (target.batch_size, target.max_seq_len, _CACHE_DTYPE)
+    return chip_of(target.slice).hbm_bytes - cache_bytes_per_chip(config, target.chips, *fixed)
+
+
+def _too_large(config: ModelConfig, smallest: Scheme, target: FitTarget, budget: int) -> InputError:
+    return InputError(
+        f"{config.name} doesn't fit {target.name}, not even in the smallest formats: they take "
+        f"{format_bytes(parameter_bytes_per_chip(config, smallest, target.chips))} on each chip, and "
+        f"{format_bytes(max(0, budget))} are left. {_advice(target)}"
+    )
+
+
+def _advice(target: FitTarget) -> str:
+    if target.slice is None:
+        return "Give a larger size, or more --chips."
+    return "Give a larger slice, or less --batch-size or --max-seq-len."
 
 
 class _Room:
@@ -158,16 +194,12 @@ class _Room:
 
     def for_weights(self, smallest: Scheme) -> int:
         """Bytes for parameters on each chip, where the compiler's temporaries are those of the scheme ``smallest``."""
-        target = self._target
+        target, most = self._target, _weights_at_most(self._config, self._target)
         if target.slice is None:
-            return target.weight_bytes
-        hbm = chip_of(target.slice).hbm_bytes
-        fixed = (target.batch_size, target.max_seq_len, _CACHE_DTYPE)
-        left = hbm - cache_bytes_per_chip(self._config, target.chips, *fixed)
+            return most
         if not self._asks:
-            return int(left - _RESERVE * hbm)
-        held = parameter_bytes_per_chip(self._config, smallest, target.chips)
-        return held - self.beyond(smallest)
+            return int(most - _RESERVE * chip_of(target.slice).hbm_bytes)
+        return parameter_bytes_per_chip(self._config, smallest, target.chips) - self.beyond(smallest)
 
     def beyond(self, scheme: Scheme) -> int:
         """By how many bytes the compiled programs need more than a chip has; not above 0 where they fit."""

@@ -55,11 +55,11 @@ def left(root: Path) -> dict[str, str]:
     return {f"{folder}/{name}": digest for folder, files in each.items() for name, digest in files.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["scale", "awq"])
 def test_killed_in_each_layer(
     made: tuple[Path, Path], whole: dict[str, dict[str, str]], method: str, tmp_path: Path
 ) -> None:
-    """After every layer that is kept; the next run begins behind it."""
+    """While moments are gathered; the next run begins behind the last layer that was kept."""
     save, layers = Scratch.save, []
 
     def save_and_die(self: Scratch, layer: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -72,6 +72,28 @@ def test_killed_in_each_layer(
         assert layers == list(range(number + 1))
     invoke(quantize, *arguments(made, method, tmp_path))
     assert left(tmp_path) == whole[method]
+
+
+def test_feedback_goes_on_where_it_was(
+    made: tuple[Path, Path], whole: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither are layers that were written rounded again nor their inputs computed again."""
+    encoded, run = FeedbackLayers.encoded, FeedbackLayers._run
+    asked, computed = [], []
+
+    def encoded_or_die(self: FeedbackLayers, number: int) -> object:
+        time.sleep(0.2)  # as long as a real layer takes: what is before it gets to the disk meanwhile
+        if number == 3:
+            raise Killed
+        return encoded(self, number)
+
+    kill_at(FeedbackLayers, "encoded", quantize, *arguments(made, "gptq", tmp_path), instead=encoded_or_die)
+    monkeypatch.setattr(FeedbackLayers, "encoded", lambda self, n: (asked.append(n), encoded(self, n))[1])
+    monkeypatch.setattr(FeedbackLayers, "_run", lambda self, n, *rest: (computed.append(n), run(self, n, *rest))[1])
+    invoke(quantize, *arguments(made, "gptq", tmp_path))
+    assert asked == computed
+    assert asked in ([1, 2, 3], [2, 3], [3])
+    assert left(tmp_path) == whole["gptq"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,10 +128,8 @@ def test_what_was_kept_for_another_text(
     assert left(tmp_path) == whole["gptq"]
 
 
-def test_a_layer_that_is_damaged_is_not_read(
-    made: tuple[Path, Path], tmp_path: Path, whole: dict[str, dict[str, str]]
-) -> None:
-    """Half of what was kept, as a disk that ran full leaves it: the run goes on from an earlier one, or the start."""
+def test_a_damaged_layer_is_not_read(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """It may be anyone's: it is named, and stays."""
     encoded = FeedbackLayers.encoded
 
     def encoded_or_die(self: FeedbackLayers, number: int) -> object:
@@ -120,8 +140,9 @@ def test_a_layer_that_is_damaged_is_not_read(
     kill_at(FeedbackLayers, "encoded", quantize, *arguments(made, "gptq", tmp_path), instead=encoded_or_die)
     path = tmp_path / "out" / "calibration-00001.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    invoke(quantize, *arguments(made, "gptq", tmp_path))
-    assert left(tmp_path) == whole["gptq"]
+    error = invoke(quantize, *arguments(made, "gptq", tmp_path), exit_code=2).stderr
+    assert f"{path} was not written by this tool" in error
+    assert path.stat().st_size == 1000
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

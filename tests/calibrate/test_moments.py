@@ -150,18 +150,31 @@ def test_fewer_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "wanted", "shape"),
-    [(1200, 8192, (2, 512)), (1200, 1100, (2, 512)), (700, 600, (1, 512)), (300, 8192, (1, 300)), (1, 5, (1, 1))],
+    ("count", "wanted", "shape", "after"),
+    [
+        (1200, 8192, (2, 512), 0),
+        (1200, 1100, (2, 512), 0),
+        (3000, 1100, (2, 512), 2),
+        (700, 600, (1, 512), 0),
+        (300, 8192, (1, 300), 0),
+        (300, 100, (1, 100), 2),
+        (1, 5, (1, 1), 0),
+    ],
 )
-def test_windows(count: int, wanted: int, shape: tuple[int, int], tmp_path: Path) -> None:
-    """The first tokens, cut into windows of 512; what is over is left out, and a short text is one window."""
+def test_windows(count: int, wanted: int, shape: tuple[int, int], after: int, tmp_path: Path) -> None:
+    """The first tokens, cut into windows of 512; what is over is left out, and a short text is one window.
+
+    So are those that come after them, up to a number.
+    """
     make_model(tmp_path / "hf", **SIZES)
     ids = np.arange(count) % 211
     np.save(tmp_path / "ids.npy", ids)
-    found = calibrator.read_windows(open_source(tmp_path / "hf"), tmp_path / "hf", [tmp_path / "ids.npy"], wanted, 0)
-    assert found[0].shape == shape
-    assert found[0].flatten().tolist() == ids[: found[0].numel()].tolist()
-    assert found[1].numel() == 0
+    paths, most = [tmp_path / "ids.npy"], shape[1] * 2 + 1
+    found, rest = calibrator.read_windows(open_source(tmp_path / "hf"), tmp_path / "hf", paths, wanted, most)
+    assert found.shape == shape
+    assert rest.shape == (after, shape[1])
+    assert rest.flatten().tolist() == ids[wanted:][: rest.numel()].tolist()
+    assert found.flatten().tolist() == ids[: found.numel()].tolist()
 
 
 def test_windows_of_a_short_context(tmp_path: Path) -> None:
