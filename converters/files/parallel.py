@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from converters.files.allocator import keep_freed_memory
@@ -13,6 +15,19 @@ T = TypeVar("T")
 
 WORKERS = 2
 AHEAD = 8  # results made but not yet taken: enough to bridge a write, few enough to stay small
+
+
+@contextmanager
+def every_core() -> Iterator[None]:
+    """Let torch's operations use every core, also between the tasks of ``in_order``."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
