@@ -42,7 +42,7 @@ __all__ = [  # what the entry point promises
     "read_windows",
 ]
 
-_ROUNDED_AT_ONCE = 1 << 25  # elements of rows: 128 MB in float32, enough to be worth a column's few operations
+_ROUNDED_AT_ONCE = 1 << 24  # elements of rows: 64 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
 
 
@@ -101,7 +101,8 @@ def _gather(
             sums[name] = sums[name] + squares if name in sums else squares
 
         layer = blocks.layer(number, lambda weight, seen=seen: StreamedLinear(weight, seen))
-        hidden = torch.cat([layer(part) for part in hidden.split(_windows_at_once(config, windows.shape[1]))])
+        for part in hidden.split(_windows_at_once(config, windows.shape[1])):
+            part.copy_(layer(part))
         found |= {name: (squares / windows.numel()).float() for name, squares in sums.items()}
         scratch.save(number, {"hidden": hidden, **found})
         advance(1)
