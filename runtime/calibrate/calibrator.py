@@ -13,6 +13,7 @@ import torch
 
 from converters.console.errors import InputError
 from converters.console.progress import Advance
+from converters.files.parallel import every_core
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
 from quantize.calibration.calibrator import WINDOW
@@ -26,7 +27,6 @@ from runtime.calibrate.fit import candidates, check_fit, fit
 from runtime.calibrate.measure import measure_divergence
 from runtime.calibrate.scratch import Scratch
 from runtime.calibrate.sensitivity import gather_gradients
-from runtime.devices.cpu.process import all_threads
 from runtime.run.text import codec_of
 from runtime.run.token_files import TokenFiles
 
@@ -81,7 +81,7 @@ def gather_moments(
 
     ``scratch`` is a folder for what a later run with the same ``key`` can go on from. ``advance`` is told layers.
     """
-    with torch.no_grad(), all_threads():
+    with torch.no_grad(), every_core():
         return _gather(source, config, windows, Scratch(scratch, key), advance)
 
 
@@ -146,7 +146,7 @@ class FeedbackLayers:
 
     def encoded(self, number: int) -> dict[str, Encoded]:
         """The layer's weights that are in a format with integers, by name. Layers are asked for in ascending order."""
-        with torch.no_grad(), all_threads():
+        with torch.no_grad(), every_core():
             exact, rounded = self._through(number)
             found: dict[str, Encoded] = {}
             self._streams = self._run(number, exact, rounded, found)
