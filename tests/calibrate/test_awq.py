@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from converters.sources.opening import open_source
 from converters.sources.source import TensorSource
 from quantize.calibration import awq
 from quantize.calibration.awq import Scaled, ScaledSource, Scaler, places
-from quantize.calibration.moments import Moments
+from quantize.calibration.moments import Moments, read_moments
 from quantize.cli import command as quantize
 from quantize.formats.table import FORMATS
 from quantize.shards.reading import Shards
@@ -246,6 +247,33 @@ def test_it_loses_less(format_options: tuple[object, ...], tmp_path: Path) -> No
         "Inputs were scaled in" in line and "of 12 places, by a mean alpha of 0." in line for line in notes(result)
     )
     assert any("self_attn.o_proj, since query heads share values" in line for line in notes(result))
+
+
+@pytest.mark.parametrize("form", ["int4-g64", "int8"])
+def test_what_the_shards_hold(form: str, tmp_path: Path) -> None:
+    """The scaled weights, encoded with the moments of the scaled inputs; the report's errors are of these."""
+    checkpoint, text = make_inputs(tmp_path)
+    options = ("--int4", "--group-size", 64) if form == "int4-g64" else ("--int8",)
+    options = (*options, "--calibrate", text, "--moments", tmp_path / "m", "--method", "awq")
+    invoke(quantize, checkpoint, *options, "--out", tmp_path / "out")
+    source, made = open_source(checkpoint), Shards(tmp_path / "out")
+    each = replace(scaler(source, form), moments=read_moments(tmp_path / "m" / "moments.safetensors", source.config))
+    changed, prefix = ScaledSource(source, scaled := scaled_all(each)), "model.layers.2."
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["tensors"]
+    for name, parameter in each.linears.items():
+        if not name.startswith(prefix):
+            continue
+        columns = (change := scaled[prefix].changes.get(name)) and change.columns
+        importance = each.moments.by_weight[name] / (1.0 if columns is None else columns.square())
+        weight = changed.rows(name, 0, parameter.shape[0]).float()
+        encoded = FORMATS[form].encode(weight, importance=importance)
+        for suffix, tensor in encoded.tensors.items():
+            assert torch.equal(made.rows(name + suffix, 0, len(tensor)), tensor), name + suffix
+        difference = FORMATS[form].decode(encoded.tensors) - weight
+        sums = [(values.double().square() * importance.double()).sum().item() for values in (difference, weight)]
+        assert report[name]["output_error"] == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-5)
+    norm = prefix + "input_layernorm.weight"
+    assert torch.equal(made.rows(norm, 0, 128), changed.rows(norm, 0, 128))
 
 
 def test_opt(tmp_path: Path) -> None:

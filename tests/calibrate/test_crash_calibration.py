@@ -18,6 +18,7 @@ from models import make_opt, snapshot
 from converters.formats.safetensors import SafetensorsWriter
 from converters.output import journal
 from quantize.cli import command as quantize
+from quantize.values import Quantizer
 from runtime.calibrate.calibrator import FeedbackLayers
 from runtime.calibrate.scratch import Scratch
 
@@ -145,16 +146,37 @@ def test_a_damaged_layer_is_not_read(made: tuple[Path, Path], tmp_path: Path) ->
     assert path.stat().st_size == 1000
 
 
+def test_files_of_another_run(tmp_path: Path) -> None:
+    """Only those of the same key are read, the latest of the layers before the one that is asked for."""
+    ours, other = Scratch(tmp_path, "ours"), Scratch(tmp_path, "other")
+    for layer in range(3):
+        ours.save(layer, {"x": torch.full((2,), float(layer))})
+    assert other.last(3) is None
+    assert ours.last(0) is None
+    layer, tensors = ours.last(2)
+    assert (layer, tensors["x"].tolist()) == (1, [1.0, 1.0])
+    other.save(1, {"x": torch.zeros(2)})
+    assert ours.last(2)[0] == 0
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_layers_of_few_tensors(method: str, tmp_path: Path) -> None:
+def test_layers_of_few_tensors(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT with neither biases nor norms' weights has six to a layer: more layers than two are on their way at once."""
+    block = Quantizer.block
+
+    def slowly(self: Quantizer, *args: object) -> object:
+        time.sleep(0.03)
+        return block(self, *args)
+
+    monkeypatch.setattr(Quantizer, "block", slowly)
     fields = {"layer_norm_elementwise_affine": False, "enable_bias": False}
     make_opt(tmp_path / "hf", heads=4, hidden=64, layers=6, ffn=64, vocab=211, **fields)
     text = write_text(tmp_path / "text.json", count=100)
     options = (tmp_path / "hf", *INT4, "--calibrate", text, "--method", method)
-    for number in range(3):
-        invoke(quantize, *options, "--out", tmp_path / str(number))
-    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "2")
+    invoke(quantize, *options, "--out", tmp_path / "slow")
+    monkeypatch.undo()
+    invoke(quantize, *options, "--out", tmp_path / "quick")
+    assert content(tmp_path / "slow") == content(tmp_path / "quick")
 
 
 def _start(options: list[str], root: Path) -> multiprocessing.process.BaseProcess:
