@@ -61,8 +61,8 @@ class Results:
         )
         nbytes = sum(path.stat().st_size for path in out.glob("chip-*.safetensors"))
         shutil.rmtree(out)
-        found = {"bytes": nbytes, "seconds": seconds, "said": said.splitlines()}
-        return found | json.loads(evaluated[evaluated.index("{") :])
+        found = json.loads(evaluated[evaluated.index("{") :])
+        return found | {"bytes": nbytes, "quantize_s": seconds, "said": said.splitlines()}
 
 
 def _run(command: str, *arguments: Any) -> str:
@@ -80,7 +80,7 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     return [
         name,
         f"{found['bytes'] / 1e6:.1f}",
-        f"{found['seconds']:.0f}",
+        f"{found['quantize_s']:.0f}",
         f"{against['kl_mean']:.4f} ± {against['kl_stderr']:.4f}",
         f"{against['kl_p99']:.3f}",
         f"{against['same_first']:.3f}",
