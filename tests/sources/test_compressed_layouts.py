@@ -1,0 +1,293 @@
+"""The layouts of compressed-tensors, as the library itself writes and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from invoke import invoke, notes, refuse_source
+from models import edit_json, stored
+from quantized import DOWN, HEAD, KEY, Stored, change_settings, change_tensors, grid, write_quantized
+
+from converters.cli import command as convert
+from quantize.cli import command as quantize
+
+GROUPED = {"strategy": "group", "group_size": 32}
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int-quantized", {}),
+    "int8-tensor": ("int-quantized", {"strategy": "tensor"}),
+    "int8-g32": ("int-quantized", GROUPED),
+    "int8-g32-zp": ("int-quantized", GROUPED | {"symmetric": False}),
+    "naive": ("naive-quantized", {"symmetric": False}),
+    "packed8-g32-zp": ("pack-quantized", GROUPED | {"symmetric": False}),
+    "packed4": ("pack-quantized", {"num_bits": 4}),
+    "packed4-zp": ("pack-quantized", {"num_bits": 4, "symmetric": False}),
+    "packed4-g32": ("pack-quantized", {"num_bits": 4} | GROUPED),
+    "packed4-g32-zp": ("pack-quantized", {"num_bits": 4, "symmetric": False} | GROUPED),
+    "packed4-g32-order": ("pack-quantized", {"num_bits": 4, "symmetric": False, "actorder": "group"} | GROUPED),
+    "fp8-tensor": ("float-quantized", {"type": "float", "strategy": "tensor"}),
+    "fp8": ("float-quantized", {"type": "float"}),
+    "fp8-blocks": ("float-quantized", {"type": "float", "strategy": "block", "block_structure": [48, 32]}),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    ),
+    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
+}
+ODD = {
+    "hidden": 45,
+    "ffn": 93,
+    "heads": 3,
+    "kv_heads": 1,
+    "head_dim": 14,
+}  # widths that fill no word, and numbers of outputs
+
+
+def weights_of(name: str) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False} | LAYOUTS[name][1]
+
+
+def described(*groups: tuple[str, list[str]]) -> dict[str, Any]:
+    """A quantization_config with a config group of every layout, for its targets."""
+    made = {
+        f"group_{number}": {"targets": targets, "weights": weights_of(name), "format": LAYOUTS[name][0]}
+        for number, (name, targets) in enumerate(groups)
+    }
+    layouts = {group["format"] for group in made.values()}
+    return {
+        "quant_method": "compressed-tensors", "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed", "config_groups": made, "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
+def by_the_library(name: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], Stored]:
+    """What the library's compressor makes of a weight by the tests' scales, and what it reads from that in float32."""
+    layout, args = LAYOUTS[name][0], QuantizationArgs(**weights_of(name))
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=layout)
+
+    def encode(_: str, weight: torch.Tensor) -> Stored:
+        given = {"weight": weight, **_scales(args, weight, dtype)}
+        held = compressor.compress(given, scheme)
+        exact = {key: value.float() if key == "weight_scale" else value for key, value in held.items()}
+        if layout.startswith("nvfp4"):
+            return held, _nvfp4(held)
+        if args.strategy == "block":
+            return held, _blocks(held, args.block_structure)
+        return held, compressor.decompress(exact, scheme)["weight"].float()
+
+    return encode
+
+
+def _scales(args: QuantizationArgs, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    inputs = weight.shape[1]
+    if args.type == "float" and args.num_bits == 4:
+        scale = weight.unflatten(1, (-1, 16)).abs().amax(2) / 6
+        whole = 448 / scale.amax()
+        return {"weight_scale": (scale * whole).to(torch.float8_e4m3fn).float(), "weight_global_scale": whole.view(1)}
+    if args.type == "float" and args.strategy == "block":
+        blocks = [torch.arange(size) // block for size, block in zip(weight.shape, args.block_structure, strict=True)]
+        scale = torch.zeros(*(int(block[-1]) + 1 for block in blocks))
+        for row, column in torch.cartesian_prod(*(torch.arange(size) for size in scale.shape)):
+            scale[row, column] = weight[blocks[0] == row][:, blocks[1] == column].abs().amax() / 448
+        return {"weight_scale": scale.to(dtype)}
+    if args.type == "float":
+        amax = weight.abs().amax() if args.strategy == "tensor" else weight.abs().amax(1, keepdim=True)
+        return {"weight_scale": (amax / 448).to(dtype).view(1 if args.strategy == "tensor" else (-1, 1))}
+    if args.strategy == "tensor":
+        return {"weight_scale": (weight.abs().amax() / 127).to(dtype).view(1)}
+    found, middle = {}, 2 ** (args.num_bits - 1)
+    if args.actorder:
+        found["weight_g_idx"] = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)).int() % (
+            inputs // 32
+        )
+        weight = weight[:, found["weight_g_idx"].argsort()]
+    _, scale, zeros = grid(weight, args.num_bits, args.group_size or inputs, dtype, not args.symmetric)
+    found["weight_scale"] = scale
+    return found if args.symmetric else found | {"weight_zero_point": (zeros - middle).to(torch.int8)}
+
+
+def _blocks(held: dict[str, torch.Tensor], block: list[int]) -> torch.Tensor:
+    """By hand, since the library takes the block's size from the scale's, which says too little at the edges."""
+    scale = held["weight_scale"].float()
+    for axis, size in enumerate(block):
+        scale = scale.repeat_interleave(size, axis).narrow(axis, 0, held["weight"].shape[axis])
+    return held["weight"].float() * scale
+
+
+def _nvfp4(held: dict[str, torch.Tensor]) -> torch.Tensor:
+    """By hand, since the library rounds to bfloat16: a value times its group's scale over the tensor's."""
+    scale = held["weight_scale"].float() / held["weight_global_scale"]
+    return _float4(held["weight_packed"]) * scale.repeat_interleave(16, 1)
+
+
+def _float4(packed: torch.Tensor) -> torch.Tensor:
+    """Two values of a byte, the lower half first."""
+    codes = torch.stack([packed % 16, packed // 16], -1).flatten(1).long()
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return magnitudes[codes % 8] * torch.where(codes >= 8, -1.0, 1.0)
+
+
+def convert_floats(root: Path, source: str = "hf") -> dict[str, torch.Tensor]:
+    invoke(convert, "--source", root / source, "--out", root / "plain", "--dtype", "float32")
+    return stored(root / "plain")
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor.float()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    zip((name for name in LAYOUTS if name != "mxfp4"), cycle((torch.float32, torch.bfloat16, torch.float16))),
+    ids=str,
+)
+def test_rows_are_the_librarys(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit, in blocks that begin at any row."""
+    sizes = {} if "group_size" in LAYOUTS[name][1] else ODD
+    expected = write_quantized(tmp_path / "hf", described((name, ["Linear"])), by_the_library(name, dtype), [], **sizes)
+    change_settings(tmp_path / "hf", ignore=[])
+    assert_same(convert_floats(tmp_path), expected)
+
+
+def test_mxfp4_by_hand(tmp_path: Path) -> None:
+    """The library doesn't decompress it: powers of two by their exponents, groups of 32."""
+
+    def encode(_: str, weight: torch.Tensor) -> Stored:
+        (out, inputs), generator = weight.shape, torch.Generator().manual_seed(weight.shape[0])
+        packed = torch.randint(0, 256, (out, inputs // 2), generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(90, 160, (out, inputs // 32), generator=generator)
+        scale = torch.pow(2.0, exponents.double() - 127).repeat_interleave(32, 1)
+        return {"weight_packed": packed, "weight_scale": exponents.to(torch.uint8)}, (_float4(packed) * scale).float()
+
+    expected = write_quantized(tmp_path / "hf", described(("mxfp4", ["Linear"])), encode)
+    assert_same(convert_floats(tmp_path), expected)
+    change_tensors(tmp_path / "hf", lambda tensors: tensors[f"{DOWN}_scale"][3].fill_(255))
+    said = invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "again", exit_code=2).stderr
+    assert f"{DOWN}_scale holds NaN" in said
+
+
+# --- groups of linears
+
+
+def test_several_groups_and_ignored_linears(tmp_path: Path) -> None:
+    """A name counts before a pattern, and that before a class; the order of groups does not."""
+    layouts = {"int8": ["Linear"], "packed4-g32-zp": ["re:.*mlp.*"], "fp8": [DOWN.removesuffix(".weight")]}
+    encoders = {name: by_the_library(name, torch.bfloat16) for name in layouts}
+
+    def encode(name: str, weight: torch.Tensor) -> Stored:
+        layout = "fp8" if name == DOWN else "packed4-g32-zp" if "mlp" in name else "int8"
+        return encoders[layout](name, weight)
+
+    plain = [HEAD, KEY]
+    for order in (list(layouts.items()), list(layouts.items())[::-1]):
+        source = tmp_path / order[0][0]
+        expected = write_quantized(source, described(*order), encode, plain)
+        change_settings(source, ignore=["lm_head", "re:.*layers.0.self_attn.k_.*"])
+        said = notes(invoke(convert, "--source", source, "--out", source / "plain", "--dtype", "float32"))
+        assert said == []
+        assert_same(stored(source / "plain"), expected)
+
+
+def test_a_linear_that_no_group_is_for(tmp_path: Path) -> None:
+    settings = described(("int8", ["re:.*mlp.*"]), ("int8", ["re:.*self_attn.[qkv]_proj"]))
+    write_quantized(tmp_path / "hf", settings, by_the_library("int8", torch.float32))
+    refuse_source(tmp_path, "self_attn.o_proj is quantized, but no config group")
+
+
+def test_activations_that_are_stored_are_left_out_with_a_note(tmp_path: Path) -> None:
+    expected = write_quantized(tmp_path / "hf", described(("fp8", ["Linear"])), by_the_library("fp8", torch.float32))
+    module = DOWN.removesuffix(".weight")
+    change_tensors(tmp_path / "hf", lambda tensors: tensors.update({f"{module}.input_scale": torch.ones(1)}))
+    said = notes(invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "plain", "--dtype", "float32"))
+    assert said == [f"1 tensor left out: scales of activations, which are not quantized here ({module}.input_scale)."]
+    assert_same(stored(tmp_path / "plain"), expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "packed4-g32-zp"])
+def test_a_tied_model_with_a_quantized_head_of_its_own(name: str, tmp_path: Path) -> None:
+    """As with a head that is stored as it is: both count."""
+    encode = by_the_library(name, torch.float32)
+    expected = write_quantized(tmp_path / "hf", described((name, ["Linear"])), encode, [])
+    change_settings(tmp_path / "hf", ignore=[])
+    edit_json(tmp_path / "hf" / "config.json", lambda content: content.update(tie_word_embeddings=True))
+    said = notes(invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "plain", "--dtype", "float32"))
+    assert any("tie_word_embeddings is false" in line for line in said)
+    assert_same(stored(tmp_path / "plain"), expected)
+
+
+# --- what doesn't go together
+
+
+def _packed_along_outputs(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}_packed"] = tensors[f"{DOWN}_packed"].T.contiguous()
+
+
+def _another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}_shape"] = torch.tensor([64, 95])
+
+
+def _uneven_groups(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}_g_idx"][tensors[f"{DOWN}_g_idx"] == 1] = 2
+
+
+def _without(part: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(f"{DOWN}_{part}")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("packed4-g32-zp", _packed_along_outputs, "shape [12, 64], but config.json calls for [64, 12]"),
+        ("packed4-g32-zp", _another_shape, "shape [64, 95] by its weight_shape"),
+        ("packed4-g32-zp", _without("zero_point"), "calls for the tensor weight_zero_point"),
+        ("packed4-g32-zp", _without("packed"), "calls for the tensor weight_packed"),
+        ("packed4-g32-zp", _without("shape"), "calls for the tensor weight_shape"),
+        ("packed4-g32-order", _without("g_idx"), "calls for the tensor weight_g_idx"),
+        ("packed4-g32-order", _uneven_groups, "doesn't give every group 32 inputs"),
+        ("fp8-blocks", _without("scale"), f"{DOWN} is of type float8_e4m3fn"),
+    ],
+)
+def test_tensors_that_are_not_what_config_json_says(
+    name: str, change: Callable[[dict[str, torch.Tensor]], object], says: str, tmp_path: Path
+) -> None:
+    write_quantized(tmp_path / "hf", described((name, ["Linear"])), by_the_library(name, torch.float32))
+    change_tensors(tmp_path / "hf", change)
+    refuse_source(tmp_path, says)
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "said", "says"),
+    [
+        ("packed4-g32", "packed4-g32-zp", "calls for the tensor weight_zero_point"),
+        ("packed4-g32-zp", "packed4-g32", "weight_zero_point is none that"),
+        ("packed4-g32-order", "packed4-g32-zp", "weight_g_idx is none that"),
+        ("packed4-g32", "packed4", "weight_scale is of shape"),
+        ("packed4-g32", "packed8-g32-zp", "weight_packed is of shape"),
+        ("int8", "packed4", "calls for the tensor weight_packed"),
+        ("int8", "fp8", "is of type int8; config.json calls for float8_e4m3fn"),
+        ("fp8", "int8", "is of type float8_e4m3fn; config.json calls for int8"),
+        ("nvfp4", "packed4-g32", "weight_packed is of shape"),
+        ("packed4-g32", "nvfp4", "weight_shape is none that"),
+    ],
+)
+def test_a_config_json_of_another_layout(stored_as: str, said: str, says: str, tmp_path: Path) -> None:
+    write_quantized(tmp_path / "hf", described((said, ["Linear"])), by_the_library(stored_as, torch.float32))
+    refuse_source(tmp_path, says)
+
+
+@pytest.mark.parametrize("pattern", [0x7F, 0xFF])
+def test_fp8_that_stands_for_no_number(pattern: int, tmp_path: Path) -> None:
+    write_quantized(tmp_path / "hf", described(("fp8", ["Linear"])), by_the_library("fp8", torch.float32))
+    change_tensors(tmp_path / "hf", lambda tensors: tensors[DOWN].view(torch.uint8)[5, 7:8].fill_(pattern))
+    for command, *arguments in ((convert, "--source"), (quantize, "--keep"), (quantize, "--int8")):
+        said = invoke(command, *arguments, tmp_path / "hf", "--out", tmp_path / arguments[0], exit_code=2).stderr
+        assert f"the tensor {DOWN} holds NaN" in said
