@@ -22,6 +22,7 @@ GROUPED = {"strategy": "group", "group_size": 32}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int-quantized", {}),
     "int8-tensor": ("int-quantized", {"strategy": "tensor"}),
+    "int4-in-int8-g32": ("int-quantized", {"num_bits": 4} | GROUPED),
     "int8-g32": ("int-quantized", GROUPED),
     "int8-g32-zp": ("int-quantized", GROUPED | {"symmetric": False}),
     "naive": ("naive-quantized", {"symmetric": False}),
@@ -291,3 +292,11 @@ def test_fp8_that_stands_for_no_number(pattern: int, tmp_path: Path) -> None:
     for command, *arguments in ((convert, "--source"), (quantize, "--keep"), (quantize, "--int8")):
         said = invoke(command, *arguments, tmp_path / "hf", "--out", tmp_path / arguments[0], exit_code=2).stderr
         assert f"the tensor {DOWN} holds NaN" in said
+
+
+def test_int8_that_is_said_to_be_of_4_bits(tmp_path: Path) -> None:
+    write_quantized(
+        tmp_path / "hf", described(("int4-in-int8-g32", ["Linear"])), by_the_library("int8-g32", torch.float32)
+    )
+    said = invoke(convert, "--source", tmp_path / "hf", "--out", tmp_path / "plain", exit_code=2).stderr
+    assert "no integers of 4 bits" in said

@@ -70,10 +70,13 @@ def scale_of(
 
 @dataclass
 class _Integers(IntegerCodec):
-    """int8 values as they are: "int-quantized"."""
+    """int8 values as they are, fewer bits too: "int-quantized"."""
 
     def values(self, start: int, stop: int) -> torch.Tensor:
-        return self.tensors["weight"].rows(start, stop)
+        values, middle = self.tensors["weight"].rows(start, stop), 1 << self.bits - 1
+        if self.bits < 8 and (values.amin() < -middle or values.amax() >= middle):
+            raise InputError(f"{self.name} holds values that are no integers of {self.bits} bits, as config.json says.")
+        return values
 
     def scale(self, start: int, stop: int) -> torch.Tensor:
         held = self.tensors["weight_scale"]

@@ -39,10 +39,10 @@ class Float8Codec:
     @property
     def title(self) -> str:
         if self.block is not None:
-            return f"fp8, blocks of {self.block[0]} x {self.block[1]}"
+            return f"e4m3, blocks of {self.block[0]} x {self.block[1]}"
         if self.group is not None:
-            return f"fp8, groups of {self.group}"
-        return "fp8, a scale for each output" if len(self.scales.shape) == 2 else "fp8, one scale"
+            return f"e4m3, groups of {self.group}"
+        return "e4m3, a scale for each output" if len(self.scales.shape) == 2 else "e4m3, one scale"
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         values = self._values(start, stop).float()

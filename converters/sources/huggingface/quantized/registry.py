@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from converters.console.errors import InputError, shown
 from converters.sources.huggingface.quantized.codec import Method
 from converters.sources.huggingface.quantized.compressed_tensors import METHOD as COMPRESSED
 from converters.sources.huggingface.quantized.compressed_tensors import CompressedTensors
+from converters.sources.huggingface.quantized.fp8 import METHOD as FP8
+from converters.sources.huggingface.quantized.fp8 import Fp8
 
 # By quant_method; made of the checkpoint's name and the fields of quantization_config.
-METHODS: dict[str, Callable[[str, dict[str, Any]], Method]] = {
+METHODS: dict[str, type[Method]] = {
     COMPRESSED: CompressedTensors,
+    FP8: Fp8,
 }
 
 
 def methods_with(name: str) -> list[str]:
     """The titles of the methods that have a tensor of such a name."""
-    return []
+    return [each.title for each in METHODS.values() if name.endswith(tuple(f".{suffix}" for suffix in each.suffixes))]
 
 
 def find_method(fields: Any, where: str) -> Method | None:

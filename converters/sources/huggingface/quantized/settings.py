@@ -53,3 +53,8 @@ class Settings:
         for key, value in self.fields.items():
             if key not in known and value not in (None, False, []):
                 self.refuse(f"{key} {shown(value)}")
+
+
+def is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is a module's name or a part of it between dots, as lists of exceptions have them."""
+    return any(f".{name}." in f".{module}." for name in names if name)
