@@ -103,4 +103,4 @@ def _stranger(name: str, method: Method | None) -> str:
     if not others:
         return ""
     said = f"says {method.title}" if method else "doesn't say that weights are quantized"
-    return f": it is one of {' or '.join(others)}, and config.json {said}"
+    return f": it is one of those of {' or '.join(others)}, and config.json {said}"

@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from converters.console.errors import InputError, shown
+from converters.sources.huggingface.quantized.awq import METHOD as AWQ
+from converters.sources.huggingface.quantized.awq import Awq
 from converters.sources.huggingface.quantized.codec import Method
 from converters.sources.huggingface.quantized.compressed_tensors import METHOD as COMPRESSED
 from converters.sources.huggingface.quantized.compressed_tensors import CompressedTensors
 from converters.sources.huggingface.quantized.fp8 import METHOD as FP8
 from converters.sources.huggingface.quantized.fp8 import Fp8
+from converters.sources.huggingface.quantized.gptq import METHOD as GPTQ
+from converters.sources.huggingface.quantized.gptq import Gptq
 
 # By quant_method; made of the checkpoint's name and the fields of quantization_config.
 METHODS: dict[str, type[Method]] = {
     COMPRESSED: CompressedTensors,
     FP8: Fp8,
+    GPTQ: Gptq,
+    AWQ: Awq,
 }
 
 
