@@ -7,6 +7,8 @@ from typing import Any
 from converters.console.errors import InputError, shown
 from converters.sources.huggingface.quantized.awq import METHOD as AWQ
 from converters.sources.huggingface.quantized.awq import Awq
+from converters.sources.huggingface.quantized.bitsandbytes import METHOD as BITS_AND_BYTES
+from converters.sources.huggingface.quantized.bitsandbytes import BitsAndBytes
 from converters.sources.huggingface.quantized.codec import Method
 from converters.sources.huggingface.quantized.compressed_tensors import METHOD as COMPRESSED
 from converters.sources.huggingface.quantized.compressed_tensors import CompressedTensors
@@ -21,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     FP8: Fp8,
     GPTQ: Gptq,
     AWQ: Awq,
+    BITS_AND_BYTES: BitsAndBytes,
 }
 
 
