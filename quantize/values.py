@@ -20,7 +20,7 @@ from quantize.report import Report
 from quantize.shards.manifest import FILE_NAME as MANIFEST
 from quantize.shards.reading import Shards
 from quantize.shards.scheme import Scheme
-from quantize.shards.stored import StoredParameter
+from quantize.shards.stored import StoredParameter, stored_parameters
 
 
 class Block(NamedTuple):
@@ -32,6 +32,8 @@ class Block(NamedTuple):
 
 class BlockSource(Protocol):
     """Where the values of the shards come from, in their stored form and before the split."""
+
+    is_slow: bool  # whether a parameter takes so long that its end is worth noting for a rerun, however small it is
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         """Called once it is sure that there is something to write, to ``directory``; never in a dry run."""
@@ -74,6 +76,8 @@ class Quantizer:
     What the checkpoint holds in the wanted format already is taken as it is.
     """
 
+    is_slow = False
+
     def __init__(self, source: TensorSource, search: bool = True, moments: Moments | None = None) -> None:
         """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's.
 
@@ -82,6 +86,11 @@ class Quantizer:
         self._source, self._search, self._moments = source, search, moments
         self._kept = Kept(source) if isinstance(source, CodedSource) else None
         self.report = Report()
+
+    def kept(self, config: ModelConfig, scheme: Scheme) -> frozenset[str]:
+        """The weights that are taken as the source has them."""
+        stored = stored_parameters(config, scheme) if self._kept else []
+        return frozenset(each.name for each in stored if self._kept.holds(each.name, each.format))
 
     def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
         """Say which weights of a quantized source are kept, dequantized, quantized again, or here beside kept ones."""
@@ -98,11 +107,15 @@ class Quantizer:
 
     def _encoded(self, stored: StoredParameter, start: int, stop: int) -> Encoded:
         rows = self._source.rows(stored.name, start, stop)
-        known = None if self._moments is None else self._moments.by_weight.get(stored.name)
+        known = self._importance(stored.name)
         encoded = stored.format.encode(rows, self._search, known)
         if known is None or encoded.errors is None:
             return encoded
         return Encoded(encoded.tensors, with_output_errors(encoded, rows, stored.format, known))
+
+    def _importance(self, name: str) -> torch.Tensor | None:
+        """What squared errors by a weight's inputs count for: their mean squares, where they are known."""
+        return None if self._moments is None else self._moments.by_weight.get(name)
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         """Do nothing: weights are enough."""
@@ -152,6 +165,8 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
 
 class Resharder:
     """Blocks of finished shards, as they are: values and scales don't depend on the number of chips."""
+
+    is_slow = False
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards

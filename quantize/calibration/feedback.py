@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean second moment, added to each: it keeps H regular and errors from piling up
 CORRECTION = 0.5  # the share of the earlier layers' errors that rows make up for
 _BLOCK = 128  # columns at once where a group is a whole row
+_STEP = 1024  # inputs, and columns of their moments' matrix, at once
 _MOST = 10**6  # times the damping, at most
 
 
@@ -35,11 +36,11 @@ _MOST = 10**6  # times the damping, at most
 class Feedback:
     """What rounding a linear's rows needs to know of its inputs."""
 
+    inputs: torch.Tensor  # float32 [n, in]
+    change: torch.Tensor | None  # float32 [n, in]: the unquantized model's inputs, less these; None: they are alike
     order: torch.Tensor  # [in]: which input is at which place below; groups stay in place
     moments: torch.Tensor  # float32 [in], the mean square of every input
     inverse: torch.Tensor  # float32 [in, in], lower triangular: M above
-    inputs: torch.Tensor  # float32 [n, in]
-    change: torch.Tensor | None  # float32 [n, in]: the unquantized model's inputs, less these; None: they are alike
 
     @classmethod
     def of(
@@ -47,25 +48,28 @@ class Feedback:
     ) -> Feedback:
         """From the inputs [n, in] of a linear and, where they differ, those that it had before anything was quantized.
 
-        ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the linear where its
-        second moments are singular in spite of the usual damping.
+        ``exact`` is lost. ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the
+        linear where its second moments are singular in spite of the usual damping.
         """
+        import torch
+
         width = inputs.shape[1]
-        moments = inputs.square().mean(0)
+        moments = torch.linalg.vector_norm(inputs, dim=0).square_().div_(len(inputs))
         starts = width // (group or width)
         order = moments.view(starts, -1).argsort(stable=True, dim=1)
         order = (order + (group or width) * order.new_tensor(range(starts))[:, None]).flatten()
-        ordered = inputs[:, order]
-        change = None if exact is None else (exact - inputs)[:, order]
-        return cls(order, moments[order], _inverse_factor(ordered, name), ordered, change)
+        change = None if exact is None else exact.sub_(inputs)
+        return cls(inputs, change, order, moments[order], _inverse_factor(inputs, order, name))
 
     def encode(self, weight: torch.Tensor, form: Integers) -> Encoded:
         """Quantize whole rows [r, in] of a floating weight. Rows are independent; NaN or infinity shows in a scale.
 
         The errors are against ``weight``; those of the outputs are of these inputs.
         """
+        import torch
+
         weight = weight.float()
-        ordered, scale, zeros = self._round(self._corrected(weight[:, self.order]), form)
+        ordered, scale, zeros = self._round(self._corrected(weight), form)
         values = ordered.new_empty(ordered.shape).index_copy_(1, self.order, ordered)
         tensors = form.stored(values, scale, zeros)
         difference = form.decode(tensors) - weight
@@ -73,16 +77,17 @@ class Feedback:
             difference.double().square().sum(1),
             weight.double().square().sum(1),
             difference.abs().amax(1).double(),
-            *((self.inputs @ rows[:, self.order].T).double().square().sum(0) for rows in (difference, weight)),
+            *(torch.linalg.vector_norm(self.inputs @ rows.T, dim=0).double().square() for rows in (difference, weight)),
         )
         return Encoded(tensors, errors)
 
     def _corrected(self, weight: torch.Tensor) -> torch.Tensor:
-        """Rows that give, from these inputs, more nearly what the exact inputs gave."""
+        """Rows that give, from these inputs, more nearly what the exact inputs gave; a copy, in the order of places."""
+        ordered = weight[:, self.order]
         if self.change is None:
-            return weight
-        cross = (weight @ self.change.T) @ self.inputs / len(self.inputs)  # [r, in]
-        return weight + CORRECTION * (cross @ self.inverse.T) @ self.inverse
+            return ordered
+        cross = ((weight @ self.change.T) @ self.inputs).div_(len(self.inputs))[:, self.order]  # [r, in]
+        return ordered.addmm_(cross @ self.inverse.T, self.inverse, alpha=CORRECTION)
 
     def _round(self, rows: torch.Tensor, form: Integers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Integers [r, in], and the scale and zero point of every group [r, groups]; ``rows`` are lost."""
@@ -130,25 +135,59 @@ class Feedback:
         return values.T.to(torch.int8)
 
 
-def _inverse_factor(inputs: torch.Tensor, name: str) -> torch.Tensor:
-    """M [in, in] of the second moments' matrix of inputs [n, in], with the damping."""
-    import torch
+def _inverse_factor(inputs: torch.Tensor, order: torch.Tensor, name: str) -> torch.Tensor:
+    """M [in, in] of the second moments' matrix of inputs [n, in], taken in this order, with the damping."""
+    times = 1
+    matrix = _damped_moments(inputs, order, times)
+    while not _factor(matrix) and times < _MOST:
+        times *= 10
+        matrix = _damped_moments(inputs, order, times)
+    if times > 1:
+        note(f"The inputs of {name} are so alike that their moments are damped {times} times as much as usual.")
+    _invert(matrix)
+    return matrix
 
-    matrix = inputs.T @ inputs
+
+def _damped_moments(inputs: torch.Tensor, order: torch.Tensor, times: int) -> torch.Tensor:
+    """The matrix of second moments [in, in], with so many times the damping."""
+    matrix = inputs.new_zeros(len(order), len(order))
+    for some in inputs.split(_STEP):
+        some = some[:, order]
+        matrix.addmm_(some.T, some)
     matrix /= len(inputs)
     diagonal = matrix.diagonal()
     mean = diagonal.mean()
     # An input that is always zero costs nothing, however it is rounded: it moves no other.
     diagonal[diagonal == 0] = mean if mean else 1.0
-    damping = DAMPING * mean
-    diagonal += damping
-    factor, problem = torch.linalg.cholesky_ex(matrix)
-    more = 1
-    while problem and more < _MOST:
-        diagonal += 9 * more * damping
-        more *= 10
-        factor, problem = torch.linalg.cholesky_ex(matrix)
-    if more > 1:
-        note(f"The inputs of {name} are so alike that their moments are damped {more} times as much as usual.")
-    del matrix, diagonal
-    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False)
+    diagonal += times * DAMPING * mean
+    return matrix
+
+
+# Both by blocks, in the matrix's own memory: for the widest layers there is no room for a second one.
+def _factor(matrix: torch.Tensor) -> bool:
+    """Put L into the lower triangle of a matrix L L^T, and zeros above. False, and anything, where there is none."""
+    import torch
+
+    for start in range(0, len(matrix), _STEP):
+        at, rest = slice(start, start + _STEP), slice(start + _STEP, None)
+        corner, problem = torch.linalg.cholesky_ex(matrix[at, at])
+        if problem:
+            return False
+        matrix[at, at] = corner
+        panel = torch.linalg.solve_triangular(corner, matrix[rest, at].T, upper=False).T
+        matrix[rest, at] = panel
+        matrix[rest, rest].addmm_(panel, panel.T, alpha=-1)
+    matrix.tril_()
+    return True
+
+
+def _invert(factor: torch.Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse."""
+    import torch
+
+    for start in range(0, len(factor), _STEP):
+        at, before = slice(start, start + _STEP), slice(0, start)
+        corner = factor[at, at]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
+        factor[at, before] = -inverse @ (factor[at, before] @ factor[before, before])
+        factor[at, at] = inverse

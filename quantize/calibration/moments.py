@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "moments.safetensors"
 GRADIENTS = "gradients.safetensors"
+_ABOUT = "llama-quantize"  # the header's entry that says what the file holds
 _KIND = "mean squares of linears"
 
 
@@ -31,7 +33,8 @@ class Moments:
         """The content of the file; ``about`` is put into its header."""
         from safetensors.torch import save
 
-        return save(dict(sorted(self.by_weight.items())), {"kind": _KIND, **about})
+        # In one entry: the library writes several in an order of its own, which differs from time to time.
+        return save(dict(sorted(self.by_weight.items())), {_ABOUT: json.dumps({"kind": _KIND, **about})})
 
 
 def read_moments(path: Path, config: ModelConfig, of_inputs: bool = True) -> Moments:
@@ -42,14 +45,21 @@ def read_moments(path: Path, config: ModelConfig, of_inputs: bool = True) -> Mom
 
     try:
         with safe_open(path, "pt") as file:
-            kind = (file.metadata() or {}).get("kind")
+            about = (file.metadata() or {}).get(_ABOUT, "")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} can't be read ({error}). Take it away, and calibrate again.") from None
     wanted = {name: each.shape[1 if of_inputs else 0] for name, each in choices(config).items() if each.in_block}
-    if kind != _KIND or any(name not in found or found[name].shape != (width,) for name, width in wanted.items()):
+    if not _is_kind(about) or any(name not in found or found[name].shape != (width,) for name, width in wanted.items()):
         raise InputError(f"{path} doesn't hold the moments of {config.name}. Take it away, and calibrate again.")
     return Moments({name: found[name] for name in wanted})
+
+
+def _is_kind(about: str) -> bool:
+    try:
+        return json.loads(about)["kind"] == _KIND
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def with_output_errors(encoded: Encoded, weight: torch.Tensor, form: WeightFormat, moments: torch.Tensor) -> RowErrors:

@@ -15,10 +15,13 @@ from converters.tokenizers.reader import TOKENIZER, read_tokenizer
 class TextCodec:
     """The tokenizer of a model."""
 
-    def __init__(self, files: Mapping[str, bytes], where: Path, vocab_size: int) -> None:
-        """From the auxiliary files of a model in ``where``. Raises InputError for a tokenizer that can't be read."""
+    def __init__(self, files: Mapping[str, bytes], where: Path, vocab_size: int, instead: str = "--prompt-ids") -> None:
+        """From the auxiliary files of a model in ``where``; ``instead`` is what may be given without a tokenizer.
+
+        Raises InputError for one that can't be read.
+        """
         self._vocab_size = vocab_size
-        with advising("Put the model's own there, or take it away and give token ids."):
+        with advising(f"Put the model's own there, or take it away and give {instead}."):
             self._tokenizer, self._left_out = read_tokenizer(files, str(where), vocab_size)
 
     def encode(self, text: str) -> list[int]:
@@ -74,9 +77,11 @@ def find_codec(directory: Path, vocab_size: int) -> TextCodec | None:
     return codec_of(read_auxiliary_files(directory), directory, vocab_size)
 
 
-def codec_of(files: Mapping[str, bytes], where: Path, vocab_size: int) -> TextCodec | None:
-    """The tokenizer among the auxiliary files of a model in ``where``; None for a model without one."""
-    return TextCodec(files, where, vocab_size) if TOKENIZER in files else None
+def codec_of(
+    files: Mapping[str, bytes], where: Path, vocab_size: int, instead: str = "--prompt-ids"
+) -> TextCodec | None:
+    """The tokenizer among the auxiliary files of a model in ``where``, as TextCodec takes them; None without one."""
+    return TextCodec(files, where, vocab_size, instead) if TOKENIZER in files else None
 
 
 def _not_text(surrogate: str) -> str:

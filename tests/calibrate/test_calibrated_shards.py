@@ -1,4 +1,4 @@
-"""Shards made with --calibrate: the same values on any number of chips, at once or one by one, and what they say."""
+"""Shards made with --calibrate: alike on any number of chips, made at once or one by one, and what they say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models import assert_same_bits, edit_json
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 
-METHODS = ("scale", "gptq")
+METHODS = ("scale", "gptq", "awq")
 FORMATS = {
     "int4": ("--int4", "--group-size", 64),
     "int4-zp": ("--int4", "--group-size", 32, "--zero-points"),
@@ -72,10 +72,9 @@ def test_resharded(made: Made, method: str, tmp_path: Path) -> None:
         invoke(quantize, made.shards(method, 2), *options, "--chips", 3, "--out", out)
         assert content(out) == content(made.shards(method, 3))
     other = next(each for each in ("gptq", "awq") if each != method)
-    refuse(
-        tmp_path, quantize, made.shards(method, 2), *FORMATS["int4"], "--method", other, "--out", tmp_path / "new",
-        says=["can only be re-sharded", "--int4 --group-size 64", "" if method == "scale" else f"--method {method}"],
-    )  # fmt: skip
+    says = ["can only be re-sharded", "--int4 --group-size 64" + (f" --method {method}" if method != "scale" else "")]
+    options = (*FORMATS["int4"], "--method", other, "--out", tmp_path / "new")
+    refuse(tmp_path, quantize, made.shards(method, 2), *options, says=says)
 
 
 @pytest.mark.parametrize("method", METHODS)

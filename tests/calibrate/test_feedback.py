@@ -57,7 +57,7 @@ def check(
     Returns the weight that was made.
     """
     weight = weights(width=x.shape[1]) if weight is None else weight
-    encoded = Feedback.of(x, exact, form.group_size, "w").encode(weight, form)
+    encoded = Feedback.of(x, None if exact is None else exact.clone(), form.group_size, "w").encode(weight, form)
     values, scale, *zeros = (tensor.double().numpy() for tensor in encoded.tensors.values())
     zeros = zeros[0] if zeros else np.zeros_like(scale)
     rows, inexact = weight.double().numpy().copy(), x.double().numpy()
@@ -214,3 +214,12 @@ def test_not_finite() -> None:
     weight[3, 40] = float("nan")
     found = Feedback.of(inputs(), None, 32).encode(weight, Integers(4, 32))
     assert not found.tensors["_scale"][3].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [64, 160])
+def test_the_matrix_in_blocks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps that don't divide it, too."""
+    monkeypatch.setattr(feedback, "_STEP", 48)
+    check(Integers(4, 32), inputs(width=width))
+    matrix = Feedback.of(inputs(width=width)).inverse
+    assert torch.equal(matrix, matrix.tril())

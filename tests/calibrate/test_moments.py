@@ -182,6 +182,7 @@ def test_windows_of_a_short_context(tmp_path: Path) -> None:
     make_opt(tmp_path / "hf", **SIZES, positions=100)
     np.save(tmp_path / "ids.npy", np.arange(1000) % 211)
     source = open_source(tmp_path / "hf")
-    found, _ = calibrator.read_windows(source, tmp_path / "hf", [tmp_path / "ids.npy"], 1000, 0)
-    assert found.shape == (15, 64)
+    found, after = calibrator.read_windows(source, tmp_path / "hf", [tmp_path / "ids.npy"], 700, 150)
+    assert found.shape == (10, 64)
+    assert after.flatten().tolist() == [each % 211 for each in range(700, 828)]
     agree(source, in_float64(tmp_path / "hf"), tmp_path, tuple(found.shape))

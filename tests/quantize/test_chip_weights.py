@@ -39,7 +39,7 @@ def test_a_split_source_is_its_shards(model: str, chips: int, tmp_path: Path) ->
             assert torch.equal(torch.cat(blocks), wanted), (name, chip)
             assert max(map(len, blocks)) <= 7
     assert {name: each.format.name for name, each in shards.parameters.items()} == dict.fromkeys(
-        shards.parameters, split.scheme.format.name
+        shards.parameters, split.scheme.default_format.name
     )
 
 

@@ -13,7 +13,7 @@ from quantize.report import Report
 def test_report_adds_up_exactly_in_any_parts() -> None:
     """Against one sum over all rows; 0.1 and its like don't add up in floating point."""
     _, errors = quantize_rows(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
-    part = lambda start, stop: type(errors)(*(values[start:stop] for values in errors))  # noqa: E731
+    part = lambda start, stop: type(errors)(*(values[start:stop] for values in errors[:3]))  # noqa: E731
     whole, split = Report(), Report()
     whole.add("a", 0, errors)
     for start, stop in ((200, 300), (0, 50), (20, 120), (0, 50), (100, 210), (290, 300)):
