@@ -19,7 +19,8 @@ from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.output.preflight import available_memory
 from converters.sources.gguf.source import GGUFSource
-from converters.sources.huggingface.source import CompressedSource, HFSource
+from converters.sources.huggingface.plain_source import HFSource
+from converters.sources.source import CodedSource
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,7 @@ def _reference(conversion: Conversion) -> _Reference:
     """The source as transformers reads it, or where it can't, as this tool reads it."""
     source = conversion.source
     load: Callable[[], PreTrainedModel] | None = None
-    if isinstance(source, HFSource) and not isinstance(source, CompressedSource):
+    if isinstance(source, HFSource) and not isinstance(source, CodedSource):
         load = partial(_load, source.directory, num_hidden_layers=conversion.config.num_layers)
     elif isinstance(source, GGUFSource) and len(source.files()) == 1:
         [path] = source.files()

@@ -15,6 +15,11 @@ from quantize.formats.table import METHODS, SCALE
 @click.argument("checkpoint", type=click.Path(path_type=Path), default="checkpoint")
 @format_options
 @click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep values and scales that another tool has quantized, where a format holds them; a format is for the rest.",
+)
+@click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     multiple=True,
@@ -81,6 +86,7 @@ def command(
     kind: str | None,
     group_size: str | None,
     zero_points: bool,
+    keep: bool,
     calibrate: tuple[Path, ...],
     calibration_tokens: int,
     moments: Path | None,
@@ -107,6 +113,7 @@ def command(
     llama-quantize --int8                        one chip
     llama-quantize --int8 --target v4-16         8 chips
     llama-quantize --int4                        4 bits, a scale for every 128 inputs
+    llama-quantize llama-awq/ --keep             what AWQ has quantized, as it is
     llama-quantize out8/ --chips 4 --out out4/   shards for 4 chips, made of others
     llama-quantize --verify --out out/           check an output
     """
@@ -120,9 +127,11 @@ def command(
     if fit is not None and (kind or group_size or target):
         raise InputError("--fit chooses formats itself, for its own slice: leave out the others' options and --target.")
     reshards = kind is None and fit is None and not verify and (checkpoint / FILE_NAME).is_file()
-    if kind is None and fit is None and not (reshards or verify):
-        raise InputError(f"Give {KIND_FLAGS} (or --verify alone, to check --out; shards are split anew without).")
-    if kind is not None or fit is not None or reshards:
+    if kind is None and fit is None and not (reshards or verify or keep):
+        raise InputError(
+            f"Give {KIND_FLAGS}, or --keep (or --verify alone, to check --out; shards are split anew without)."
+        )
+    if kind is not None or fit is not None or reshards or keep:
         aim = None if fit is None else fit_target(fit, chips, batch_size, max_seq_len)
         request = QuantizeRequest(
             checkpoint,
@@ -137,6 +146,7 @@ def command(
             calibration_tokens=calibration_tokens,
             moments=moments,
             fit=aim,
+            keep=keep,
         )
         click.echo(quantize(request, force, dry_run))
     if verify and not dry_run:

@@ -16,6 +16,7 @@ from converters.output.claim import Wanted, claim
 from converters.output.preflight import check_machine, estimate, free_bytes, layers_that_fit, room_for
 from converters.output.state import State
 from converters.sources.opening import open_source
+from converters.sources.source import TensorSource
 from converters.tokenizers.auxiliary_files import note_without_tokenizer
 from quantize.calibrated import calibrated, read_calibration
 from quantize.calibration.calibrator import Calibration, Fit, FitTarget, find_calibrator
@@ -23,6 +24,7 @@ from quantize.calibration.gathered import find_moments
 from quantize.fitted import fit_formats, fit_lines, measured_line
 from quantize.format_options import AskedFormat
 from quantize.formats.table import CALIBRATED, RTN, SCALE, methods_for
+from quantize.kept import keeping
 from quantize.pipeline import Sharding, finished, piece_tasks, write_shards
 from quantize.shards.manifest import FILE_NAME, Manifest, chip_file
 from quantize.shards.partition import plan_heads
@@ -48,6 +50,7 @@ class QuantizeRequest:
     calibration_tokens: int = 8192
     moments: Path | None = None  # the directory for what was seen; None: one beside ``out``
     fit: FitTarget | None = None  # what formats are chosen to fit, in place of ``format``
+    keep: bool = False  # what another tool has quantized as it is; ``format`` is for the rest
 
     @property
     def moments_directory(self) -> Path:
@@ -130,7 +133,7 @@ def _quantize(request: QuantizeRequest) -> Job:
     weights = open_source(request.checkpoint)
     config, fitted, calibration = weights.config, None, None
     source, text = Quantizer(weights, search=request.method != RTN), None
-    scheme = None if request.fit else _asked_scheme(request, config)
+    scheme = None if request.fit else _asked_scheme(request, weights)
     if request.calibrate:
         if scheme and not any(each.quantizes for each in scheme.formats):
             raise InputError("Nothing is to be quantized, so nothing to calibrate: leave out --calibrate.")
@@ -176,6 +179,11 @@ def _check_calibration(request: QuantizeRequest) -> None:
     if request.fit and not request.calibrate:
         raise InputError("--fit weighs formats by what a text tells of them: add --calibrate TEXT.")
     shards = (request.checkpoint / FILE_NAME).exists()
+    if request.keep and (request.calibrate or request.fit or shards):
+        other = f"{request.checkpoint} holds shards" if shards else "a text changes nothing about them"
+        raise InputError(
+            f"--keep is for weights as another tool has quantized them, and {other}: leave out one of both."
+        )
     if not request.calibrate:
         if request.method in CALIBRATED and not shards:
             raise InputError(f"--method {request.method} looks at the inputs of linears: add --calibrate TEXT.")
@@ -188,7 +196,11 @@ def _check_calibration(request: QuantizeRequest) -> None:
         raise InputError(f"{request.checkpoint} holds shards, whose values are chosen: leave out --calibrate.")
 
 
-def _asked_scheme(request: QuantizeRequest, config: ModelConfig) -> Scheme:
+def _asked_scheme(request: QuantizeRequest, source: TensorSource) -> Scheme:
+    config = source.config
+    if request.keep:
+        rest = request.format.scheme(config, request.quantize_lm_head) if request.format.kind else None
+        return keeping(source, config.cut(request.layers), request.checkpoint, rest)
     if isinstance(request.format, AskedFormat):
         return request.format.scheme(config, request.quantize_lm_head)
     return mixture(config, request.format)

@@ -9,21 +9,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from converters.console.errors import InputError
-from converters.console.notes import note
 from converters.contents import check_finite
 from converters.model.config import ModelConfig
-from converters.model.parameters import LM_HEAD
-from converters.sources.source import QuantizedSource, TensorSource
+from converters.sources.source import CodedSource, TensorSource
 from quantize.calibration.moments import Moments, with_output_errors
 from quantize.formats.weight_format import Encoded, RowErrors
+from quantize.kept import Kept
 from quantize.report import FILE_NAME as REPORT
 from quantize.report import Report
 from quantize.shards.manifest import FILE_NAME as MANIFEST
 from quantize.shards.reading import Shards
 from quantize.shards.scheme import Scheme
 from quantize.shards.stored import StoredParameter, stored_parameters
-
-_SHOWN_NAMES = 3  # of many, in a note
 
 
 class Block(NamedTuple):
@@ -87,41 +84,22 @@ class Quantizer:
         With ``moments`` the error is weighted with those of the inputs, and the report has that of the outputs.
         """
         self._source, self._search, self._moments = source, search, moments
-        self._quantized = source if isinstance(source, QuantizedSource) else None
-        self._held = self._quantized.quantized_names(source.config) if self._quantized else set()
+        self._kept = Kept(source) if isinstance(source, CodedSource) else None
         self.report = Report()
 
     def kept(self, config: ModelConfig, scheme: Scheme) -> frozenset[str]:
         """The weights that are taken as the source has them."""
-        stored = stored_parameters(config, scheme) if self._quantized else []
-        return frozenset(each.name for each in stored if each.name in self._held and self._is_wanted(each))
-
-    def _is_wanted(self, stored: StoredParameter) -> bool:
-        """Whether it is to be stored in the format that the source is in."""
-        return self._quantized is not None and stored.format.name == self._quantized.format
+        stored = stored_parameters(config, scheme) if self._kept else []
+        return frozenset(each.name for each in stored if self._kept.holds(each.name, each.format))
 
     def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
-        """Say which weights of a quantized source are kept, dequantized, or quantized here beside kept ones."""
-        source = self._quantized
-        if source is None:
-            return
-        stored = stored_parameters(config, scheme)
-        held = self._held & {each.name for each in stored}
-        wanted = {each.name for each in stored if each.format.quantizes}
-        kept = self.kept(config, scheme)
-        if kept:
-            note(f"{source.format} values and scales are kept as the source has them: {_listed(kept)}.")
-        if held and wanted - kept:
-            formats = " or ".join(each.name for each in scheme.formats)
-            note(f"Quantized here, since the source does not hold them in {formats}: {_listed(wanted - kept)}.")
-        if held - wanted:
-            hint = " --quantize-lm-head keeps lm_head.weight." if wanted and LM_HEAD.name in held else ""
-            note(f"Dequantized from the source's {source.format} to {config.dtype}: {_listed(held - wanted)}.{hint}")
+        """Say which weights of a quantized source are kept, dequantized, quantized again, or here beside kept ones."""
+        if self._kept is not None:
+            self._kept.note(config, scheme)
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        source = self._quantized
-        if source is not None and stored.name in self._held and self._is_wanted(stored):
-            return self._as_it_is(source, stored, start, stop)
+        if self._kept is not None and self._kept.holds(stored.name, stored.format):
+            return self._as_it_is(stored, start, stop)
         encoded = self._encoded(stored, start, stop)
         for tensor in encoded.tensors.values():
             _check_finite(tensor, stored.name)
@@ -145,14 +123,15 @@ class Quantizer:
     def prepare(self, stored: StoredParameter) -> None:
         """Do nothing: every block is encoded by itself."""
 
-    @staticmethod
-    def _as_it_is(source: QuantizedSource, stored: StoredParameter, start: int, stop: int) -> Block:
+    def _as_it_is(self, stored: StoredParameter, start: int, stop: int) -> Block:
         """Rows that the source holds in the wanted format, unchanged."""
-        tensors = {}
-        for each in stored.tensors:
-            rows = source.stored_rows(each.name, start, stop).to(each.torch_dtype)
-            _check_finite(rows, each.name)
-            tensors[each.part.suffix] = rows
+        coded = self._source.coded(stored.name, start, stop)
+        # Zero points that all say nothing are no part of the format.
+        tensors = {
+            each.part.suffix: tensor.to(each.torch_dtype) for each, tensor in zip(stored.tensors, coded, strict=False)
+        }
+        for tensor in tensors.values():
+            _check_finite(tensor, stored.name)
         nothing = torch.zeros(stop - start, dtype=torch.float64)
         return Block(tensors, RowErrors(nothing, nothing, nothing))
 
@@ -182,12 +161,6 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise InputError, naming it, where a floating tensor holds NaN or an infinity."""
     if tensor.is_floating_point() and tensor.itemsize > 1:  # values of float8 are finite where their scale is
         check_finite(tensor, name)
-
-
-def _listed(names: set[str]) -> str:
-    """The first names, and how many there are."""
-    first, more = sorted(names)[:_SHOWN_NAMES], len(names) - _SHOWN_NAMES
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 class Resharder:

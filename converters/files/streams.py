@@ -71,6 +71,25 @@ class StreamReader:
             found = found.clone()
         return found.view(dtype).view(*shape)
 
+    def columns(self, offset: int, shape: Sequence[int], begin: int, end: int) -> torch.Tensor:
+        """Bytes [begin, end) of every row of uint8 ``shape`` [rows, bytes of a row] that begins at ``offset``.
+
+        Rows are read one by one through the page cache, or, if they are wanted whole, at once.
+        """
+        import torch
+
+        rows, row_bytes = shape
+        if (begin, end) == (0, row_bytes):
+            return self.read(offset, rows * row_bytes).view(rows, row_bytes)
+        count, descriptor = end - begin, self._file.fileno()
+        values = torch.empty(rows, count, dtype=torch.uint8)
+        view = memoryview(values.view(-1).numpy())
+        for row in range(rows):
+            place = offset + row * row_bytes + begin
+            if os.preadv(descriptor, [view[row * count : (row + 1) * count]], place) != count:
+                self._fill(descriptor, values[row], place, count)
+        return values
+
     def _read_direct(self, descriptor: int, offset: int, count: int) -> torch.Tensor:
         """Read whole pages into page-aligned memory; the result is a view of the bytes asked for."""
         import torch

@@ -33,7 +33,14 @@ class TensorFile(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) along the first axis, [stop - start, ...] on the host, in the stored dtype."""
+        """Rows [start, stop) along the first axis, [stop - start, ...] on the host, in the stored dtype.
+
+        A single number has one row.
+        """
+        ...
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns [start, stop) of a tensor of two dimensions, [rows, stop - start], in the stored dtype."""
         ...
 
 
@@ -83,6 +90,15 @@ class SafetensorsFile:
         row_bytes = prod(shape[1:]) * dtype.itemsize
         begin = self._begin + self._entries[name]["data_offsets"][0] + start * row_bytes
         return self._stream.values(begin, dtype, shape)
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        rows, width = self.shape(name)
+        dtype = getattr(torch, self.dtype(name))
+        begin = self._begin + self._entries[name]["data_offsets"][0]
+        shape = (rows, width * dtype.itemsize)
+        return self._stream.columns(begin, shape, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """A JSON object with unique names: the library would silently keep the last of two."""
@@ -141,11 +157,20 @@ class PickleFile:
         return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        mapped = self._tensors[name].detach()[start:stop]
+        tensor = self._tensors[name].detach()
+        mapped = tensor[start:stop] if tensor.dim() else tensor.view(1)
         offset = file_offset(self._mappings, mapped.data_ptr(), mapped.nbytes)
         if offset is None or not mapped.is_contiguous():
             return mapped.clone()
         return self._file.values(offset, mapped.dtype, mapped.shape)
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        mapped = self._tensors[name].detach()
+        offset = file_offset(self._mappings, mapped.data_ptr(), mapped.nbytes)
+        if offset is None or not mapped.is_contiguous():
+            return mapped[:, start:stop].clone()
+        (rows, width), size = mapped.shape, mapped.itemsize
+        return self._file.columns(offset, (rows, width * size), start * size, stop * size).view(mapped.dtype)
 
 
 def open_tensor_file(path: Path) -> TensorFile:

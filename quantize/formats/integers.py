@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from converters.console.errors import InputError
 from converters.formats.compressed_tensors import SCALE_SUFFIX, weights_group
 from quantize.formats.int8 import quantize_rows
 from quantize.formats.scales import quantize_groups
@@ -19,19 +20,21 @@ if TYPE_CHECKING:
     import torch
 
 ZERO_POINT_SUFFIX = "_zero_point"
+GROUP_SCALES = "bfloat16"  # of what is quantized here; others are only kept as they are found
 
 
 @dataclass(frozen=True)
 class Integers:
     """Values int8 [out, in] times their scale, which counts for ``group_size`` inputs or, with None, for all.
 
-    Scales of groups are bfloat16 [out, in / group_size], those of channels float32 [out, 1]. A zero point, of the
-    scale's shape, is subtracted from the values before.
+    Scales of groups are bfloat16 [out, in / group_size], or float16 if ``scales`` says so, those of channels float32
+    [out, 1]. A zero point, of the scale's shape, is subtracted from the values before.
     """
 
     bits: int
     group_size: int | None = None
     zero_points: bool = False
+    scales: str = GROUP_SCALES
     quantizes = True
 
     @property
@@ -41,7 +44,8 @@ class Integers:
     @property
     def name(self) -> str:
         groups = "" if self.group_size is None else f"-g{self.group_size}"
-        return self.kind + groups + ("-zp" if self.zero_points else "")
+        half = "" if self.scales == GROUP_SCALES else "-f16"
+        return self.kind + groups + ("-zp" if self.zero_points else "") + half
 
     @property
     def searches(self) -> bool:
@@ -51,7 +55,7 @@ class Integers:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         packed = self.bits == 4
-        scale_dtype = "float32" if self.group_size is None else "bfloat16"
+        scale_dtype = "float32" if self.group_size is None else self.scales
         # A whole row's zero point counts in its padding too.
         fill = ZERO_POINT_SUFFIX if self.zero_points and self.group_size is None else None
         values = Part("_packed" if packed else "", "int8", fill_column=fill, packed_axis=1 if packed else None)
@@ -73,9 +77,22 @@ class Integers:
             quantized, errors = quantize_groups(
                 weight, self.group_size, self.bits, zero_points=self.zero_points, search=search, importance=importance
             )
+        if self.scales != GROUP_SCALES:
+            quantized = (quantized.values, self._narrowed(quantized.scale), *quantized[2:])
         # Without zero points the last of three tensors is None.
         tensors = {part.suffix: tensor for part, tensor in zip(self.parts, quantized, strict=False)}
         return Encoded(tensors, errors)
+
+    def _narrowed(self, scale: torch.Tensor) -> torch.Tensor:
+        """Scales of groups in the dtype that they are stored in. Raises InputError where they are out of its range."""
+        import torch
+
+        narrow = scale.to(getattr(torch, self.scales))
+        if ((narrow.float() != scale.float()) & scale.isfinite()).any():
+            raise InputError(
+                f"A weight has scales that {self.scales} doesn't hold. Give another format than {self.name}."
+            )
+        return narrow
 
     def stored(self, values: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors that stand for integers int8 [n, in] with a scale and a zero point [n, groups] each, in float32.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from converters.console.errors import InputError
+from converters.sources.source import Coding
 from quantize.formats.float8 import Float8
 from quantize.formats.floating import Floating
 from quantize.formats.integers import Integers
@@ -40,14 +41,16 @@ KINDS = {
 def _formats() -> list[WeightFormat]:
     groups = (None, *GROUP_SIZES)
     integers = [Integers(bits, size, zero) for bits in (8, 4) for size in groups for zero in (False, True)]
-    return [*integers, *map(Float8, groups), Floating("bfloat16")]
+    # Scales of groups as GPTQ and AWQ store them: such weights are only kept, and no option asks for them.
+    kept = [Integers(bits, size, zero, "float16") for bits in (8, 4) for size in GROUP_SIZES for zero in (False, True)]
+    return [*integers, *map(Float8, groups), Floating("bfloat16"), *kept]
 
 
 FORMATS: dict[str, WeightFormat] = {each.name: each for each in _formats()}
 
 
 def find_format(kind: str, group_size: int | None = None, zero_points: bool = False) -> WeightFormat:
-    """The format of a kind with scales for so many inputs (None: per output channel).
+    """The format of a kind with scales for so many inputs (None: per output channel), as this tool quantizes.
 
     Raises InputError where the kind has none like it.
     """
@@ -56,6 +59,15 @@ def find_format(kind: str, group_size: int | None = None, zero_points: bool = Fa
             return each
     option = "--zero-points" if zero_points and kind in ("fp8", "bf16") else "--group-size"
     raise InputError(f"--{kind} can't be combined with {option}. Leave it out, or give --int8 or --int4.")
+
+
+def format_of(coding: Coding) -> WeightFormat | None:
+    """The format that holds a source's values and scales as they are; None where there is none."""
+    for each in FORMATS.values():
+        same = each.quantizes and each.kind == coding.kind and each.group_size == coding.group_size
+        if same and each.zero_points == coding.zero_points and each.parts[1].dtype == coding.scales:
+            return each
+    return None
 
 
 def methods_for(formats: Iterable[WeightFormat]) -> tuple[str | None, ...]:
@@ -68,4 +80,5 @@ def methods_for(formats: Iterable[WeightFormat]) -> tuple[str | None, ...]:
 def format_title(weight_format: WeightFormat) -> str:
     """A format in words: "int4 in groups of 128, zero points"."""
     groups = "" if weight_format.group_size is None else f" in groups of {weight_format.group_size}"
-    return weight_format.kind + groups + (", zero points" if weight_format.zero_points else "")
+    half = ", scales in float16" if weight_format.name.endswith("-f16") else ""
+    return weight_format.kind + groups + (", zero points" if weight_format.zero_points else "") + half

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from converters.model.config import ModelConfig
-from converters.sources.source import QuantizedSource, TensorSource
+from converters.sources.source import CodedSource, QuantizedSource, TensorSource
 from quantize.formats.floating import Floating
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import Segment
@@ -64,7 +64,8 @@ class SplitSource:
     """
 
     def __init__(self, source: TensorSource, chips: int) -> None:
-        dtype = "float32" if isinstance(source, QuantizedSource) else source.config.dtype  # dequantized weights are
+        dequantizes = isinstance(source, QuantizedSource | CodedSource)
+        dtype = "float32" if dequantizes else source.config.dtype
         self.config, self.chips, self.scheme = source.config.with_dtype(dtype), chips, Unquantized(dtype)
         self._source = source
         self._tensors = {tensor.name: tensor for tensor in stored_tensors(self.config, self.scheme)}

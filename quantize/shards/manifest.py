@@ -48,6 +48,7 @@ class Manifest:
             "scheme": weights.kind,
             "group_size": weights.group_size,
             "zero_points": weights.zero_points,
+            **({} if _like(weights)[0] is weights else {"format": weights.name}),
             "method": self.method,
             **({} if self.calibration is None else {"calibration": self.calibration}),
             "quantized_lm_head": self.scheme.quantize_lm_head,
@@ -144,8 +145,15 @@ def _weight_format(content: dict[str, Any]) -> WeightFormat | None:
     for each in FORMATS.values():
         expected = (each.kind, each.group_size, each.zero_points)
         if said == expected and list(map(type, said)) == list(map(type, expected)):
-            return each
+            alike = _like(each)
+            return {other.name: other for other in alike}.get(content["format"]) if "format" in content else alike[0]
     return None
+
+
+def _like(weights: WeightFormat) -> list[WeightFormat]:
+    """The formats of its kind, group size and zero points: the one that these alone stand for, and others."""
+    keys = (weights.kind, weights.group_size, weights.zero_points)
+    return [each for each in FORMATS.values() if (each.kind, each.group_size, each.zero_points) == keys] or [weights]
 
 
 def _read_files(path: Path, files: dict[str, Any], chips: int) -> dict[int, FileRecord]:

@@ -14,9 +14,12 @@ from types import SimpleNamespace
 import child_command
 import numpy as np
 import pytest
+import torch
+from gptq_awq import awq_of, awq_settings, gptq_of, gptq_settings
 from invoke import error_line, invoke, run_command
 from meta_format import write_meta
 from models import make_model, snapshot
+from quantized import write_quantized
 
 from converters.console.errors import InputError
 from converters.output import preflight
@@ -41,6 +44,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
     for storage in ("files", "seed"):
         invoke(child_command.convert, "--config", config, "--storage", storage, "--out", root / storage)
     invoke(child_command.quantize, root / "files", "--int8", "--chips", 8, "--out", root / "shards")
+    sizes = {"layers": 4, "ffn": 192, "vocab": 520}
+    order = torch.arange(192).flip(0)
+    write_quantized(
+        root / "gptq",
+        gptq_settings(desc_act=True),
+        lambda _, weight: gptq_of(weight, order=order if weight.shape[1] == 192 else None),
+        **sizes,
+    )
+    write_quantized(root / "awq", awq_settings(), lambda _, weight: awq_of(weight), [], **sizes)
     small = ["--max-shard-size", "150KB"]
     runs = {
         "convert-hf": ("convert", ["--source", root / "hf", *small]),
@@ -52,6 +64,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         "quantize-files": ("quantize", [root / "files", "--int8", "--chips", 4]),
         "quantize-seed": ("quantize", [root / "seed", "--int8", "--chips", 3]),
         "reshard": ("quantize", [root / "shards", "--int8", "--chips", 3]),
+        "convert-gptq": ("convert", ["--source", root / "gptq", *small]),
+        "keep-awq": ("quantize", [root / "awq", "--keep", "--chips", 3]),
         "convert-force": ("convert", ["--source", root / "hf", *small, "--force"]),
         "quantize-force": ("quantize", [root / "files", "--int8", "--chips", 4, "--force"]),
     }
@@ -120,6 +134,7 @@ def _is_refused(command: str, out: Path) -> bool:
     [
         *("convert-hf", "convert-seed", "convert-gguf", "convert-meta", "convert-shards", "convert-shards-int8"),
         *("quantize-files", "quantize-seed", "reshard", "convert-force", "quantize-force"),
+        *("convert-gptq", "keep-awq"),
     ],
 )
 def test_killed_anywhere_a_rerun_ends_the_same(

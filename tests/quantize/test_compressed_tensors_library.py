@@ -19,7 +19,7 @@ from quantize.cli import command as quantize
 from quantize.formats.table import FORMATS
 from quantize.shards.reading import Shards
 
-NAMES = [name for name, each in FORMATS.items() if each.quantizes]
+NAMES = [name for name, each in FORMATS.items() if each.quantizes and not name.endswith("-f16")]  # by options
 LAYOUTS = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
 # The widths of GROUPED are multiples of 128; those of ODD, and its numbers of rows, of 2 at most.
 GROUPED = {"heads": 8, "kv_heads": 2, "head_dim": 48, "hidden": 128, "layers": 1, "ffn": 256, "vocab": 99}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from invoke import SUPPORT
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 LIMIT_BYTES = 1.5e9  # resident at the peak, mapped files and the interpreter with torch (about 0.5 GB) included
 VOCAB, HIDDEN = 262_144, 2048  # an embedding of 1.07 GB in bfloat16
@@ -127,3 +128,38 @@ def test_converting_gguf(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     _run("llama-convert", "--source", tmp_path / "model.gguf", "--out", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_quantized_checkpoints_whose_outputs_are_columns(method: str, tmp_path: Path) -> None:
+    """A layer whose largest weights take 0.54 GB in float32; every block is some columns of the file's tensors."""
+    width, ffn, group = 8192, 16384, 128
+    fields = FIELDS | {"hidden_size": width, "intermediate_size": ffn, "num_attention_heads": 64, "vocab_size": 512}
+    settings = {"quant_method": method, "bits": 4, "group_size": group}
+    settings |= {"desc_act": True, "checkpoint_format": "gptq_v2"} if method == "gptq" else {"version": "gemm"}
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(fields | {"quantization_config": settings}))
+    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (512, width), "self_attn.v_proj": (512, width)}
+    shapes |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width)}
+    norms = ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm")
+    tensors = {f"model.{name}.weight": torch.ones(width, dtype=torch.float16) for name in norms}
+    tensors["model.embed_tokens.weight"] = torch.ones(512, width, dtype=torch.float16)
+    for name, (out, inputs) in (shapes | {"mlp.down_proj": (width, ffn)}).items():
+        module, groups = f"model.layers.0.{name}", inputs // group
+        words = (inputs // 8, out) if method == "gptq" else (inputs, out // 8)
+        tensors[f"{module}.qweight"] = torch.randint(-(2**31), 2**31, words, dtype=torch.int32)
+        tensors[f"{module}.qzeros"] = torch.full((groups, out // 8), 0x77777777, dtype=torch.int32)
+        tensors[f"{module}.scales"] = torch.full((groups, out), 0.01, dtype=torch.float16)
+        if method == "gptq":
+            tensors[f"{module}.g_idx"] = (torch.arange(inputs) % groups).int()
+    save_file(tensors, hf / "model.safetensors")
+    del tensors
+    if method == "gptq":
+        _run("llama-convert", "--source", hf, "--out", tmp_path / "out")
+    else:
+        _run("llama-quantize", hf, "--keep", "--chips", 8, "--out", tmp_path / "out")
+    for folder in (hf, tmp_path / "out"):
+        for path in folder.iterdir():
+            path.unlink()

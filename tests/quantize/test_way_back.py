@@ -232,7 +232,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
     ("change", "says"),
     [
         (lambda tensors, fields: tensors.pop(f"{Q_PROJ}_scale"), [Q_PROJ, "int8"]),
-        (lambda tensors, fields: tensors.pop(Q_PROJ), ["lacks the tensor", Q_PROJ]),
+        (lambda tensors, fields: tensors.pop(Q_PROJ), [Q_PROJ, "calls for the tensor weight, but"]),
         (lambda tensors, fields: tensors.update({Q_PROJ: tensors[Q_PROJ].float()}), [Q_PROJ, "float32", "int8"]),
         (
             lambda tensors, fields: tensors.update({f"{Q_PROJ}_scale": torch.ones(16, 2)}),
@@ -249,11 +249,11 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (lambda tensors, fields: tensors.update({"model.layers.7.x.weight_scale": torch.ones(1)}), ["model.layers.7"]),
         (
             lambda tensors, fields: weights_of(fields).update(strategy="group", group_size=4),
-            ["already quantized by 'compressed-tensors'"],
+            ["_proj.weight_scale is of shape"],
         ),
-        (lambda tensors, fields: weights_of(fields).update(num_bits=4), ["already quantized"]),
-        (lambda tensors, fields: weights_of(fields).update(symmetric=False), ["already quantized"]),
-        (lambda tensors, fields: fields["quantization_config"].update(format="pack-quantized"), ["already quantized"]),
+        (lambda tensors, fields: weights_of(fields).update(num_bits=3), ["already quantized"]),
+        (lambda tensors, fields: weights_of(fields).update(symmetric=False), ["tensor weight_zero_point"]),
+        (lambda tensors, fields: fields["quantization_config"].update(format="marlin-24"), ["already quantized"]),
         (lambda tensors, fields: fields["quantization_config"].update(config_groups=[]), ["already quantized"]),
         (lambda tensors, fields: fields.pop("quantization_config"), ["weight_scale"]),
     ],

@@ -161,7 +161,8 @@ def test_what_the_scheme_does_not_hold_in_int8_is_dequantized(flags: list[str], 
     else:
         weight = tensors[HEAD].float() * tensors[f"{HEAD}_scale"]
         assert same(got, weight.bfloat16() if "--bf16" in flags else weight)
-        assert f"Dequantized from the source's int8 to {str(got.dtype).removeprefix('torch.')}" in said[-1]
+        words = "Dequantized from the source's compressed-tensors, 8 bits, a scale for each output, to "
+        assert words + str(got.dtype).removeprefix("torch.") in said[-1]
         assert ("--quantize-lm-head" in said[-1]) == ("--int8" in flags)
 
 
@@ -218,7 +219,9 @@ def write_described(root: Path, change: Callable[[dict[str, Any]], object]) -> P
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (top(format="pack-quantized"), "format 'pack-quantized'"),
+        (top(format="marlin-24"), "format 'marlin-24'"),
+        (top(format="sparse-bitmask"), "format 'sparse-bitmask'"),
+        (top(format="mxfp8-quantized"), "format 'mxfp8-quantized'"),
         (top(format=None), "format None"),
         (top(kv_cache_scheme={"num_bits": 8, "type": "float"}), "kv_cache_scheme"),
         (top(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
@@ -230,22 +233,21 @@ def write_described(root: Path, change: Callable[[dict[str, Any]], object]) -> P
         (group(input_activations={}), "input_activations"),
         (top(config_groups={"group_0": None}), "weights None in group_0"),
         (group(weights=None), "weights None in group_0"),
-        (group(format="pack-quantized"), "format 'pack-quantized'"),
+        (group(format="marlin-24"), "format 'marlin-24'"),
+        (group(targets="Linear"), "targets 'Linear'"),
+        (group(targets=["re:["]), "targets ['re:[']"),
         (group(output_activations=ACTIVATIONS), "output_activations"),
-        (group(input_activations=ACTIVATIONS | {"dynamic": False}), "input_activations"),
-        (group(input_activations=ACTIVATIONS | {"dynamic": "local"}), "input_activations"),
-        (weights(num_bits=4), "num_bits 4"),
+        (weights(num_bits=3), "num_bits 3"),
         (weights(type="float"), "type 'float'"),
-        (weights(symmetric=False), "symmetric False"),
         (weights(dynamic=True), "dynamic True"),
-        (weights(strategy="tensor"), "strategy 'tensor'"),
-        (weights(strategy=None), "strategy None"),
-        (weights(strategy="group", group_size=128), "strategy 'group'"),
+        (weights(strategy="block"), "strategy 'block'"),
+        (weights(strategy="attn_head"), "strategy 'attn_head'"),
+        (weights(strategy="group"), "group_size None"),
+        (weights(hadamard=True), "hadamard True"),
         (weights(group_size=128), "group_size 128"),
         (weights(actorder="group"), "actorder 'group'"),
         (weights(block_structure=[128, 128]), "block_structure"),
-        (another_group(num_bits=4), "num_bits 4"),
-        (another_group(strategy="tensor"), "strategy 'tensor'"),
+        (another_group(num_bits=3), "num_bits 3"),
     ],
 )
 def test_what_is_asked_for_beside_int8_is_refused_by_name(
@@ -267,6 +269,10 @@ def test_what_is_asked_for_beside_int8_is_refused_by_name(
         (lambda content: content["config_groups"]["group_0"].pop("format"), []),
         (another_group(), []),
         (group(input_activations=ACTIVATIONS), ["8 bits too (input_activations)"]),
+        (
+            group(input_activations=ACTIVATIONS | {"dynamic": False}),
+            ["(input_activations, with scales that are stored)"],
+        ),
     ],
 )
 def test_what_leaves_the_weights_as_they_are_is_read(
@@ -279,10 +285,10 @@ def test_what_leaves_the_weights_as_they_are_is_read(
     assert same(stored(tmp_path / "kept")[DOWN], stored(source)[DOWN])
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
-def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["aqlm", "hqq", "auto-round", "fbgemm_fp8", "modelopt", "GPTQ", None])
+def test_other_methods_are_refused_by_name(method: str | None, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", quantization_config={"quant_method": method, "bits": 8})
-    refuse(tmp_path, convert, "--source", tmp_path / "hf", "--out", tmp_path / "out", says=[f"quantized by '{method}'"])
+    refuse_source(tmp_path, f"quantized by {method!r}")
 
 
 @pytest.mark.parametrize(
@@ -290,8 +296,8 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     [
         (["lm_head"], []),
         (["re:lm_.*"], []),
-        ([], ["lm_head.weight is not stored in int8"]),
-        (["lm_head", "model.layers.0.mlp.up_proj"], ["up_proj.weight in ignore, but it is stored in int8"]),
+        ([], ["lm_head.weight is not quantized, though"]),
+        (["lm_head", "model.layers.0.mlp.up_proj"], ["up_proj.weight in ignore, but it is quantized"]),
         (["lm_head", "re:.*layers.0.mlp.(up|down)_proj"], ["down_proj.weight in ignore", "up_proj.weight in ignore"]),
         (["lm_head", "model.layers.0.mlp"], []),  # no module of linears: a name is the whole name
     ],

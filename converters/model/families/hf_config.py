@@ -16,6 +16,7 @@ from converters.model.families.registry import UNNAMED, family_of, find_family, 
 from converters.model.hf_fields import MAX_POSITIONS, optional
 from converters.model.model_name import name_in_path, name_of_directory
 
+_QUANTIZATION = ("quantization_config", "compression_config")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of every family
 
 
@@ -90,7 +91,7 @@ def _completed(fields: Fields) -> tuple[Family, Fields]:
 
 
 def _check_unquantized(fields: dict[str, Any]) -> None:
-    quantized = fields.get("quantization_config") or fields.get("compression_config")
+    quantized = next((fields[field] for field in _QUANTIZATION if fields.get(field)), None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         by = f" by {shown(method)}" if method else ""
@@ -119,7 +120,7 @@ def read_config(path: Path, quantized: bool = False) -> ModelConfig:
     """
     fields = read_json(path)
     if quantized and isinstance(fields, dict):
-        fields.pop("quantization_config", None)
+        fields = {key: value for key, value in fields.items() if key not in _QUANTIZATION}
     try:
         return from_hf(fields, name=name_of_directory(path.parent))
     except InputError as error:

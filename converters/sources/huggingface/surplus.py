@@ -56,6 +56,13 @@ class Held(NamedTuple):
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.file.rows(self.name, start, stop)
 
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        return self.file.columns(self.name, start, stop)
+
+    def whole(self) -> torch.Tensor:
+        """All of a small tensor; of a single number, [1]."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the tensor, which must have an axis and not be empty."""
         return row_blocks(0, self.shape[0], prod(self.shape[1:]))
@@ -113,21 +120,21 @@ def _alike(one: Held, other: Held) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.readable
 
 
-def settle_head(config: ModelConfig, holder: dict[str, Held], scale: str) -> ModelConfig:
+def settle_head(config: ModelConfig, holder: dict[str, Held], quantized: bool = False) -> ModelConfig:
     """The configuration that fits the stored output head; a head equal to the embedding is removed from ``holder``.
 
     As in transformers 5: where config.json ties the head to the embedding but both are stored with different values,
-    both count; where only the head is stored, it is the embedding too. ``scale`` is the name of a quantized head's
-    scale.
+    both count; where only the head is stored, it is the embedding too. A ``quantized`` head, which isn't in ``holder``,
+    has values of its own.
     """
     embedding, head = config.architecture.prefix + EMBEDDING.name, LM_HEAD.name
-    if not config.tie_word_embeddings or head not in holder:
+    if not config.tie_word_embeddings or not (quantized or head in holder):
         return config
-    if embedding not in holder and scale not in holder:
+    if embedding not in holder and not quantized:
         holder[embedding] = holder.pop(head)
         note(f"{head} is stored without {embedding}: it is taken for both, which config.json ties.")
         return config
-    if scale not in holder and _same_values(holder[embedding], holder[head]):
+    if not quantized and _same_values(holder[embedding], holder[head]):
         del holder[head]
         return config
     note(

@@ -56,13 +56,15 @@ class PackedInt4Linear(nn.Module):
     """y = x W^T, without a bias, for x [..., in] and a weight in ``PackedInt4``."""
 
     def __init__(self, weight: LinearWeight) -> None:
-        """Scales are bfloat16 [out, groups] or float32 [out], zero points int8 of the same shape."""
+        """Scales are bfloat16 or float16 [out, groups] or float32 [out], zero points int8 of the same shape."""
         super().__init__()
         values: PackedInt4 = weight.values
         scale, rows, inputs = weight.scale, len(values.packed), 2 * values.packed.shape[1]
         self.out, groups = values.out, scale.shape[1] if scale.dim() == 2 else None
         self.group = kernel_group(inputs, groups)
-        by_group = torch.zeros(inputs // self.group, rows, 2, dtype=torch.bfloat16)  # scales and the kernel's zeros
+        # Scales and the kernel's zeros. bfloat16 doesn't hold scales of float16: then rows are computed in float32.
+        self.dtype = torch.float32 if scale.dtype == torch.float16 else None
+        by_group = torch.zeros(inputs // self.group, rows, 2, dtype=self.dtype or torch.bfloat16)
         by_group[:, : self.out, 0] = 1 if groups is None else scale.T
         self.register_buffer("packed", values.packed)
         self.register_buffer("by_group", by_group)
@@ -73,7 +75,8 @@ class PackedInt4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, in]
         # Inductor gives a library's kernel only what lies in memory.
-        inputs, by_group = in_memory(rows), in_memory(self.by_group.to(rows.dtype))
+        dtype = self.dtype or rows.dtype
+        inputs, by_group = in_memory(rows.to(dtype)), in_memory(self.by_group.to(dtype))
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, self.packed, self.group, by_group)[:, : self.out]
         if self.weight_scale is not None:
             y = y.float() * self.weight_scale

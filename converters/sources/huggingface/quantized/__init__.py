@@ -1,0 +1,1 @@
+"""Weights that other tools have quantized: one module for each method."""
