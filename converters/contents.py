@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.console.errors import InputError
+from converters.exports.compressed_tensors import CompressedExport
 from converters.files.row_blocks import row_blocks
 from converters.formats.safetensors import CODES, DTYPE_NAMES, TensorSpec
 from converters.model.config import ModelConfig
@@ -53,6 +54,11 @@ def quantized_contents(source: QuantizedSource, config: ModelConfig) -> Contents
     return Contents(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
 
 
+def compressed_contents(export: CompressedExport) -> Contents:
+    """A source's quantized weights in the compressed-tensors layout, and the other parameters in ``config.dtype``."""
+    return Contents(export.config, export.specs, export.rows, export.fields)
+
+
 def block_tasks(contents: Contents, wanted: Iterable[TensorSpec]) -> Iterator[Callable[[], Block]]:
     """Tasks that read the blocks of these tensors in order.
 
@@ -68,7 +74,7 @@ def _read(contents: Contents, spec: TensorSpec, start: int, stop: int) -> Block:
 
     values = contents.rows(spec.name, start, stop).to(getattr(torch, DTYPE_NAMES[spec.code]))
     if values.is_floating_point():
-        check_finite(values, spec.name)
+        check_finite(values if values.itemsize > 1 else values.float(), spec.name)
     return Block(spec, stop, values)
 
 

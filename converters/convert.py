@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from converters import checkpoint
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, format_count, plural
-from converters.contents import Contents, block_tasks, floating_contents, quantized_contents
+from converters.contents import Contents, block_tasks, compressed_contents, floating_contents, quantized_contents
+from converters.exports.compressed_tensors import CompressedExport
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.output.claim import Wanted, claim
@@ -22,6 +23,7 @@ from converters.sources import random_init
 from converters.sources.huggingface.files import INDEX
 from converters.sources.random_init import RandomSource
 from converters.sources.source import QuantizedSource, TensorSource
+from converters.target import COMPRESSED_TENSORS, HF, Target
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their size free
@@ -31,7 +33,8 @@ _HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their si
 class Conversion:
     """A source, how to write it and where; ``storage`` is one of STORAGES.
 
-    Raises InputError where ``keep_int8`` is asked of a source without int8 weights.
+    Raises InputError where ``keep_int8`` is asked of a source without int8 weights, or for a ``target`` that can't hold
+    the source.
     """
 
     source: TensorSource
@@ -40,16 +43,36 @@ class Conversion:
     storage: str
     max_shard_bytes: int
     keep_int8: bool = False
+    target: Target = field(default_factory=Target)
 
     def __post_init__(self) -> None:
+        if self.keep_int8 and self.target.format != HF:
+            raise InputError(f"--keep-int8 goes with --format {HF}: {self.target.format} has layouts of its own.")
         if self.keep_int8 and not (isinstance(self.source, QuantizedSource) and self.source.format == "int8"):
             raise InputError(
                 "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."
             )
+        _ = self.compressed  # refuses what it can't hold
+
+    @cached_property
+    def compressed(self) -> CompressedExport | None:
+        """What is written for compressed-tensors; None for another target."""
+        if self.target.format != COMPRESSED_TENSORS:
+            return None
+        return CompressedExport(self.source, self.config, self.target.int8_layout)
+
+    @property
+    def kept_names(self) -> set[str]:
+        """The names of the weights that stay quantized."""
+        if self.compressed:
+            return set(self.compressed.codes)
+        return self.source.quantized_names(self.config) if self.keep_int8 else set()
 
     @cached_property
     def contents(self) -> Contents:
+        if self.compressed:
+            return compressed_contents(self.compressed)
         if self.keep_int8:
             return quantized_contents(self.source, self.config)
         return floating_contents(self.source, self.config)
@@ -71,6 +94,7 @@ class Conversion:
             "storage": self.storage,
             "max_shard_bytes": self.max_shard_bytes,
             "keep_int8": self.keep_int8,
+            **self.target.arguments(),
         }
 
     def wanted(self, storage: str) -> Wanted:
@@ -178,5 +202,8 @@ def _summary(conversion: Conversion, storage: str) -> str:
         "a seed" if storage == "seed" else f"{plural(len(conversion.files), 'file')}, {format_bytes(conversion.nbytes)}"
     )
     layers = plural(config.num_layers, "layer")
-    dtype = f"{conversion.source.format} and {config.dtype}" if conversion.keep_int8 else config.dtype
+    quantized = conversion.source.format if conversion.keep_int8 else None
+    if conversion.compressed:
+        quantized = conversion.compressed.title
+    dtype = f"{quantized} and {config.dtype}" if quantized else config.dtype
     return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {dtype}, {form}"

@@ -30,10 +30,11 @@ CODES = {
     "int8": "I8",
     "uint8": "U8",
     "int32": "I32",
+    "int64": "I64",
     "float8_e4m3fn": "F8_E4M3",
 }
 DTYPE_NAMES = {code: name for name, code in CODES.items()}
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "I32": 4, "F8_E4M3": 1}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def test_quantizing_resharding_and_the_way_back(checkpoint: Path, tmp_path: Path
     _run("llama-quantize", tmp_path / "eight", "--int8", "--chips", 3, "--out", tmp_path / "three")
     _run("llama-convert", "--source", tmp_path / "eight", "--out", tmp_path / "restored")
     _run("llama-convert", "--source", tmp_path / "three", "--keep-int8", "--out", tmp_path / "kept")
+    to_vllm = ("--format", "compressed-tensors", "--out", tmp_path / "packed")
+    _run("llama-convert", "--source", tmp_path / "three", *to_vllm)
 
 
 @pytest.mark.slow
