@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,17 @@ from converters import checkpoint
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, format_count, plural
-from converters.contents import Contents, block_tasks, compressed_contents, floating_contents, quantized_contents
+from converters.contents import (
+    Contents,
+    block_tasks,
+    compressed_contents,
+    floating_contents,
+    gguf_contents,
+    quantized_contents,
+)
 from converters.exports.compressed_tensors import CompressedExport
+from converters.exports.gguf import GGUFExport
+from converters.gguf_output import write_gguf
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.output.claim import Wanted, claim
@@ -23,7 +33,8 @@ from converters.sources import random_init
 from converters.sources.huggingface.files import INDEX
 from converters.sources.random_init import RandomSource
 from converters.sources.source import QuantizedSource, TensorSource
-from converters.target import COMPRESSED_TENSORS, HF, Target
+from converters.target import COMPRESSED_TENSORS, GGUF, HF, Target
+from converters.weight_files import WeightFile
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their size free
@@ -53,7 +64,9 @@ class Conversion:
                 "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."
             )
-        _ = self.compressed  # refuses what it can't hold
+        if self.target.format == GGUF and self.storage == "seed":
+            raise InputError(f"--storage seed goes with --format {HF}: a GGUF file holds values. Leave it out.")
+        _ = self.compressed, self.gguf and self.gguf.file  # they refuse what they can't hold
 
     @cached_property
     def compressed(self) -> CompressedExport | None:
@@ -61,6 +74,13 @@ class Conversion:
         if self.target.format != COMPRESSED_TENSORS:
             return None
         return CompressedExport(self.source, self.config, self.target.int8_layout)
+
+    @cached_property
+    def gguf(self) -> GGUFExport | None:
+        """What is written for llama.cpp; None for another target."""
+        if self.target.format != GGUF:
+            return None
+        return GGUFExport(self.source, self.config, self.target.gguf_type)
 
     @property
     def kept_names(self) -> set[str]:
@@ -73,12 +93,16 @@ class Conversion:
     def contents(self) -> Contents:
         if self.compressed:
             return compressed_contents(self.compressed)
+        if self.gguf:
+            return gguf_contents(self.gguf)
         if self.keep_int8:
             return quantized_contents(self.source, self.config)
         return floating_contents(self.source, self.config)
 
     @cached_property
-    def files(self) -> list[checkpoint.ModelFile]:
+    def files(self) -> Sequence[WeightFile]:
+        if self.gguf:
+            return [self.gguf.file]
         return checkpoint.plan_files(self.contents, self.max_shard_bytes)
 
     @cached_property
@@ -100,6 +124,8 @@ class Conversion:
     def wanted(self, storage: str) -> Wanted:
         """The output to claim, for ``storage`` files or seed."""
         names = checkpoint.file_names(self.source, self.files if storage == "files" else [])
+        if self.gguf:
+            names = (self.gguf.file.name,)
         recorded = storage == "files"
         return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names, recorded)
 
@@ -111,7 +137,7 @@ class Conversion:
         """``files`` or ``seed``, and a sentence that says why; it is empty where there was nothing to choose."""
         if self.storage != "auto":
             return self.storage, ""
-        if not isinstance(self.source, RandomSource):
+        if not isinstance(self.source, RandomSource) or self.gguf:
             return "files", ""
         begun = recorded_names(self.out, self.arguments(), checkpoint.finished)
         if begun:  # an earlier run with the same arguments chose, whatever the disk holds now
@@ -147,6 +173,10 @@ def convert(conversion: Conversion, force: bool) -> str:
             return f"{conversion.out} is already complete, large files by their size; nothing was left to do."
         if storage == "seed":
             check = checkpoint.write_seed(conversion.source, output)
+        elif conversion.gguf:
+            conversion.gguf.check_scales()
+            with progress("Converting", conversion.nbytes) as advance:
+                check = write_gguf(conversion.contents, conversion.gguf.file, output, advance)
         else:
             with progress("Converting", conversion.nbytes) as advance:
                 source, contents, files = conversion.source, conversion.contents, conversion.files
@@ -175,7 +205,8 @@ def describe(conversion: Conversion) -> str:
     lines = [_summary(conversion, storage), reason]
     if storage == "files":
         lines += [f"  {file.name}  {format_bytes(file.nbytes)}" for file in conversion.files]
-        lines += [f"  {INDEX}, config.json", f"  {format_bytes(free_bytes(conversion.out))} free here"]
+        lines += [] if conversion.gguf else [f"  {INDEX}, config.json"]
+        lines.append(f"  {format_bytes(free_bytes(conversion.out))} free here")
         tasks = block_tasks(conversion.contents, conversion.contents.specs)
         lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda block: block.values.nbytes))
     return "\n".join(filter(None, lines))
@@ -206,4 +237,6 @@ def _summary(conversion: Conversion, storage: str) -> str:
     if conversion.compressed:
         quantized = conversion.compressed.title
     dtype = f"{quantized} and {config.dtype}" if quantized else config.dtype
+    if conversion.gguf:
+        dtype = f"GGUF, {conversion.gguf.title}"
     return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {dtype}, {form}"

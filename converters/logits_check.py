@@ -40,6 +40,8 @@ def check_ready(conversion: Conversion) -> None:
             "--check-logits needs transformers, which is not installed: pip install 'transformers>=4.57'. Or leave "
             "--check-logits out."
         )
+    if conversion.gguf:
+        raise InputError("--check-logits can't be combined with --format gguf. Leave one of them out.")
     if conversion.target.int8_layout == INT8_ACTIVATED:
         raise InputError(
             f"--check-logits can't be combined with --int8-layout {INT8_ACTIVATED}: the result's activations are int8, "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from converters.console.errors import InputError
 
-HF, COMPRESSED_TENSORS = FORMATS = ("hf", "compressed-tensors")
+HF, COMPRESSED_TENSORS, GGUF = FORMATS = ("hf", "compressed-tensors", "gguf")
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,17 @@ class Target:
 
     format: str = HF
     int8_layout: str | None = None
+    gguf_type: str | None = None
 
     def __post_init__(self) -> None:
-        if self.int8_layout is not None and self.format != COMPRESSED_TENSORS:
-            raise InputError(f"--int8-layout goes with --format {COMPRESSED_TENSORS}. Add that, or leave it out.")
+        for option, value, format_name in (
+            ("--int8-layout", self.int8_layout, COMPRESSED_TENSORS),
+            ("--gguf-type", self.gguf_type, GGUF),
+        ):
+            if value is not None and self.format != format_name:
+                raise InputError(f"{option} goes with --format {format_name}. Add that, or leave it out.")
 
     def arguments(self) -> dict[str, str]:
         """What of it the result follows from; nothing for HF, as records had it before there were others."""
-        given = {"format": self.format, "int8_layout": self.int8_layout}
+        given = {"format": self.format, "int8_layout": self.int8_layout, "gguf_type": self.gguf_type}
         return {} if self.format == HF else {key: value for key, value in given.items() if value is not None}
