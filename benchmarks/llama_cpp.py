@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 _LIBRARIES = ("libggml-base", "libggml.", "libllama.")  # each needs the ones before it
 _DEFAULT_CONTEXT, _DEFAULT_THREADS = (512, 2048, 512, 1), 4  # n_ctx, n_batch, n_ubatch, n_seq_max; both thread counts
 _QUIET = 5  # above every level of its log
+# Where its log goes: nowhere. The library keeps it as long as it is loaded.
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *message: None)
 
 
 def write_gguf(shards_directory: Path, path: Path, kind: str = "Q8_0") -> int:
@@ -102,8 +105,7 @@ class LlamaCpp:
             if name == _LIBRARIES[1]:
                 library.ggml_backend_load_all_from_path(str(libraries).encode())
         self._library, self._vocab_size = library, vocab_size
-        self._log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *message: None)
-        library.llama_log_set(self._log, None)
+        library.llama_log_set(_LOG, None)
         for name in ("llama_model_default_params", "llama_context_default_params"):
             getattr(library, name).restype = _Parameters
         for name in ("llama_model_load_from_file", "llama_init_from_model"):
@@ -114,9 +116,19 @@ class LlamaCpp:
         library.llama_decode.argtypes = [ctypes.c_void_p, _Batch]
         library.llama_get_logits_ith.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         library.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+        library.llama_get_memory.argtypes = [ctypes.c_void_p]
+        library.llama_get_memory.restype = ctypes.c_void_p
+        library.llama_memory_clear.argtypes = [ctypes.c_void_p, ctypes.c_bool]
+        library.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
+        library.llama_model_get_vocab.restype = ctypes.c_void_p
+        library.llama_tokenize.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32),
+            *(ctypes.c_bool, ctypes.c_bool),
+        ]
         model = library.llama_model_load_from_file(str(gguf).encode(), library.llama_model_default_params())
         if not model:
             raise RuntimeError(f"llama.cpp could not load {gguf}")
+        self._model = model
         self._context = library.llama_init_from_model(model, self._parameters(rows, max_seq_len, threads))
         if not self._context:
             raise RuntimeError("llama.cpp could not make a context")
@@ -137,6 +149,39 @@ class LlamaCpp:
         """Process ``tokens``, the same number in each row, from ``position`` on; with ``logits``, returns every row's
         most probable next token.
         """
+        last = self._run(tokens, position, lambda offset, count: logits and offset == count - 1)
+        if not logits:
+            self._library.llama_synchronize(ctypes.c_void_p(self._context))
+            return []
+        return [int(self._logits(place).argmax()) for place in last]
+
+    def log_probabilities(self, ids: list[int]) -> list[float]:
+        """Those of the tokens of a window, in nats, each after the ones before it; all but the first's."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._run([ids[:-1]], 0, lambda offset, count: True)
+        found = []
+        for place, token in enumerate(ids[1:]):
+            logits = self._logits(place).astype(np.float64)
+            highest = logits.max()
+            found.append(float(logits[token] - highest - np.log(np.exp(logits - highest).sum())))
+        return found
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        """A text's ids by llama.cpp's own tokenizer, special tokens in it found."""
+        content = text.encode()
+        room = len(content) + 8
+        ids = (ctypes.c_int32 * room)()
+        vocab = self._library.llama_model_get_vocab(self._model)
+        count = self._library.llama_tokenize(vocab, content, len(content), ids, room, add_special, True)
+        if count < 0:
+            raise RuntimeError("llama.cpp could not cut the text")
+        return list(ids[:count])
+
+    def _run(self, tokens: list[list[int]], position: int, asks: Callable[[int, int], bool]) -> list[int]:
+        """Process tokens; ``asks`` says, by a token's place in its row and the row's length, whether logits are wanted.
+
+        Returns the place of each row's last token in the batch.
+        """
         batch, last = self._batch, []
         batch.n_tokens = 0
         for row, ids in enumerate(tokens):
@@ -144,17 +189,16 @@ class LlamaCpp:
                 place = batch.n_tokens
                 batch.token[place], batch.pos[place] = token, position + offset
                 batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
-                batch.logits[place] = logits and offset == len(ids) - 1
+                batch.logits[place] = asks(offset, len(ids))
                 batch.n_tokens += 1
             last.append(batch.n_tokens - 1)
         if self._library.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp could not decode")
-        if not logits:
-            self._library.llama_synchronize(ctypes.c_void_p(self._context))
-            return []
-        shape = (self._vocab_size,)
-        rows = [np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, i), shape) for i in last]
-        return [int(row.argmax()) for row in rows]
+        return last
+
+    def _logits(self, place: int) -> np.ndarray:
+        """The logits [V] after the token at a place of the last batch."""
+        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, place), (self._vocab_size,))
 
 
 def generate(model: LlamaCpp, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from converters.console.errors import InputError
 from converters.console.progress import Advance
-from converters.contents import Contents, block_tasks
+from converters.contents import Contents
 from converters.files.json_file import read_json
-from converters.files.parallel import in_order
 from converters.files.whole import FileRecord, json_file
-from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, safetensors_header
+from converters.formats.tensor_writer import tensors_before
 from converters.model.families.hf_config import to_hf
 from converters.output.claim import Output
 from converters.output.journal import Journal
@@ -24,6 +24,7 @@ from converters.self_check import SelfCheck, check_configuration, check_files
 from converters.sources import random_init
 from converters.sources.huggingface.files import INDEX, weight_map
 from converters.sources.source import TensorSource
+from converters.weight_files import write_weight_file
 
 # Keys in the index's metadata, or beside the seed: the arguments, the self-check's digest, the files' digests.
 _CONVERSION = "conversion"
@@ -33,7 +34,7 @@ _FILES = "files"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One model-0000i-of-0000n.safetensors: its name and the tensors in it."""
+    """One model-0000i-of-0000n.safetensors: its name and the tensors in it, as a WeightFile."""
 
     name: str
     specs: tuple[TensorSpec, ...]
@@ -41,6 +42,12 @@ class ModelFile:
     @property
     def nbytes(self) -> int:
         return safetensors_bytes(self.specs)
+
+    def tensors_before(self, position: int) -> int | None:
+        return tensors_before(len(safetensors_header(self.specs)), [spec.nbytes for spec in self.specs], position)
+
+    def writer(self, directory: Path, resume_at: int) -> SafetensorsWriter:
+        return SafetensorsWriter(directory / self.name, self.specs, resume_at)
 
 
 def plan_files(contents: Contents, max_shard_bytes: int) -> list[ModelFile]:
@@ -81,32 +88,12 @@ def write_files(
     _write_small_files(source, to_hf(contents.config) | contents.fields, output)
     with closing(Journal(out)) as journal:
         for file in files:
-            if output.take_whole(file.name):
-                advance(file.nbytes)
-            else:
-                _write_file(contents, output, file, journal, advance)
+            write_weight_file(contents, output, file, journal, advance)
         journal.wait()
         check = check_files(out, [file.name for file in files])
         output.check_sources()
         output.write({INDEX: json_file(_index(files, output, check))})
     return check
-
-
-def _write_file(contents: Contents, output: Output, file: ModelFile, journal: Journal, advance: Advance) -> None:
-    position, _ = journal.read([file.name])
-    done = tensors_before(file.specs, position)
-    writer = SafetensorsWriter(output.directory / file.name, file.specs, position if done else 0)
-    advance(writer.nbytes)
-    try:
-        for spec, stop, values in in_order(block_tasks(contents, file.specs[done or 0 :])):
-            writer.append(values)
-            advance(values.nbytes, spec.name)
-            if stop == spec.shape[0]:
-                journal.note({file.name: writer})
-        output.add({file.name: writer.finish()})
-        writer.publish()
-    finally:
-        writer.stop()
 
 
 def write_seed(source: random_init.RandomSource, output: Output) -> SelfCheck:

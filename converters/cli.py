@@ -43,7 +43,27 @@ from converters.model.dtypes import DTYPES
     type=click.Choice(DTYPES),
     help="Of the weights written.  [default: the source's own; bfloat16 for quantized GGUF files and presets]",
 )
-@click.option("--keep-int8", is_flag=True, help="Keep int8 weights as int8, in the compressed-tensors layout.")
+@click.option(
+    "--format",
+    "target_format",
+    type=click.Choice(["hf", "compressed-tensors", "gguf"]),
+    default="hf",
+    show_default=True,
+    help="What to write: Hugging Face's layout; a quantized source's values, as vLLM and transformers take them; or a "
+    "file for llama.cpp.",
+)
+@click.option(
+    "--int8-layout",
+    type=click.Choice(["packed", "activations"]),
+    help="Of compressed-tensors: for kernels that leave activations as they are, or that make them int8.  "
+    "[default: packed]",
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["Q8_0", "Q4_0", "F16"]),
+    help="Of gguf: what its linears are in; F16 is for all matrices.  [default: by what the source holds]",
+)
+@click.option("--keep-int8", is_flag=True, help="Keep int8 weights as int8, in a layout that transformers takes.")
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first N layers.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a model file.")
 @click.option(
@@ -62,6 +82,9 @@ def command(
     storage: str,
     seed: int,
     dtype: str | None,
+    target_format: str,
+    int8_layout: str | None,
+    gguf_type: str | None,
     keep_int8: bool,
     layers: int | None,
     max_shard_size: str,
@@ -78,6 +101,7 @@ def command(
     llama-convert --source llama-2-70b/    a directory of Meta's: consolidated.00.pth ..., params.json
     llama-convert --source model.gguf      a GGUF file
     llama-convert --source out/            shards of llama-quantize, the way back
+    llama-convert --source out/ --format gguf    or compressed-tensors: for other programs
     llama-convert --verify --out DIR       check an output
     """
     from converters.console.errors import InputError
@@ -86,6 +110,7 @@ def command(
     from converters.model.families.hf_config import read_config
     from converters.model.families.presets import find_config
     from converters.sources.random_init import RandomSource
+    from converters.target import Target
     from converters.tokenizers.auxiliary_files import note_without_tokenizer
 
     if verify and config_name is None and source is None:
@@ -106,7 +131,8 @@ def command(
         _check_distinct(source, out)
         weights = open_source(source)
         config = weights.config.cut(layers).with_dtype(dtype or weights.default_dtype())
-    conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8)
+    target = Target(target_format, int8_layout, gguf_type)
+    conversion = Conversion(weights, config, out, storage, parse_bytes(max_shard_size), keep_int8, target)
     if check_logits:
         from converters import logits_check as logits
 

@@ -8,8 +8,10 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.console.errors import InputError
+from converters.exports.compressed_tensors import CompressedExport
+from converters.exports.gguf import GGUFExport
 from converters.files.row_blocks import row_blocks
+from converters.formats.finite import check_finite
 from converters.formats.safetensors import CODES, DTYPE_NAMES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
@@ -53,6 +55,16 @@ def quantized_contents(source: QuantizedSource, config: ModelConfig) -> Contents
     return Contents(config, tuple(source.stored_specs(config)), source.stored_rows, source.quantization_fields(config))
 
 
+def compressed_contents(export: CompressedExport) -> Contents:
+    """A source's quantized weights in the compressed-tensors layout, and the other parameters in ``config.dtype``."""
+    return Contents(export.config, export.specs, export.rows, export.fields)
+
+
+def gguf_contents(export: GGUFExport) -> Contents:
+    """The tensors of a GGUF file, as they are written there."""
+    return Contents(export.config, export.file.specs, export.rows, {})
+
+
 def block_tasks(contents: Contents, wanted: Iterable[TensorSpec]) -> Iterator[Callable[[], Block]]:
     """Tasks that read the blocks of these tensors in order.
 
@@ -68,17 +80,5 @@ def _read(contents: Contents, spec: TensorSpec, start: int, stop: int) -> Block:
 
     values = contents.rows(spec.name, start, stop).to(getattr(torch, DTYPE_NAMES[spec.code]))
     if values.is_floating_point():
-        check_finite(values, spec.name)
+        check_finite(values if values.itemsize > 1 else values.float(), spec.name)
     return Block(spec, stop, values)
-
-
-def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise InputError, naming the tensor, where some of its values are NaN or infinite."""
-    if values.abs().amax().isfinite():  # several times as fast as isfinite on every value
-        return
-    if str(values.dtype) == "torch.float16":
-        raise InputError(
-            f"The tensor {name} holds NaN, or values that are infinite or too large for float16. Convert it with "
-            "--dtype bfloat16, or give another source."
-        )
-    raise InputError(f"The tensor {name} holds NaN or infinite values. Fetch the source again, or give another.")

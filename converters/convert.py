@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ from converters import checkpoint
 from converters.console.errors import InputError
 from converters.console.progress import progress
 from converters.console.units import format_bytes, format_count, plural
-from converters.contents import Contents, block_tasks, floating_contents, quantized_contents
+from converters.contents import (
+    Contents,
+    block_tasks,
+    compressed_contents,
+    floating_contents,
+    gguf_contents,
+    quantized_contents,
+)
+from converters.exports.compressed_tensors import CompressedExport
+from converters.exports.gguf import GGUFExport
+from converters.gguf_output import write_gguf
 from converters.model.config import ModelConfig
 from converters.model.parameters import parameters
 from converters.output.claim import Wanted, claim
@@ -22,6 +33,8 @@ from converters.sources import random_init
 from converters.sources.huggingface.files import INDEX
 from converters.sources.random_init import RandomSource
 from converters.sources.source import QuantizedSource, TensorSource
+from converters.target import COMPRESSED_TENSORS, GGUF, HF, Target
+from converters.weight_files import WeightFile
 
 STORAGES = ("auto", "files", "seed")
 _HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their size free
@@ -31,7 +44,8 @@ _HEADROOM = 1.1  # "auto" writes files only where they leave a tenth of their si
 class Conversion:
     """A source, how to write it and where; ``storage`` is one of STORAGES.
 
-    Raises InputError where ``keep_int8`` is asked of a source without int8 weights.
+    Raises InputError where ``keep_int8`` is asked of a source without int8 weights, or for a ``target`` that can't hold
+    the source.
     """
 
     source: TensorSource
@@ -40,22 +54,55 @@ class Conversion:
     storage: str
     max_shard_bytes: int
     keep_int8: bool = False
+    target: Target = field(default_factory=Target)
 
     def __post_init__(self) -> None:
+        if self.keep_int8 and self.target.format != HF:
+            raise InputError(f"--keep-int8 goes with --format {HF}: {self.target.format} has layouts of its own.")
         if self.keep_int8 and not (isinstance(self.source, QuantizedSource) and self.source.format == "int8"):
             raise InputError(
                 "--keep-int8 is for a --source of int8 weights: shards made with llama-quantize --int8, or a "
                 "directory in the compressed-tensors layout. Leave it out, or quantize first."
             )
+        if self.target.format == GGUF and self.storage == "seed":
+            raise InputError(f"--storage seed goes with --format {HF}: a GGUF file holds values. Leave it out.")
+        _ = self.compressed, self.gguf and self.gguf.file  # they refuse what they can't hold
+
+    @cached_property
+    def compressed(self) -> CompressedExport | None:
+        """What is written for compressed-tensors; None for another target."""
+        if self.target.format != COMPRESSED_TENSORS:
+            return None
+        return CompressedExport(self.source, self.config, self.target.int8_layout)
+
+    @cached_property
+    def gguf(self) -> GGUFExport | None:
+        """What is written for llama.cpp; None for another target."""
+        if self.target.format != GGUF:
+            return None
+        return GGUFExport(self.source, self.config, self.target.gguf_type)
+
+    @property
+    def kept_names(self) -> set[str]:
+        """The names of the weights that stay quantized."""
+        if self.compressed:
+            return set(self.compressed.codes)
+        return self.source.quantized_names(self.config) if self.keep_int8 else set()
 
     @cached_property
     def contents(self) -> Contents:
+        if self.compressed:
+            return compressed_contents(self.compressed)
+        if self.gguf:
+            return gguf_contents(self.gguf)
         if self.keep_int8:
             return quantized_contents(self.source, self.config)
         return floating_contents(self.source, self.config)
 
     @cached_property
-    def files(self) -> list[checkpoint.ModelFile]:
+    def files(self) -> Sequence[WeightFile]:
+        if self.gguf:
+            return [self.gguf.file]
         return checkpoint.plan_files(self.contents, self.max_shard_bytes)
 
     @cached_property
@@ -71,11 +118,14 @@ class Conversion:
             "storage": self.storage,
             "max_shard_bytes": self.max_shard_bytes,
             "keep_int8": self.keep_int8,
+            **self.target.arguments(),
         }
 
     def wanted(self, storage: str) -> Wanted:
         """The output to claim, for ``storage`` files or seed."""
         names = checkpoint.file_names(self.source, self.files if storage == "files" else [])
+        if self.gguf:
+            names = (self.gguf.file.name,)
         recorded = storage == "files"
         return Wanted("llama-convert", self.out, self.arguments(), tuple(self.source.files()), names, recorded)
 
@@ -87,7 +137,7 @@ class Conversion:
         """``files`` or ``seed``, and a sentence that says why; it is empty where there was nothing to choose."""
         if self.storage != "auto":
             return self.storage, ""
-        if not isinstance(self.source, RandomSource):
+        if not isinstance(self.source, RandomSource) or self.gguf:
             return "files", ""
         begun = recorded_names(self.out, self.arguments(), checkpoint.finished)
         if begun:  # an earlier run with the same arguments chose, whatever the disk holds now
@@ -123,6 +173,10 @@ def convert(conversion: Conversion, force: bool) -> str:
             return f"{conversion.out} is already complete, large files by their size; nothing was left to do."
         if storage == "seed":
             check = checkpoint.write_seed(conversion.source, output)
+        elif conversion.gguf:
+            conversion.gguf.check_scales()
+            with progress("Converting", conversion.nbytes) as advance:
+                check = write_gguf(conversion.contents, conversion.gguf.file, output, advance)
         else:
             with progress("Converting", conversion.nbytes) as advance:
                 source, contents, files = conversion.source, conversion.contents, conversion.files
@@ -151,7 +205,8 @@ def describe(conversion: Conversion) -> str:
     lines = [_summary(conversion, storage), reason]
     if storage == "files":
         lines += [f"  {file.name}  {format_bytes(file.nbytes)}" for file in conversion.files]
-        lines += [f"  {INDEX}, config.json", f"  {format_bytes(free_bytes(conversion.out))} free here"]
+        lines += [] if conversion.gguf else [f"  {INDEX}, config.json"]
+        lines.append(f"  {format_bytes(free_bytes(conversion.out))} free here")
         tasks = block_tasks(conversion.contents, conversion.contents.specs)
         lines.append(estimate(conversion.out, conversion.missing_bytes(), tasks, lambda block: block.values.nbytes))
     return "\n".join(filter(None, lines))
@@ -178,5 +233,10 @@ def _summary(conversion: Conversion, storage: str) -> str:
         "a seed" if storage == "seed" else f"{plural(len(conversion.files), 'file')}, {format_bytes(conversion.nbytes)}"
     )
     layers = plural(config.num_layers, "layer")
-    dtype = f"{conversion.source.format} and {config.dtype}" if conversion.keep_int8 else config.dtype
+    quantized = conversion.source.format if conversion.keep_int8 else None
+    if conversion.compressed:
+        quantized = conversion.compressed.title
+    dtype = f"{quantized} and {config.dtype}" if quantized else config.dtype
+    if conversion.gguf:
+        dtype = f"GGUF, {conversion.gguf.title}"
     return f"{conversion.out}: {config.name}, {layers}, {count} parameters, {dtype}, {form}"

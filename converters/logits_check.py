@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from converters.console.errors import InputError
 from converters.console.units import format_bytes
 from converters.convert import Conversion
+from converters.exports.compressed_tensors import INT8_ACTIVATED
 from converters.files.row_blocks import row_blocks
 from converters.files.text_path import text_path
 from converters.model.families.hf_config import to_hf
@@ -40,13 +41,20 @@ def check_ready(conversion: Conversion) -> None:
             "--check-logits needs transformers, which is not installed: pip install 'transformers>=4.57'. Or leave "
             "--check-logits out."
         )
-    if conversion.keep_int8:
+    if conversion.gguf:
+        raise InputError("--check-logits can't be combined with --format gguf. Leave one of them out.")
+    if conversion.target.int8_layout == INT8_ACTIVATED:
+        raise InputError(
+            f"--check-logits can't be combined with --int8-layout {INT8_ACTIVATED}: the result's activations are int8, "
+            "so its logits are others. Leave one of them out."
+        )
+    if conversion.kept_names:
         try:
             with _quiet():
                 import compressed_tensors  # noqa: F401 (transformers needs it to load the result)
         except ImportError as error:
             raise InputError(
-                f"--check-logits of int8 weights needs compressed-tensors ({error}): pip install "
+                f"--check-logits of quantized weights needs compressed-tensors ({error}): pip install "
                 "'compressed-tensors>=0.15,<0.16' psutil. Or leave --check-logits out."
             ) from None
     if conversion.choose_storage()[0] == "seed":
@@ -132,7 +140,7 @@ def _filled(conversion: Conversion) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(_configuration(conversion)).float().eval()
-    quantized = conversion.source.quantized_names(conversion.config) if conversion.keep_int8 else set()
+    quantized = conversion.kept_names
     weights = dict(model.named_parameters())
     for parameter in parameters(conversion.config):
         name = parameter.name

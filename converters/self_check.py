@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from typing import Any
 
 from converters.console.errors import InputError
-from converters.formats.compressed_tensors import SCALE_SUFFIX
+from converters.files.json_file import read_json
+from converters.formats.compressed_layouts import layout_shapes
+from converters.formats.safetensors import DTYPE_NAMES
 from converters.formats.tensor_files import SafetensorsFile
 from converters.model.config import ModelConfig
+from converters.model.dtypes import DTYPES
 from converters.model.families.hf_config import read_config
-from converters.model.parameters import check_names, parameters
+from converters.model.parameters import Parameter, check_names, parameters
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,51 @@ def check_files(directory: Path, files: list[str]) -> SelfCheck:
 
     Raises InputError, naming the first tensor that doesn't fit.
     """
-    config = _read(directory)
-    codes, shapes = {}, {}
+    codes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         file = SafetensorsFile(directory / name)
         codes |= {tensor: file.code(tensor) for tensor in file.names()}
         shapes |= {tensor: file.shape(tensor) for tensor in file.names()}
-    weights = [name for name in shapes if not name.endswith(SCALE_SUFFIX)]
-    check_names(config, weights, str(directory))
-    expected = {parameter.name: parameter.shape for parameter in parameters(config)}
-    for name in weights:
-        if codes[name] == "I8":
-            expected[name + SCALE_SUFFIX] = (expected[name][0], 1)
+    config = _read(directory)
+    table = parameters(config)
+    groups = _groups(directory, table)
+    expected: dict[str, tuple[int, ...]] = {}
+    owners: dict[str, str] = {}
+    for parameter in table:
+        suffixes = {"": parameter.shape}
+        if parameter.name in groups:
+            suffixes = layout_shapes(groups[parameter.name], parameter.shape)
+        expected |= {parameter.name + suffix: shape for suffix, shape in suffixes.items()}
+        owners |= dict.fromkeys((parameter.name + suffix for suffix in suffixes), parameter.name)
+    check_names(config, {owners.get(name, name) for name in shapes}, str(directory))
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
             raise InputError(
                 f"{directory} holds the tensor {name} in shape {shapes.get(name)}, and its config.json calls for "
                 f"{expected.get(name)}. Convert again with --force."
             )
-    count = sum(prod(shapes[name]) for name in weights)
-    return SelfCheck(len(shapes), count, names_and_shapes(shapes.items()))
+    for parameter in table:
+        if parameter.name not in groups and DTYPE_NAMES[codes[parameter.name]] not in DTYPES:
+            raise InputError(
+                f"{directory} holds the tensor {parameter.name} as {codes[parameter.name]}, and its config.json "
+                "doesn't say that it is quantized. Convert again with --force."
+            )
+    return SelfCheck(len(shapes), sum(parameter.elements for parameter in table), names_and_shapes(shapes.items()))
+
+
+def _groups(directory: Path, table: list[Parameter]) -> dict[str, dict[str, Any]]:
+    """The config group that config.json has for each weight that it says is quantized, by the weight's name."""
+    described = read_json(directory / "config.json").get("quantization_config")
+    if described is None:
+        return {}
+    found = {}
+    for parameter in table:
+        module = parameter.name.removesuffix(".weight")
+        if parameter.row.is_linear and module not in described["ignore"]:
+            groups = described["config_groups"].values()
+            found[parameter.name] = next(each for each in groups if {"Linear", module} & set(each["targets"]))
+    return found
 
 
 def _read(directory: Path) -> ModelConfig:

@@ -15,7 +15,8 @@ from converters.console.progress import Advance
 from converters.files.parallel import in_order
 from converters.files.row_blocks import row_blocks
 from converters.files.whole import json_file
-from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, tensors_before
+from converters.formats.safetensors import SafetensorsWriter, TensorSpec, safetensors_bytes, safetensors_header
+from converters.formats.tensor_writer import tensors_before
 from converters.model.config import ModelConfig
 from converters.model.families.hf_config import to_hf
 from converters.output.claim import Output, Wanted
@@ -119,7 +120,7 @@ def _write_values(
     """Write all values of these chips' files and record them; the files get their names later."""
     specs = sharding.specs
     position, state = journal.read(list(names.values()))
-    done = tensors_before(specs, position)
+    done = tensors_before(len(safetensors_header(specs)), [spec.nbytes for spec in specs], position)
     if done:
         source.restore(state)
     with ExitStack() as stack:

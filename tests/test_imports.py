@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("converters", "quantize", "runtime")  # each may import those before it
 ROOMS = {  # the folders of a stage: each may import those before it
-    "converters": ("console", "files", "model", "formats", "tokenizers", "output", "sources"),
+    "converters": ("console", "files", "model", "formats", "tokenizers", "output", "sources", "exports"),
     "quantize": ("formats", "shards", "calibration"),
     "runtime": ("model", "devices", "run", "plan", "bench", "evaluate", "calibrate"),
 }

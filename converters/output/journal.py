@@ -12,7 +12,7 @@ from converters.console.errors import InputError
 from converters.files.file_system import sync_file
 from converters.files.json_file import read_json
 from converters.files.whole import partial_path, write_json
-from converters.formats.safetensors import SafetensorsWriter
+from converters.formats.tensor_writer import TensorWriter
 
 FILE_NAME = ".journal.json"
 SYNC_BYTES = 1 << 30  # at most about this many bytes are written again after a crash
@@ -49,7 +49,7 @@ class Journal:
             return 0, None
         return position, record.get("state")
 
-    def note(self, writers: dict[str, SafetensorsWriter], state: Any = None, at_once: bool = False) -> None:
+    def note(self, writers: dict[str, TensorWriter], state: Any = None, at_once: bool = False) -> None:
         """Note that these files, by name, are at the end of a tensor. Raises the OSError of an earlier flush.
 
         With ``at_once`` even a little is noted, unless an earlier note is still being saved.

@@ -15,7 +15,7 @@ class Cut:
     nfc: bool = False
 
 
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,14 +25,15 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2 = Cut((_WORDS,))
+GPT2 = Cut((WORDS,))
 LLAMA3 = Cut((_CL100K % "{1,3}",), whole_words=True, add_bos=True)
-_SINGLE_DIGITS = Cut((r"\p{N}", _WORDS))
+SINGLE_DIGIT = r"\p{N}"
+_SINGLE_DIGITS = Cut((SINGLE_DIGIT, WORDS))
 
 # tokenizer.ggml.pre -> the rule that it names. An unknown name is refused: with another rule some token ids would be
 # wrong, and nothing would show it.
 PRE_TOKENIZERS = {
-    "default": Cut((r"[\p{P}$+<=>^~|]+", _WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "default": Cut((r"[\p{P}$+<=>^~|]+", WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": GPT2,
     "smollm": _SINGLE_DIGITS,
     "starcoder": _SINGLE_DIGITS,

@@ -119,6 +119,15 @@ def read_sentencepiece(
     return sentencepiece(vocabulary, model.scores, normalization, trainer.model_type == _UNIGRAM), vocabulary
 
 
+def read_pieces(content: bytes, where: str) -> list[tuple[str, float, int]]:
+    """Text, score and type of each piece of a tokenizer.model, by id. Raises BadTokenizer for a damaged file."""
+    try:
+        model = _read(content)
+    except ValueError as error:
+        raise BadTokenizer(f"{where} is not a readable SentencePiece model ({error}).") from None
+    return list(zip(model.tokens, model.scores, model.types, strict=True))
+
+
 def _read(content: bytes) -> _Model:
     """Raises ValueError where ``content`` is not a valid ModelProto."""
     model = _Model()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 # Types of tokens, by their numbers in SentencePiece's format and in GGUF.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"  # SentencePiece writes a space as this
 _LONGEST_PIECE = 256  # SentencePiece's default limit is 16; the search for merges takes quadratic time in it
 _CONFIG_NAMES = (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token"))

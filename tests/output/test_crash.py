@@ -61,6 +61,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, li
         "convert-meta": ("convert", ["--source", root / "meta", *small]),
         "convert-shards": ("convert", ["--source", root / "shards", *small]),
         "convert-shards-int8": ("convert", ["--source", root / "shards", "--keep-int8", *small]),
+        "export-packed": ("convert", ["--source", root / "shards", "--format", "compressed-tensors", *small]),
+        "export-gguf": ("convert", ["--source", root / "shards", "--format", "gguf"]),
         "quantize-files": ("quantize", [root / "files", "--int8", "--chips", 4]),
         "quantize-seed": ("quantize", [root / "seed", "--int8", "--chips", 3]),
         "reshard": ("quantize", [root / "shards", "--int8", "--chips", 3]),
@@ -133,6 +135,7 @@ def _is_refused(command: str, out: Path) -> bool:
     "kind",
     [
         *("convert-hf", "convert-seed", "convert-gguf", "convert-meta", "convert-shards", "convert-shards-int8"),
+        *("export-packed", "export-gguf"),
         *("quantize-files", "quantize-seed", "reshard", "convert-force", "quantize-force"),
         *("convert-gptq", "keep-awq"),
     ],

@@ -49,6 +49,26 @@ def test_quantizing_resharding_and_the_way_back(checkpoint: Path, tmp_path: Path
     _run("llama-quantize", tmp_path / "eight", "--int8", "--chips", 3, "--out", tmp_path / "three")
     _run("llama-convert", "--source", tmp_path / "eight", "--out", tmp_path / "restored")
     _run("llama-convert", "--source", tmp_path / "three", "--keep-int8", "--out", tmp_path / "kept")
+    to_vllm = ("--format", "compressed-tensors", "--out", tmp_path / "packed")
+    _run("llama-convert", "--source", tmp_path / "three", *to_vllm)
+    to_llama_cpp = ("--format", "gguf", "--out", tmp_path / "gguf")
+    _run("llama-convert", "--source", tmp_path / "three", *to_llama_cpp)
+
+
+@pytest.mark.slow
+def test_exporting_layers_of_7b(tmp_path: Path) -> None:
+    """In groups, packed and in blocks of GGUF's, from two chips; and dequantized and quantized anew."""
+    _run("llama-quantize", _seed_of_7b(tmp_path), "--int4", "--group-size", 32, "--chips", 2, "--out", tmp_path / "out")
+    for number, options in enumerate((["compressed-tensors"], ["gguf"], ["gguf", "--gguf-type", "Q8_0"])):
+        out = tmp_path / f"export{number}"
+        _run("llama-convert", "--source", tmp_path / "out", "--format", *options, "--out", out)
+        for path in out.iterdir():
+            path.unlink()
+
+
+def _seed_of_7b(root: Path) -> Path:
+    _run("llama-convert", "--config", "7B", "--layers", 2, "--storage", "seed", "--out", root / "7b")
+    return root / "7b"
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Layouts of other tools that a model is written in."""
