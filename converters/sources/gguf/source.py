@@ -19,12 +19,15 @@ from converters.model.families.registry import find_gguf_family, known_gguf_arch
 from converters.model.model_name import is_name, name_of_file
 from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
 from converters.sources.fingerprint import sample_files
+from converters.sources.gguf.codes import codes_of, coding_of
 from converters.sources.gguf.rope import TABLE as ROPE_TABLE
 from converters.sources.gguf.rope import rope_scaling
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
+from converters.sources.source import Coded, Coding
 from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
@@ -46,7 +49,7 @@ FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class GGUFSource:
-    """A GGUF file's weights as a TensorSource: float32, in Hugging Face's names and rotate-half row order."""
+    """A GGUF file's weights as a CodedSource: float32, in Hugging Face's names and rotate-half row order."""
 
     def __init__(
         self,
@@ -70,14 +73,29 @@ class GGUFSource:
         with np.errstate(all="ignore"):  # overflow and NaN are checked by the caller
             if len(tensor.shape) == 1:  # a single row of blocks, which must be dequantized as a whole
                 values = gguf.dequantize(tensor.raw(start, stop), tensor.type)[start:stop]
-            elif self._interleaved and name.endswith(INTERLEAVED):
-                head_dim = self.config.head_dim
-                first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
-                order = interleaved_rows(start, stop, head_dim) - first
-                values = gguf.dequantize(tensor.raw(first, last)[order], tensor.type)
             else:
-                values = gguf.dequantize(tensor.raw(start, stop), tensor.type)
+                values = gguf.dequantize(self._raw(name, start, stop), tensor.type)
             return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    def _raw(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a matrix in the file's bytes, in Hugging Face's order."""
+        tensor = self._stored[name]
+        if not (self._interleaved and name.endswith(INTERLEAVED)):
+            return tensor.raw(start, stop)
+        head_dim = self.config.head_dim
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
+        return tensor.raw(first, last)[interleaved_rows(start, stop, head_dim) - first]
+
+    def titles(self, config: ModelConfig) -> dict[str, str]:
+        linears = [each.name for each in parameters(config) if each.row.is_linear]
+        types = {name: self._stored[name].type.name for name in linears}
+        return {name: f"GGUF type {found}" for name, found in types.items() if found not in FLOAT_TYPES}
+
+    def coding(self, name: str) -> Coding | str:
+        return coding_of(self._stored[name].type.name)
+
+    def coded(self, name: str, start: int, stop: int) -> Coded:
+        return codes_of(self._raw(name, start, stop), self._stored[name].type.name)
 
     def default_dtype(self) -> str:
         """The dtype of the linears and the embedding (norms are always float32); bfloat16 where any is quantized."""
