@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from converters.console.progress import Advance
 from converters.files.parallel import in_order
-from converters.files.row_blocks import row_blocks
+from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
 from quantize.calibration.moments import Moments
@@ -74,11 +74,11 @@ def _block(
     gradients: torch.Tensor,
 ) -> tuple[str, int, dict[str, float]]:
     rows = source.rows(name, start, stop)
-    weight, found = rows.float(), {}
-    for form in formats:
-        if form == UNQUANTIZED:
-            continue
-        encoded = FORMATS[form].encode(rows, importance=moments)
-        squares = (FORMATS[form].decode(encoded.tensors) - weight).square_()
-        found[form] = 0.5 * float(gradients.double() @ (squares.double() @ moments.double()))
-    return name, weight.numel(), found
+    found = dict.fromkeys((form for form in formats if form != UNQUANTIZED), 0.0)
+    for first, last in row_blocks(0, *rows.shape, CACHED_ELEMENTS):
+        weight, weights = rows[first:last], gradients[first:last].double()
+        for form in found:
+            encoded = FORMATS[form].encode(weight, importance=moments)
+            squares = FORMATS[form].decode(encoded.tensors).sub_(weight).square_().mul_(moments)
+            found[form] += 0.5 * float(weights @ squares.sum(1).double())
+    return name, rows.numel(), found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError
+from converters.files.row_blocks import CACHED_ELEMENTS, row_blocks
 from converters.model.config import ModelConfig
 from quantize.formats.weight_format import Encoded, RowErrors, WeightFormat
 
@@ -67,8 +68,15 @@ def with_output_errors(encoded: Encoded, weight: torch.Tensor, form: WeightForma
 
     Inputs are taken to be independent of each other.
     """
-    weight = weight.float()
-    difference = form.decode(encoded.tensors) - weight
-    # A product with a vector would add in an order that depends on the number of rows.
-    sums = ((values.square().double() * moments.double()).sum(1) for values in (difference, weight))
+    import torch
+
+    rows, width = weight.shape
+    sums = torch.empty(2, rows, dtype=torch.float64)
+    for start, stop in row_blocks(0, rows, width, CACHED_ELEMENTS):
+        exact = weight[start:stop].double()
+        some = {suffix: tensor[start:stop] for suffix, tensor in encoded.tensors.items()}
+        difference = form.decode(some).double().sub_(exact)
+        # A product with a vector would add in an order that depends on the number of rows.
+        for place, values in enumerate((difference, exact)):
+            sums[place, start:stop] = values.square_().mul_(moments).sum(1)
     return RowErrors(*encoded.errors[:3], *sums)
