@@ -61,8 +61,8 @@ class Results:
         )
         nbytes = sum(path.stat().st_size for path in out.glob("chip-*.safetensors"))
         shutil.rmtree(out)
-        found = {"bytes": nbytes, "seconds": seconds, "said": said.splitlines()}
-        return found | json.loads(evaluated[evaluated.index("{") :])
+        found = json.loads(evaluated[evaluated.index("{") :])
+        return found | {"bytes": nbytes, "quantize_s": seconds, "said": said.splitlines()}
 
 
 def _run(command: str, *arguments: Any) -> str:
@@ -80,7 +80,7 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     return [
         name,
         f"{found['bytes'] / 1e6:.1f}",
-        f"{found['seconds']:.0f}",
+        f"{found['quantize_s']:.0f}",
         f"{against['kl_mean']:.4f} ± {against['kl_stderr']:.4f}",
         f"{against['kl_p99']:.3f}",
         f"{against['same_first']:.3f}",
@@ -89,14 +89,14 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _int4(*more: str) -> list[list[str]]:
-    return [["--int4", "--group-size", size, *zero, *more] for size in GROUPS for zero in ([], ["--zero-points"])]
+WIDE, NARROW = (["--int4", "--group-size", size] for size in GROUPS)
+ZEROS = [*NARROW, "--zero-points"]
 
 
 def uniform(results: Results) -> Iterator[list[str]]:
     """Without any text."""
     yield HEADER
-    for flags in (["--int8"], ["--fp8"], *_int4(), *_int4("--method", "rtn")):
+    for flags in (["--int8"], ["--fp8"], [*WIDE, "--method", "rtn"], WIDE, NARROW, ZEROS):
         yield _row(" ".join(flags), results(*flags))
 
 
@@ -104,14 +104,15 @@ def calibrated(results: Results) -> Iterator[list[str]]:
     """With the text in view; the first row's time has the moments', which the others take."""
     yield HEADER
     for method in ("scale", "awq", "gptq"):
-        for flags in _int4("--method", method):
+        for flags in (WIDE, NARROW, ZEROS):
+            flags = [*flags, "--method", method]
             yield _row(" ".join(flags), results(*flags))
 
 
 def fit(results: Results) -> Iterator[list[str]]:
     """Mixtures, between the sizes of the smallest and the largest format of one kind."""
     yield [*HEADER, "predicted"]
-    formats = [["--int4", "--group-size", size, "--method", "scale"] for size in GROUPS] + [["--int8"]]
+    formats = [[*WIDE, "--method", "scale"], [*NARROW, "--method", "scale"], ["--int8"]]
     found = [(" ".join(flags), results(*flags)) for flags in formats]
     rows = [(each["bytes"], [*_row(name, each), ""]) for name, each in found]
     smallest, largest = min(size for size, _ in rows), max(size for size, _ in rows)

@@ -151,7 +151,7 @@ def _write_pieces(
         _take(piece, writers, later, source)
         advance(piece.nbytes, piece.step.stored.name)
         if piece.step.ends_parameter:
-            journal.note(by_name, source.state())
+            journal.note(by_name, source.state(), at_once=source.is_slow)
     journal.wait()
 
 

@@ -36,6 +36,8 @@ class Block(NamedTuple):
 class BlockSource(Protocol):
     """Where the values of the shards come from, in their stored form and before the split."""
 
+    is_slow: bool  # whether a parameter takes so long that its end is worth noting for a rerun, however small it is
+
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         """Called once it is sure that there is something to write, to ``directory``; never in a dry run."""
         ...
@@ -77,6 +79,8 @@ class Quantizer:
     What the checkpoint holds in the wanted format already is taken as it is.
     """
 
+    is_slow = False
+
     def __init__(self, source: TensorSource, search: bool = True, moments: Moments | None = None) -> None:
         """``search`` for scales of least squared error, where a format can, in place of the largest magnitude's.
 
@@ -87,6 +91,15 @@ class Quantizer:
         self._held = self._quantized.quantized_names(source.config) if self._quantized else set()
         self.report = Report()
 
+    def kept(self, config: ModelConfig, scheme: Scheme) -> frozenset[str]:
+        """The weights that are taken as the source has them."""
+        stored = stored_parameters(config, scheme) if self._quantized else []
+        return frozenset(each.name for each in stored if each.name in self._held and self._is_wanted(each))
+
+    def _is_wanted(self, stored: StoredParameter) -> bool:
+        """Whether it is to be stored in the format that the source is in."""
+        return self._quantized is not None and stored.format.name == self._quantized.format
+
     def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
         """Say which weights of a quantized source are kept, dequantized, or quantized here beside kept ones."""
         source = self._quantized
@@ -95,7 +108,7 @@ class Quantizer:
         stored = stored_parameters(config, scheme)
         held = self._held & {each.name for each in stored}
         wanted = {each.name for each in stored if each.format.quantizes}
-        kept = held & {each.name for each in stored if each.format.name == source.format}
+        kept = self.kept(config, scheme)
         if kept:
             note(f"{source.format} values and scales are kept as the source has them: {_listed(kept)}.")
         if held and wanted - kept:
@@ -107,7 +120,7 @@ class Quantizer:
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
         source = self._quantized
-        if source is not None and stored.name in self._held and stored.format.name == source.format:
+        if source is not None and stored.name in self._held and self._is_wanted(stored):
             return self._as_it_is(source, stored, start, stop)
         encoded = self._encoded(stored, start, stop)
         for tensor in encoded.tensors.values():
@@ -116,11 +129,15 @@ class Quantizer:
 
     def _encoded(self, stored: StoredParameter, start: int, stop: int) -> Encoded:
         rows = self._source.rows(stored.name, start, stop)
-        known = None if self._moments is None else self._moments.by_weight.get(stored.name)
+        known = self._importance(stored.name)
         encoded = stored.format.encode(rows, self._search, known)
         if known is None or encoded.errors is None:
             return encoded
         return Encoded(encoded.tensors, with_output_errors(encoded, rows, stored.format, known))
+
+    def _importance(self, name: str) -> torch.Tensor | None:
+        """What squared errors by a weight's inputs count for: their mean squares, where they are known."""
+        return None if self._moments is None else self._moments.by_weight.get(name)
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
         """Do nothing: weights are enough."""
@@ -175,6 +192,8 @@ def _listed(names: set[str]) -> str:
 
 class Resharder:
     """Blocks of finished shards, as they are: values and scales don't depend on the number of chips."""
+
+    is_slow = False
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from converters.files.allocator import keep_freed_memory
@@ -13,6 +14,22 @@ T = TypeVar("T")
 
 WORKERS = 2
 AHEAD = 8  # results made but not yet taken: enough to bridge a write, few enough to stay small
+
+
+_threads: list[int] = []  # of torch, where ``in_order`` was called
+
+
+@contextmanager
+def every_core() -> Iterator[None]:
+    """Let torch's operations use as many threads as it has otherwise, also between the tasks of ``in_order``."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(_threads[0] if _threads else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -25,6 +42,7 @@ def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
 
     keep_freed_memory()
     threads = torch.get_num_threads()
+    _threads.append(threads)
     torch.set_num_threads(1)
     running: deque[Future[T]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -38,4 +56,5 @@ def in_order(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
         finally:
             for future in running:
                 future.cancel()
+            _threads.pop()
             torch.set_num_threads(threads)

@@ -49,11 +49,14 @@ class Journal:
             return 0, None
         return position, record.get("state")
 
-    def note(self, writers: dict[str, TensorWriter], state: Any = None) -> None:
-        """Note that these files, by name, are at the end of a tensor. Raises the OSError of an earlier flush."""
+    def note(self, writers: dict[str, TensorWriter], state: Any = None, at_once: bool = False) -> None:
+        """Note that these files, by name, are at the end of a tensor. Raises the OSError of an earlier flush.
+
+        With ``at_once`` even a little is noted, unless an earlier note is still being saved.
+        """
         written = sum(writer.nbytes for writer in writers.values())
         busy = self._running is not None and not self._running.done()
-        if busy or abs(written - self._noted) < SYNC_BYTES:
+        if busy or abs(written - self._noted) < (1 if at_once else SYNC_BYTES):
             return
         self.wait()
         self._noted = written

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean second moment, added to each: it keeps H regular and errors from piling up
 CORRECTION = 0.5  # the share of the earlier layers' errors that rows make up for
 _BLOCK = 128  # columns at once where a group is a whole row
-_STEP = 1024  # columns of the moments' matrix at once
+_STEP = 1024  # inputs, and columns of their moments' matrix, at once
 _MOST = 10**6  # times the damping, at most
 
 
@@ -36,11 +36,11 @@ _MOST = 10**6  # times the damping, at most
 class Feedback:
     """What rounding a linear's rows needs to know of its inputs."""
 
+    inputs: torch.Tensor  # float32 [n, in]
+    change: torch.Tensor | None  # float32 [n, in]: the unquantized model's inputs, less these; None: they are alike
     order: torch.Tensor  # [in]: which input is at which place below; groups stay in place
     moments: torch.Tensor  # float32 [in], the mean square of every input
     inverse: torch.Tensor  # float32 [in, in], lower triangular: M above
-    inputs: torch.Tensor  # float32 [n, in]
-    change: torch.Tensor | None  # float32 [n, in]: the unquantized model's inputs, less these; None: they are alike
 
     @classmethod
     def of(
@@ -51,22 +51,25 @@ class Feedback:
         ``exact`` is lost. ``group`` is the format's group size; None: a whole row. ``name`` is what a note calls the
         linear where its second moments are singular in spite of the usual damping.
         """
+        import torch
+
         width = inputs.shape[1]
-        moments = inputs.square().mean(0)
+        moments = torch.linalg.vector_norm(inputs, dim=0).square_().div_(len(inputs))
         starts = width // (group or width)
         order = moments.view(starts, -1).argsort(stable=True, dim=1)
         order = (order + (group or width) * order.new_tensor(range(starts))[:, None]).flatten()
-        ordered = inputs[:, order]
-        change = None if exact is None else exact.sub_(inputs)[:, order]
-        return cls(order, moments[order], _inverse_factor(ordered, name), ordered, change)
+        change = None if exact is None else exact.sub_(inputs)
+        return cls(inputs, change, order, moments[order], _inverse_factor(inputs, order, name))
 
     def encode(self, weight: torch.Tensor, form: Integers) -> Encoded:
         """Quantize whole rows [r, in] of a floating weight. Rows are independent; NaN or infinity shows in a scale.
 
         The errors are against ``weight``; those of the outputs are of these inputs.
         """
+        import torch
+
         weight = weight.float()
-        ordered, scale, zeros = self._round(self._corrected(weight[:, self.order]), form)
+        ordered, scale, zeros = self._round(self._corrected(weight), form)
         values = ordered.new_empty(ordered.shape).index_copy_(1, self.order, ordered)
         tensors = form.stored(values, scale, zeros)
         difference = form.decode(tensors) - weight
@@ -74,16 +77,17 @@ class Feedback:
             difference.double().square().sum(1),
             weight.double().square().sum(1),
             difference.abs().amax(1).double(),
-            *((self.inputs @ rows[:, self.order].T).double().square().sum(0) for rows in (difference, weight)),
+            *(torch.linalg.vector_norm(self.inputs @ rows.T, dim=0).double().square() for rows in (difference, weight)),
         )
         return Encoded(tensors, errors)
 
     def _corrected(self, weight: torch.Tensor) -> torch.Tensor:
-        """Rows that give, from these inputs, more nearly what the exact inputs gave."""
+        """Rows that give, from these inputs, more nearly what the exact inputs gave; a copy, in the order of places."""
+        ordered = weight[:, self.order]
         if self.change is None:
-            return weight
-        cross = (weight @ self.change.T) @ self.inputs / len(self.inputs)  # [r, in]
-        return weight + CORRECTION * (cross @ self.inverse.T) @ self.inverse
+            return ordered
+        cross = ((weight @ self.change.T) @ self.inputs).div_(len(self.inputs))[:, self.order]  # [r, in]
+        return ordered.addmm_(cross @ self.inverse.T, self.inverse, alpha=CORRECTION)
 
     def _round(self, rows: torch.Tensor, form: Integers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Integers [r, in], and the scale and zero point of every group [r, groups]; ``rows`` are lost."""
@@ -131,22 +135,25 @@ class Feedback:
         return values.T.to(torch.int8)
 
 
-def _inverse_factor(inputs: torch.Tensor, name: str) -> torch.Tensor:
-    """M [in, in] of the second moments' matrix of inputs [n, in], with the damping."""
+def _inverse_factor(inputs: torch.Tensor, order: torch.Tensor, name: str) -> torch.Tensor:
+    """M [in, in] of the second moments' matrix of inputs [n, in], taken in this order, with the damping."""
     times = 1
-    matrix = _damped_moments(inputs, times)
+    matrix = _damped_moments(inputs, order, times)
     while not _factor(matrix) and times < _MOST:
         times *= 10
-        matrix = _damped_moments(inputs, times)
+        matrix = _damped_moments(inputs, order, times)
     if times > 1:
         note(f"The inputs of {name} are so alike that their moments are damped {times} times as much as usual.")
     _invert(matrix)
     return matrix
 
 
-def _damped_moments(inputs: torch.Tensor, times: int) -> torch.Tensor:
+def _damped_moments(inputs: torch.Tensor, order: torch.Tensor, times: int) -> torch.Tensor:
     """The matrix of second moments [in, in], with so many times the damping."""
-    matrix = inputs.T @ inputs
+    matrix = inputs.new_zeros(len(order), len(order))
+    for some in inputs.split(_STEP):
+        some = some[:, order]
+        matrix.addmm_(some.T, some)
     matrix /= len(inputs)
     diagonal = matrix.diagonal()
     mean = diagonal.mean()

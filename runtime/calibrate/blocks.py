@@ -24,7 +24,7 @@ from runtime.model.decoder import Block, Embedding, Head, causal_mask
 from runtime.model.decoder_tensors import DecoderTensor, collect, decoder_parameters
 from runtime.model.device_form import Form
 from runtime.model.kv_cache import KVCache
-from runtime.model.linears.linear import LinearWeight
+from runtime.model.linears.linear import LinearWeight, as_it_is
 from runtime.model.weights import Weights
 
 _BLOCK_ELEMENTS = 1 << 24  # of a weight's rows at once: 64 MB in float32
@@ -97,7 +97,6 @@ class Blocks:
         stored = Unquantized(config.dtype)
         self._parameters = decoder_parameters(config, stored, chips=1, fuse_bytes=0)
         self._slots, self._offsets = torch.arange(length), torch.zeros(1, dtype=torch.long)
-        self._embedding: Embedding | None = None
         self._rotary_and_mask: tuple[object, torch.Tensor] | None = None
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
@@ -110,8 +109,7 @@ class Blocks:
         """The layer, with linears made by ``make_linear``. It takes any number of windows at once."""
         prefix = f"{self.config.architecture.prefix}layers.{number}."
         weights = self._weights(lambda name: name.startswith(prefix), make_linear)
-        form = Form(lambda weight: make_linear(weight.values), attend_many=attend_fused)
-        block = Block(weights, prefix, self.config, self._heads, torch.float32, form)
+        block = Block(weights, prefix, self.config, self._heads, torch.float32, Form(attend_many=attend_fused))
         weights.check_all_taken()
         rotary, mask = self._positions()
 
@@ -123,11 +121,6 @@ class Blocks:
 
         return run
 
-    def weight_names(self, number: int) -> list[str]:
-        """The weights of the layer's linears, in the order of the files."""
-        prefix = f"{self.config.architecture.prefix}layers.{number}."
-        return [each.name for each in self._parameters if each.name.startswith(prefix) and each.is_linear]
-
     def head(self) -> nn.Module:
         """From the last layer's output, float32 [..., E], to the logits [..., V]."""
         prefix, inside = self.config.architecture.prefix, f"{self.config.architecture.prefix}layers."
@@ -138,8 +131,7 @@ class Blocks:
         if self.config.tie_word_embeddings:
             known[head] = SourceWeight(prefix + EMBEDDING.name, self._shape(prefix + EMBEDDING.name), self._source)
         weights = self._weights(wanted.__contains__, StreamedLinear, tied=known)
-        form = Form(lambda weight: StreamedLinear(weight.values))
-        return Head(weights, self.config, torch.float32, form)
+        return Head(weights, self.config, torch.float32, Form())
 
     def _shape(self, name: str) -> tuple[int, int]:
         return next(each.shape for each in parameters(self.config) if each.name == name)
@@ -159,8 +151,7 @@ class Blocks:
         names = set(before[:first])
         table = {prefix + EMBEDDING.name: self._rows(prefix + EMBEDDING.name, used)}
         weights = self._weights(names.__contains__, StreamedLinear, table)
-        form = Form(lambda weight: StreamedLinear(weight.values))
-        return Embedding(weights, self.config, torch.float32, lambda tensor: tensor, form)
+        return Embedding(weights, self.config, torch.float32, as_it_is, Form())
 
     def _rows(self, name: str, wanted: torch.Tensor) -> torch.Tensor:
         """The rows ``wanted``, ascending, of a tensor, in float32."""
@@ -192,8 +183,4 @@ class Blocks:
         held = dict(collect([each for each in self._parameters if wanted(each.name)], load))
         for name, weight in (tied or {}).items():
             held[name] = LinearWeight(Floating(self.config.dtype), {"": weight})
-        return Weights(held, lambda weight: make_linear(_values(weight)))
-
-
-def _values(weight: LinearWeight) -> SourceWeight:
-    return weight.values
+        return Weights(held, lambda weight: make_linear(weight.values))

@@ -13,6 +13,7 @@ import torch
 
 from converters.console.errors import InputError
 from converters.console.progress import Advance
+from converters.files.parallel import every_core
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
 from quantize.calibration.calibrator import WINDOW
@@ -26,7 +27,6 @@ from runtime.calibrate.fit import candidates, check_fit, fit
 from runtime.calibrate.measure import measure_divergence
 from runtime.calibrate.scratch import Scratch
 from runtime.calibrate.sensitivity import gather_gradients
-from runtime.devices.cpu.process import all_threads
 from runtime.run.text import codec_of
 from runtime.run.token_files import TokenFiles
 
@@ -42,7 +42,7 @@ __all__ = [  # what the entry point promises
     "read_windows",
 ]
 
-_ROUNDED_AT_ONCE = 1 << 25  # elements of rows: 128 MB in float32, enough to be worth a column's few operations
+_ROUNDED_AT_ONCE = 1 << 24  # elements of rows: 64 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
 
 
@@ -81,7 +81,7 @@ def gather_moments(
 
     ``scratch`` is a folder for what a later run with the same ``key`` can go on from. ``advance`` is told layers.
     """
-    with torch.no_grad(), all_threads():
+    with torch.no_grad(), every_core():
         return _gather(source, config, windows, Scratch(scratch, key), advance)
 
 
@@ -101,7 +101,8 @@ def _gather(
             sums[name] = sums[name] + squares if name in sums else squares
 
         layer = blocks.layer(number, lambda weight, seen=seen: StreamedLinear(weight, seen))
-        hidden = torch.cat([layer(part) for part in hidden.split(_windows_at_once(config, windows.shape[1]))])
+        for part in hidden.split(_windows_at_once(config, windows.shape[1])):
+            part.copy_(layer(part))
         found |= {name: (squares / windows.numel()).float() for name, squares in sums.items()}
         scratch.save(number, {"hidden": hidden, **found})
         advance(1)
@@ -145,7 +146,7 @@ class FeedbackLayers:
 
     def encoded(self, number: int) -> dict[str, Encoded]:
         """The layer's weights that are in a format with integers, by name. Layers are asked for in ascending order."""
-        with torch.no_grad(), all_threads():
+        with torch.no_grad(), every_core():
             exact, rounded = self._through(number)
             found: dict[str, Encoded] = {}
             self._streams = self._run(number, exact, rounded, found)

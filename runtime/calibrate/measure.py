@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from converters.console.progress import Advance
+from converters.files.parallel import every_core
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
 from runtime.calibrate.blocks import Blocks, StreamedLinear
-from runtime.devices.cpu.process import all_threads
 
 
 class Divergence(NamedTuple):
@@ -25,7 +25,7 @@ def measure_divergence(
     exact: TensorSource, rounded: TensorSource, config: ModelConfig, windows: torch.Tensor, advance: Advance
 ) -> Divergence:
     """Over all positions of windows of tokens [N, T]; ``advance`` is told layers."""
-    with torch.no_grad(), all_threads():
+    with torch.no_grad(), every_core():
         models = [Blocks(source, config, windows.shape[1]) for source in (exact, rounded)]
         hidden = [model.embed(windows) for model in models]
         for number in range(config.num_layers):

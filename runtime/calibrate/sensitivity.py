@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from converters.console.progress import Advance
+from converters.files.parallel import every_core
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
 from quantize.calibration.moments import Moments
 from runtime.calibrate.blocks import Blocks, StreamedLinear
 from runtime.calibrate.scratch import Scratch
-from runtime.devices.cpu.process import all_threads
 
 _SEED = 0  # of the tokens that are drawn
 
@@ -29,7 +29,7 @@ def gather_gradients(
 
     ``windows`` are tokens [N, T]. ``scratch`` is a folder for the layers' inputs, which are removed at the end.
     """
-    with all_threads():
+    with every_core():
         blocks, inputs = Blocks(source, config, windows.shape[1]), Scratch(scratch, key, kept=None)
         hidden = _forwards(blocks, windows, inputs, advance)
         gradient = _of_head(blocks, hidden)

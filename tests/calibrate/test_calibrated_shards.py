@@ -14,7 +14,7 @@ from models import assert_same_bits, edit_json
 from quantize.cli import command as quantize
 from quantize.shards.reading import Shards
 
-METHODS = ("scale", "gptq")
+METHODS = ("scale", "gptq", "awq")
 FORMATS = {
     "int4": ("--int4", "--group-size", 64),
     "int4-zp": ("--int4", "--group-size", 32, "--zero-points"),

@@ -214,3 +214,12 @@ def test_not_finite() -> None:
     weight[3, 40] = float("nan")
     found = Feedback.of(inputs(), None, 32).encode(weight, Integers(4, 32))
     assert not found.tensors["_scale"][3].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [64, 160])
+def test_the_matrix_in_blocks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps that don't divide it, too."""
+    monkeypatch.setattr(feedback, "_STEP", 48)
+    check(Integers(4, 32), inputs(width=width))
+    matrix = Feedback.of(inputs(width=width)).inverse
+    assert torch.equal(matrix, matrix.tril())

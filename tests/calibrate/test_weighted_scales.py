@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from quantize.calibration.moments import with_output_errors
 from quantize.formats.integers import Integers
 from quantize.formats.scales import choose_scales, quantize_groups
 
@@ -159,3 +160,16 @@ def test_one_group_at_a_time() -> None:
         scale, zeros = choose_scales(weight, 4, True, zero_points=zero_points, importance=importance)
         assert torch.equal(scale.bfloat16(), found.scale)
         assert found.zeros is None or torch.equal(zeros.to(torch.int8), found.zeros)
+
+
+def test_the_outputs_errors_do_not_depend_on_blocks() -> None:
+    """Whole and row by row to the bit, for as many inputs as large models have."""
+    weight, importance, form = weights(203, 11008), moments(11008), Integers(8)
+
+    def errors(rows: torch.Tensor) -> list[torch.Tensor]:
+        return list(with_output_errors(form.encode(rows), rows, form, importance))
+
+    parts = zip(*(errors(weight[start : start + 7]) for start in range(0, 203, 7)), strict=True)
+    assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(parts, errors(weight), strict=True))
+    difference = form.decode(form.encode(weight).tensors).double() - weight.double()
+    torch.testing.assert_close(errors(weight)[3], difference.square() @ importance.double())

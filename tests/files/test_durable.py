@@ -28,8 +28,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks a tensor, and a journal that is written after every few tensors, without running behind."""
     note = journal.Journal.note
 
-    def note_and_wait(self: journal.Journal, writers: dict[str, SafetensorsWriter], state: Any = None) -> None:
-        note(self, writers, state)
+    def note_and_wait(self: journal.Journal, writers: dict[str, SafetensorsWriter], *what: Any, **how: Any) -> None:
+        note(self, writers, *what, **how)
         self.wait()
 
     monkeypatch.setattr(journal.Journal, "note", note_and_wait)

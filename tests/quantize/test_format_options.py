@@ -261,8 +261,8 @@ def kill_after(parameters: int, out: Path, *run: object) -> None:
     noted = []
     note = Journal.note
 
-    def count(self: Journal, *args: object) -> None:
-        note(self, *args)
+    def count(self: Journal, *args: object, **how: object) -> None:
+        note(self, *args, **how)
         self.wait()
         noted.append(args)
         if len(noted) == parameters:

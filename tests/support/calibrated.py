@@ -35,12 +35,18 @@ def write_text(path: Path, seed: int = 0, count: int = TOKENS) -> Path:
 def make_inputs(root: Path) -> tuple[Path, Path]:
     """The model, whose inputs differ in size, and the text."""
     model = make_model(root / "hf", **SIZES)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[::17] *= 8
+    for layer in model.model.layers:
+        spread(layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     model.save_pretrained(root / "hf")
     return root / "hf", write_text(root / "text.json")
+
+
+@torch.no_grad()
+def spread(*norms: torch.Tensor) -> None:
+    """Make the weights [E] of norms, and so what comes out of them, differ much."""
+    for weight in norms:
+        weight.copy_(torch.exp(1.5 * torch.randn(len(weight), generator=torch.Generator().manual_seed(0))))
+        weight /= weight.square().mean().sqrt()
 
 
 def values(out: Path) -> dict[str, torch.Tensor]:

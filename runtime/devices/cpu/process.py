@@ -22,8 +22,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +95,3 @@ def _set_allocator(settings: dict[int, int]) -> None:
     if mallopt is not None and not any(os.environ.get(name) for name in (*_ALLOCATOR_VARIABLES, "GLIBC_TUNABLES")):
         for setting, value in settings.items():
             mallopt(setting, value)
-
-
-@contextmanager
-def all_threads() -> Iterator[None]:
-    """Let torch use every core meanwhile, where work done ahead in threads leaves it one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(available_cpus())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

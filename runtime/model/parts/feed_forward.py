@@ -23,7 +23,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x)  # [..., chips, F / chips]
-        return self.down((nn.functional.silu(gate) * up).flatten(-2))
+        gated = (nn.functional.silu(gate) * up).flatten(-2)
+        del gate, up  # of a long text they are the largest tensors of all
+        return self.down(gated)
 
 
 class ReLU(nn.Module):
