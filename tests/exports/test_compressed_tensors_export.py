@@ -224,12 +224,12 @@ def test_files_layers_and_dtype(models: Path, tmp_path: Path) -> None:
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("flags", [["--int4", "--zero-points"], ["--int8"]], ids=str)
+@pytest.mark.parametrize("flags", [["--int4", "--zero-points", "--group-size", 32], ["--int8"]], ids=str)
 def test_blocks_of_rows_change_nothing(
     models: Path, flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = exported(models / "grouped", tmp_path, flags)
-    monkeypatch.setattr(row_blocks.row_blocks, "__defaults__", (300,))
+    monkeypatch.setattr(row_blocks.row_blocks, "__defaults__", (100,))
     again = ("--source", tmp_path / "out", *TO_COMPRESSED, "--out", tmp_path / "small")
     invoke(convert, *again)
     assert snapshot(tmp_path / "small") == snapshot(export)

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+import sentencepiece
 from invoke import invoke, notes, refuse
 from models import SMALL, write_hf
 from tokenizer_models import TEXTS, tiktoken_file, train_byte_level, train_sentencepiece
@@ -151,12 +152,13 @@ def test_sentencepiece(kept: str, tmp_path: Path) -> None:
     assert found["tokenizer.ggml.add_space_prefix"] is True
     assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.bos_token_id"] == 1
+    reader = sentencepiece.SentencePieceProcessor(model_proto=model)
+    exact, scores = [reader.get_score(i) for i in range(reader.vocab_size())], found["tokenizer.ggml.scores"]
     if kept == "tokenizer.model":
-        import sentencepiece
-
-        reader = sentencepiece.SentencePieceProcessor(model_proto=model)
-        scores = [reader.get_score(i) for i in range(reader.vocab_size())]
-        assert found["tokenizer.ggml.scores"][:800] == pytest.approx(scores)
+        assert scores[:800] == pytest.approx(exact)
+    joined = [i for i in range(259, 800) if len(reader.id_to_piece(i)) > 1]
+    assert len({scores[i] for i in joined}) == len(joined)
+    assert sorted(joined, key=lambda i: -scores[i]) == sorted(joined, key=lambda i: -exact[i])
 
 
 def test_texts_that_become_other_tokens_are_said(tmp_path: Path) -> None:
