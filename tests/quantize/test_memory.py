@@ -72,6 +72,15 @@ def _seed_of_7b(root: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_quantizing_with_a_text(tmp_path: Path) -> None:
+    """A layer of 65B from its seed; what is known of outputs is computed for every block of every weight."""
+    _run("llama-convert", "--config", "65B", "--layers", 1, "--storage", "seed", "--out", tmp_path / "checkpoint")
+    (tmp_path / "ids.json").write_text(json.dumps([37 * place % 32000 for place in range(256)]))
+    options = ("--int4", "--calibrate", tmp_path / "ids.json", "--calibration-tokens", 256)
+    _run("llama-quantize", tmp_path / "checkpoint", *options, "--out", tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_converting_a_pickle(zipped: bool, checkpoint: Path, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
