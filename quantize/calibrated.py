@@ -123,9 +123,9 @@ class FeedbackQuantizer(Quantizer):
         self._encoded_layers: dict[str, dict[str, Encoded]] = {}  # by the names' prefix, the last few
 
     def begin(self, config: ModelConfig, scheme: Scheme, directory: Path) -> None:
-        self._kept = self.kept(config, scheme)
-        if self._kept:  # in the layers that are run they are what the source says
-            kept = tuple((name, UNQUANTIZED) for name in sorted(self._kept))
+        self._as_they_are = self.kept(config, scheme)
+        if self._as_they_are:  # in the layers that are run they are what the source says
+            kept = tuple((name, UNQUANTIZED) for name in sorted(self._as_they_are))
             scheme = replace(scheme, overrides=scheme.overrides + kept)
         arguments = {
             "source_fingerprint": self._source.fingerprint(),
@@ -161,7 +161,7 @@ class FeedbackQuantizer(Quantizer):
         return Encoded(tensors, RowErrors(*(column[start:stop] for column in whole.errors)))
 
     def _has_feedback(self, stored: StoredParameter) -> bool:
-        if self._layers is None or stored.name in self._kept:
+        if self._layers is None or stored.name in self._as_they_are:
             return False
         return stored.parameter.in_block and isinstance(stored.format, Integers)
 
