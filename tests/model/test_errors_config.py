@@ -65,7 +65,7 @@ LLAMA3 = {
         ({"quantization_config": {"quant_method": "awq"}}, "already quantized by 'awq'"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "by 'bitsandbytes'"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "by 'compressed-tensors'"),
-        ({"quantization_config": {"load_in_8bit": True}}, "already quantized; convert"),
+        ({"quantization_config": {"load_in_8bit": True}}, "by a method that it doesn't name; this tool reads"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "already quantized"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"num_key_value_heads": 0}, "num_kv_heads"),

@@ -23,7 +23,7 @@ def test_shape_that_contradicts_the_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "shown"),
-    [(torch.int8, "int8"), (torch.int64, "I64"), (torch.uint8, "uint8"), (torch.float8_e4m3fn, "float8_e4m3fn")],
+    [(torch.int8, "int8"), (torch.int64, "int64"), (torch.uint8, "uint8"), (torch.float8_e4m3fn, "float8_e4m3fn")],
 )
 def test_type_that_is_no_weight(dtype: torch.dtype, shown: str, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", random_tensors() | {Q_PROJ: torch.ones(16, 16).to(dtype)})

@@ -44,8 +44,9 @@ def find_method(fields: Any, where: str) -> Method | None:
         return None
     named = described.get("quant_method") if isinstance(described, dict) else None
     if named not in METHODS:
+        how = "a method that it doesn't name" if named is None else shown(named)
         raise InputError(
-            f"{where}: config.json describes a model that is already quantized by {shown(named)}; this tool reads "
+            f"{where}: config.json describes a model that is already quantized by {how}; this tool reads "
             f"{', '.join(METHODS)}. Convert its unquantized original."
         )
     return METHODS[named](where, described)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.console.errors import UnexpectedTensor
+from converters.console.errors import InputError, UnexpectedTensor
 from converters.console.notes import note
 from converters.formats.compressed_tensors import INT8_GROUP, SCALE_SUFFIX, quantization_config
 from converters.formats.safetensors import CODES, TensorSpec
@@ -109,6 +109,11 @@ def quantized_source(
                     f"{directory} holds {', '.join(sorted(tensors))} of {parameter.name}, which is no matrix."
                 )
             codecs[parameter.name] = method.codec(parameter, tensors, stripes)
+    if not any(parameter.name in codecs for parameter in parameters(config) if parameter.row.is_linear):
+        raise InputError(
+            f"{directory} holds no quantized linear, though its config.json says that they are quantized by "
+            f"{method.title}. Take quantization_config out of it if the weights are whole, or fetch those it is about."
+        )
     source = Int8HFSource if all(codec.is_plain_int8 for codec in codecs.values()) else QuantizedHFSource
     _note_layers(method, parameters(config), codecs, str(directory))
     return source(directory, config, holder | _first_parts(parts), dtypes, method, codecs)
@@ -121,6 +126,7 @@ def _first_parts(parts: dict[str, dict[str, Held]]) -> dict[str, Held]:
 
 def _note_layers(method: Method, found: list[Parameter], codecs: Mapping[str, Codec], where: str) -> None:
     """Note what is quantized but no linear, and which linears are stored otherwise than config.json says."""
+    whole: list[str] = []
     for parameter in found:
         name = parameter.name
         if not parameter.row.is_linear:
@@ -131,4 +137,7 @@ def _note_layers(method: Method, found: list[Parameter], codecs: Mapping[str, Co
         if left and name in codecs:
             note(f"{where}: config.json has {name} in {method.exceptions}, but it is quantized and read as such.")
         elif not left and name not in codecs:
-            note(f"{where}: {name} is not quantized, though config.json doesn't have it in {method.exceptions}.")
+            whole.append(name)
+    if whole:
+        others = f" and {len(whole) - 1} more are" if len(whole) > 1 else " is"
+        note(f"{where}: {whole[0]}{others} not quantized, though config.json doesn't say so in {method.exceptions}.")
