@@ -84,21 +84,21 @@ class Quantizer:
         With ``moments`` the error is weighted with those of the inputs, and the report has that of the outputs.
         """
         self._source, self._search, self._moments = source, search, moments
-        self._kept = Kept(source) if isinstance(source, CodedSource) else None
+        self._found = Kept(source) if isinstance(source, CodedSource) else None
         self.report = Report()
 
     def kept(self, config: ModelConfig, scheme: Scheme) -> frozenset[str]:
         """The weights that are taken as the source has them."""
-        stored = stored_parameters(config, scheme) if self._kept else []
-        return frozenset(each.name for each in stored if self._kept.holds(each.name, each.format))
+        stored = stored_parameters(config, scheme) if self._found else []
+        return frozenset(each.name for each in stored if self._found.holds(each.name, each.format))
 
     def note_kept(self, config: ModelConfig, scheme: Scheme) -> None:
         """Say which weights of a quantized source are kept, dequantized, quantized again, or here beside kept ones."""
-        if self._kept is not None:
-            self._kept.note(config, scheme)
+        if self._found is not None:
+            self._found.note(config, scheme)
 
     def block(self, stored: StoredParameter, start: int, stop: int) -> Block:
-        if self._kept is not None and self._kept.holds(stored.name, stored.format):
+        if self._found is not None and self._found.holds(stored.name, stored.format):
             return self._as_it_is(stored, start, stop)
         encoded = self._encoded(stored, start, stop)
         for tensor in encoded.tensors.values():
