@@ -139,5 +139,6 @@ def _note_layers(method: Method, found: list[Parameter], codecs: Mapping[str, Co
         elif not left and name not in codecs:
             whole.append(name)
     if whole:
-        others = f" and {len(whole) - 1} more are" if len(whole) > 1 else " is"
-        note(f"{where}: {whole[0]}{others} not quantized, though config.json doesn't say so in {method.exceptions}.")
+        more = len(whole) - 1
+        are, them = (f" and {more} more are", "them") if more else (" is", "it")
+        note(f"{where}: {whole[0]}{are} not quantized, though config.json doesn't have {them} in {method.exceptions}.")
