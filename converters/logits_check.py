@@ -19,9 +19,9 @@ from converters.files.text_path import text_path
 from converters.model.families.hf_config import to_hf
 from converters.model.parameters import parameters
 from converters.output.preflight import available_memory
+from converters.sources.codes import CodedSource
 from converters.sources.gguf.source import GGUFSource
 from converters.sources.huggingface.plain_source import HFSource
-from converters.sources.source import CodedSource
 
 if TYPE_CHECKING:
     import torch

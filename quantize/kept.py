@@ -11,7 +11,8 @@ from converters.console.notes import note
 from converters.console.units import format_bytes
 from converters.model.config import ModelConfig
 from converters.model.parameters import LM_HEAD
-from converters.sources.source import CodedSource, TensorSource
+from converters.sources.codes import CodedSource
+from converters.sources.source import TensorSource
 from quantize.formats.table import format_of
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.scheme import UNQUANTIZED, Scheme, choices, mixture

@@ -11,7 +11,8 @@ import torch
 from converters.console.errors import InputError
 from converters.contents import check_finite
 from converters.model.config import ModelConfig
-from converters.sources.source import CodedSource, TensorSource
+from converters.sources.codes import CodedSource
+from converters.sources.source import TensorSource
 from quantize.calibration.moments import Moments, with_output_errors
 from quantize.formats.weight_format import Encoded, RowErrors
 from quantize.kept import Kept
@@ -125,10 +126,10 @@ class Quantizer:
 
     def _as_it_is(self, stored: StoredParameter, start: int, stop: int) -> Block:
         """Rows that the source holds in the wanted format, unchanged."""
-        coded = self._source.coded(stored.name, start, stop)
         # Zero points that all say nothing are no part of the format.
+        coded = self._source.coded(stored.name, start, stop)[: len(stored.tensors)]
         tensors = {
-            each.part.suffix: tensor.to(each.torch_dtype) for each, tensor in zip(stored.tensors, coded, strict=False)
+            each.part.suffix: tensor.to(each.torch_dtype) for each, tensor in zip(stored.tensors, coded, strict=True)
         }
         for tensor in tensors.values():
             _check_finite(tensor, stored.name)

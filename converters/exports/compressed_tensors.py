@@ -23,7 +23,7 @@ from converters.formats.packed_integers import pack
 from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import Parameter, parameters
-from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, CodeSource, WeightCode
+from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, Coding, PartsSource
 from converters.sources.source import TensorSource
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class CompressedExport:
                 "--format compressed-tensors is for a --source of quantized shards, and nothing of this one is "
                 "quantized. Quantize it first, with llama-quantize, or leave --format out."
             )
-        int8 = {name: code for name, code in self.codes.items() if (code.kind, code.bits) == ("int", 8)}
+        int8 = {name: code for name, code in self.codes.items() if code.kind == "int8"}
         if self.int8_layout is not None and not int8:
             raise InputError(
                 f"--int8-layout {self.int8_layout} is for int8 weights, and this source has none. Leave it out."
@@ -65,9 +65,9 @@ class CompressedExport:
                     )
 
     @cached_property
-    def codes(self) -> dict[str, WeightCode]:
+    def codes(self) -> dict[str, Coding]:
         """How each weight is held that stays quantized."""
-        return self.source.weight_codes(self.config) if isinstance(self.source, CodeSource) else {}
+        return self.source.codings(self.config) if isinstance(self.source, PartsSource) else {}
 
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -76,7 +76,7 @@ class CompressedExport:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of config.json that describe these tensors."""
-        names: dict[WeightCode, list[str]] = {}
+        names: dict[Coding, list[str]] = {}
         for name, code in self.codes.items():
             names.setdefault(code, []).append(name)
         groups = [(self._group(code), held) for code, held in names.items()]
@@ -97,7 +97,7 @@ class CompressedExport:
         weight, suffix = self._places.get(name, (name, None))
         if suffix is None:
             return self.source.rows(name, start, stop)
-        code, give = self.codes[weight], self.source.code_rows
+        code, give = self.codes[weight], self.source.part_rows
         if suffix == SHAPE:
             return torch.tensor(self._shapes[weight][start:stop], dtype=torch.int64)
         if suffix == ZEROS:  # packed along the outputs
@@ -112,16 +112,16 @@ class CompressedExport:
         if name not in self.codes:
             return [TensorSpec(name, CODES[self.config.dtype], parameter.shape)]
         code = self.codes[name]
-        dtypes = {PACKED_VALUES: "int32", SCALES: code.scale_dtype, ZEROS: "int32", SHAPE: "int64"}
-        dtypes[""] = "float8_e4m3fn" if code.kind == "float" else "int8"
+        dtypes = {PACKED_VALUES: "int32", SCALES: code.scales, ZEROS: "int32", SHAPE: "int64"}
+        dtypes[""] = "float8_e4m3fn" if code.is_float else "int8"
         shapes = layout_shapes(self._group(code), parameter.shape)
         return [TensorSpec(name + suffix, CODES[dtypes[suffix]], shape) for suffix, shape in shapes.items()]
 
-    def _group(self, code: WeightCode) -> dict[str, Any]:
+    def _group(self, code: Coding) -> dict[str, Any]:
         """``format``, ``weights`` and, where they are to be quantized, ``input_activations`` of a config group."""
-        activated = (code.kind, code.bits, self.int8_layout) == ("int", 8, INT8_ACTIVATED)
-        layout = FLOAT if code.kind == "float" else PLAIN if activated else PACKED
-        group = weights_group(layout, code.kind, code.bits, code.group_size, code.zero_points)
+        activated = (code.kind, self.int8_layout) == ("int8", INT8_ACTIVATED)
+        layout = FLOAT if code.is_float else PLAIN if activated else PACKED
+        group = weights_group(layout, "float" if code.is_float else "int", code.bits, code.group_size, code.zero_points)
         return group | ({"input_activations": dict(INT8_ACTIVATIONS)} if activated else {})
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError
 from converters.console.notes import note
-from converters.exports.gguf_blocks import QUANTIZED, blocks_of_integers, quantized_blocks, rounding
+from converters.exports.gguf_blocks import LARGEST_HALF, QUANTIZED, blocks_of_integers, quantized_blocks, rounding
 from converters.exports.gguf_metadata import model_metadata, rope_divisors
 from converters.exports.gguf_types import F16, Planned, plan_types
 from converters.files.row_blocks import row_blocks
@@ -20,7 +20,7 @@ from converters.model.config import ModelConfig
 from converters.model.families.family import GGUFForm
 from converters.model.families.registry import family_of
 from converters.model.parameters import Parameter
-from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, CodeSource, WeightCode
+from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, Coding, PartsSource
 from converters.sources.gguf.rope import TABLE as ROPE_TABLE
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
 from converters.sources.source import TensorSource
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _Read = Callable[[str, int, int], "torch.Tensor"]
 FILE_NAME = "model.gguf"
-_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class GGUFExport:
                 values = values - zeros.repeat_interleave(values.shape[1] // zeros.shape[1], dim=1)
             return blocks_of_integers(planned.type, values, self._code(planned.parameter, SCALE, start, stop))
         values = self._in_order(planned.parameter, start, stop, self.source.rows)
-        if planned.type == F16 and bool((values.abs() > _LARGEST_HALF).any()):
+        if planned.type == F16 and bool((values.abs() > LARGEST_HALF).any()):
             raise InputError(
                 f"{planned.parameter.name} holds values that are too large for float16. Give another --gguf-type, or "
                 "--dtype bfloat16."
@@ -110,7 +109,7 @@ class GGUFExport:
             rows, inputs = each.parameter.shape
             groups = each.code.groups(inputs)
             for start, stop in row_blocks(0, rows, groups):
-                count, change = rounding(self._source.code_rows(each.parameter.name, SCALE, start, stop))
+                count, change = rounding(self._source.part_rows(each.parameter.name, SCALE, start, stop))
                 if change == float("inf"):
                     raise InputError(
                         f"{each.parameter.name} has a scale that float16, and so GGUF's {each.type}, doesn't hold. "
@@ -125,7 +124,7 @@ class GGUFExport:
         return family_of(self.config.architecture).gguf
 
     @property
-    def _source(self) -> CodeSource:
+    def _source(self) -> PartsSource:
         return self.source
 
     @cached_property
@@ -135,9 +134,9 @@ class GGUFExport:
     @cached_property
     def _planned(self) -> dict[str, Planned]:
         """By the tensors' names in the file."""
-        codes: dict[str, WeightCode] = {}
-        if isinstance(self.source, CodeSource):
-            codes = self.source.weight_codes(self.config)
+        codes: dict[str, Coding] = {}
+        if isinstance(self.source, PartsSource):
+            codes = self.source.codings(self.config)
         names = {hf: name for name, hf in self._form.model_names.items()}
         block_names = {hf: name for name, hf in self._form.block_names.items()}
         planned = {}
@@ -153,7 +152,7 @@ class GGUFExport:
 
     def _code(self, parameter: Parameter, part: str, start: int, stop: int) -> torch.Tensor:
         return self._in_order(
-            parameter, start, stop, lambda name, first, last: self._source.code_rows(name, part, first, last)
+            parameter, start, stop, lambda name, first, last: self._source.part_rows(name, part, first, last)
         )
 
     def _in_order(self, parameter: Parameter, start: int, stop: int, read: _Read) -> torch.Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 Q8_0, Q4_0 = QUANTIZED = ("Q8_0", "Q4_0")
-_LARGEST_HALF = 65504.0
+LARGEST_HALF = 65504.0
 
 
 def blocks_of_integers(type_name: str, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def rounding(scale: torch.Tensor) -> tuple[int, float]:
     import torch
 
     exact = scale.double().abs()
-    if not bool((exact <= _LARGEST_HALF).all()):  # nor is NaN
+    if not bool((exact <= LARGEST_HALF).all()):  # nor is NaN
         return scale.numel(), float("inf")
     change = (exact - exact.to(torch.float16).double()).abs()
     inexact = change > 0

@@ -9,7 +9,7 @@ from converters.console.notes import note
 from converters.exports.gguf_blocks import BLOCK, Q4_0, Q8_0, QUANTIZED
 from converters.model.config import ModelConfig
 from converters.model.parameters import Parameter, parameters
-from converters.sources.codes import WeightCode
+from converters.sources.codes import Coding
 
 F16 = "F16"
 TYPES = (*QUANTIZED, F16)  # that can be asked for
@@ -22,10 +22,10 @@ class Planned:
 
     parameter: Parameter
     type: str
-    code: WeightCode | None = None
+    code: Coding | None = None
 
 
-def plan_types(config: ModelConfig, codes: Mapping[str, WeightCode], wanted: str | None) -> list[Planned]:
+def plan_types(config: ModelConfig, codes: Mapping[str, Coding], wanted: str | None) -> list[Planned]:
     """The type of every parameter, in the table's order; ``codes`` are those of the weights that are quantized.
 
     Linears of the layers, and other weights that are quantized, get the type that is ``wanted``, or without one each
@@ -44,7 +44,7 @@ def plan_types(config: ModelConfig, codes: Mapping[str, WeightCode], wanted: str
     return planned
 
 
-def _plan(parameter: Parameter, code: WeightCode | None, wanted: str | None, config: ModelConfig) -> Planned:
+def _plan(parameter: Parameter, code: Coding | None, wanted: str | None, config: ModelConfig) -> Planned:
     plain = _OF_DTYPE[config.dtype]
     if len(parameter.shape) == 1:
         return Planned(parameter, "F32")
@@ -61,9 +61,9 @@ def _plan(parameter: Parameter, code: WeightCode | None, wanted: str | None, con
     return Planned(parameter, chosen, code if code and fits(code, chosen) else None)
 
 
-def fits(code: WeightCode, type_name: str) -> bool:
+def fits(code: Coding, type_name: str) -> bool:
     """Whether a block of this type holds the integers of a code, less their zero points, and their scale."""
-    if code.kind != "int" or (code.group_size or BLOCK) % BLOCK:
+    if code.is_float or (code.group_size or BLOCK) % BLOCK:
         return False
     if type_name == Q4_0:
         return code.bits == 4 and not code.zero_points

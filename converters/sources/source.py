@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from converters.model.config import ModelConfig
 
@@ -68,38 +68,4 @@ class QuantizedSource(TensorSource, Protocol):
 
     def quantization_fields(self, config: ModelConfig) -> dict[str, Any]:
         """The fields of config.json that describe these tensors: ``quantization_config``."""
-        ...
-
-
-class Coding(NamedTuple):
-    """What a source holds of a weight, in the terms of weight formats."""
-
-    kind: str  # the integers or floating-point numbers that the values are: int8, int4 or fp8
-    group_size: int | None = None  # the inputs that share a scale; None: all of an output's
-    zero_points: bool = False
-    scales: str = "float32"  # a dtype that holds them as they are
-
-
-class Coded(NamedTuple):
-    """Rows of a weight as a source holds them: (``values`` - ``zeros``) * ``scale``, by groups of inputs."""
-
-    values: torch.Tensor  # [n, in]: int8, of 4 bits from -8 to 7; or float8_e4m3fn
-    scale: torch.Tensor  # [n, groups], in the coding's dtype
-    zeros: torch.Tensor | None  # int8 [n, groups], in the values' range
-
-
-@runtime_checkable
-class CodedSource(TensorSource, Protocol):
-    """A source that another tool has quantized. Its ``rows`` are dequantized."""
-
-    def titles(self, config: ModelConfig) -> dict[str, str]:
-        """By the name of every linear that is quantized, in words, how: "GPTQ, 4 bits in groups of 128"."""
-        ...
-
-    def coding(self, name: str) -> Coding | str:
-        """How ``coded`` gives a quantized linear; or in words, why it doesn't. May read its scales and zero points."""
-        ...
-
-    def coded(self, name: str, start: int, stop: int) -> Coded:
-        """Rows [start, stop) of a linear that has a coding. Raises InputError for what stands for no number."""
         ...

@@ -5,7 +5,7 @@ The layouts are those of compressed-tensors: "int-quantized" for 8 bits, "pack-q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,8 +80,7 @@ class Integers:
         if self.scales != GROUP_SCALES:
             quantized = (quantized.values, self._narrowed(quantized.scale), *quantized[2:])
         # Without zero points the last of three tensors is None.
-        tensors = {part.suffix: tensor for part, tensor in zip(self.parts, quantized, strict=False)}
-        return Encoded(tensors, errors)
+        return Encoded(self._named(quantized), errors)
 
     def _narrowed(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales of groups in the dtype that they are stored in. Raises InputError where they are out of its range."""
@@ -101,8 +100,11 @@ class Integers:
         """
         import torch
 
-        columns = (values, scale.to(getattr(torch, self.parts[1].dtype)), zeros.to(torch.int8))
-        return {part.suffix: tensor for part, tensor in zip(self.parts, columns, strict=False)}
+        return self._named((values, scale.to(getattr(torch, self.parts[1].dtype)), zeros.to(torch.int8)))
+
+    def _named(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values, scale and, where the format has them, zero points, by suffix."""
+        return {part.suffix: tensor for part, tensor in zip(self.parts, tensors[: len(self.parts)], strict=True)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         values, scale = tensors[self.parts[0].suffix], tensors[SCALE_SUFFIX]

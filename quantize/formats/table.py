@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from converters.console.errors import InputError
-from converters.sources.source import Coding
+from converters.sources.codes import Coding
 from quantize.formats.float8 import Float8
 from quantize.formats.floating import Floating
 from quantize.formats.integers import Integers

@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from converters.model.config import ModelConfig
-from converters.sources.source import CodedSource, QuantizedSource, TensorSource
+from converters.sources.codes import CodedSource
+from converters.sources.source import QuantizedSource, TensorSource
 from quantize.formats.floating import Floating
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.partition import Segment

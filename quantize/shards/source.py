@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from converters.formats.compressed_tensors import SCALE_SUFFIX
 from converters.formats.safetensors import TensorSpec
 from converters.model.config import ModelConfig
-from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, WeightCode
+from converters.sources.codes import SCALE, VALUES, ZERO_POINTS, Coding
 from converters.sources.source import QuantizedSource, TensorSource
-from quantize.formats.integers import ZERO_POINT_SUFFIX, Integers
+from quantize.formats.integers import ZERO_POINT_SUFFIX
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.manifest import FILE_NAME
 from quantize.shards.reading import Shards
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ShardsSource:
-    """The weights of all chips' shards under the CodeSource protocol, padding and copies of KV heads left out."""
+    """The weights of all chips' shards under the PartsSource protocol, padding and copies of KV heads left out."""
 
     def __init__(self, shards: Shards) -> None:
         self.config: ModelConfig = shards.config
@@ -49,11 +49,11 @@ class ShardsSource:
     def auxiliary_files(self) -> dict[str, bytes]:
         return self._shards.auxiliary_files()
 
-    def weight_codes(self, config: ModelConfig) -> dict[str, WeightCode]:
+    def codings(self, config: ModelConfig) -> dict[str, Coding]:
         stored = stored_parameters(config, self._shards.scheme)
-        return {each.name: _code(each.format) for each in stored if each.format.quantizes}
+        return {each.name: _coding(each.format) for each in stored if each.format.quantizes}
 
-    def code_rows(self, name: str, part: str, start: int, stop: int) -> torch.Tensor:
+    def part_rows(self, name: str, part: str, start: int, stop: int) -> torch.Tensor:
         values = self._shards.parameters[name].format.parts[0].suffix
         suffix = {VALUES: values, SCALE: SCALE_SUFFIX, ZERO_POINTS: ZERO_POINT_SUFFIX}[part]
         return self._shards.rows(name + suffix, start, stop)
@@ -80,9 +80,8 @@ class QuantizedShardsSource(ShardsSource):
         return quantization_fields(config, self._shards.manifest.scheme)
 
 
-def _code(form: WeightFormat) -> WeightCode:
-    kind, bits = ("int", form.bits) if isinstance(form, Integers) else ("float", 8)
-    return WeightCode(form.name, kind, bits, form.group_size, form.zero_points, form.parts[1].dtype)
+def _coding(form: WeightFormat) -> Coding:
+    return Coding(form.kind, form.group_size, form.zero_points, form.parts[1].dtype)
 
 
 def open_shards(directory: Path) -> TensorSource | QuantizedSource:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from converters.cli import command as convert
 from converters.console.errors import InputError
+from converters.sources.codes import Coding
 from quantize.cli import command as quantize
-from quantize.formats.table import FORMATS
+from quantize.formats.table import FORMATS, format_of
 from quantize.formats.weight_format import WeightFormat
 from quantize.shards.reading import Shards
 from quantize.shards.stored import Scheme, padding_bytes
@@ -35,6 +36,15 @@ EACH_FORMAT = pytest.mark.parametrize(
 IN_GROUPS = {"heads": 8, "kv_heads": 2, "head_dim": 48, "hidden": 128, "layers": 1, "ffn": 640, "vocab": 515}
 # Rows of 45, 42 and 171 inputs fill no words.
 BY_CHANNEL = {"heads": 3, "kv_heads": 1, "head_dim": 14, "hidden": 45, "layers": 2, "ffn": 171, "vocab": 131}
+
+
+def test_a_coding_has_the_name_of_its_format() -> None:
+    """The one that shards are exported by, and a source's that is kept."""
+    for name, each in FORMATS.items():
+        if each.quantizes:
+            coding = Coding(each.kind, each.group_size, each.zero_points, each.parts[1].dtype)
+            assert (coding.name, format_of(coding)) == (name, each)
+            assert coding.bits == (4 if each.kind == "int4" else 8)
 
 
 def flags_of(name: str) -> list[str]:

@@ -10,9 +10,9 @@ from compressed import by_the_library, described
 from gptq_awq import awq_of, awq_settings, gptq_of, gptq_settings
 from quantized import DOWN, Stored, write_quantized
 
+from converters.sources.codes import CodedSource
 from converters.sources.huggingface.quantized import stripes
 from converters.sources.opening import open_source
-from converters.sources.source import CodedSource
 
 RANGES = ((0, 64), (5, 6), (7, 29), (31, 33), (40, 64))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from converters.sources.source import Coded, Coding
+from converters.sources.codes import Coded, Coding
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,12 +18,12 @@ from converters.model.families.family import Family
 from converters.model.families.registry import find_gguf_family, known_gguf_architectures
 from converters.model.model_name import is_name, name_of_file
 from converters.model.parameters import LM_HEAD, Parameter, check_names, is_known, parameters
+from converters.sources.codes import Coded, Coding
 from converters.sources.fingerprint import sample_files
 from converters.sources.gguf.codes import codes_of, coding_of
 from converters.sources.gguf.rope import TABLE as ROPE_TABLE
 from converters.sources.gguf.rope import rope_scaling
 from converters.sources.interleaved_rows import INTERLEAVED, interleaved_rows
-from converters.sources.source import Coded, Coding
 from converters.tokenizers.gguf_tokenizer import end_tokens, special_ids, tokenizer_files
 
 if TYPE_CHECKING:

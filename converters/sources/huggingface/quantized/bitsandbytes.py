@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from converters.console.errors import InputError
 from converters.sources.huggingface.quantized.blocks4_codec import STATE, TYPES, blocks4
-from converters.sources.huggingface.quantized.codec import Codec, need, only
+from converters.sources.huggingface.quantized.codec import Codec, OnlyRows, need, only
 from converters.sources.huggingface.quantized.settings import Settings, is_named
 from converters.sources.huggingface.quantized.stripes import Stripes
-from converters.sources.source import Coded, Coding
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +81,7 @@ def _check_by_rows(held: Held) -> None:
 
 
 @dataclass
-class _Int8Codec:
+class _Int8Codec(OnlyRows):
     """int8 [out, in] times the largest magnitude of each output over 127."""
 
     name: str
@@ -91,14 +90,8 @@ class _Int8Codec:
     largest: Held = field(repr=False)
 
     title = "int8, a largest magnitude for each output"
-    is_plain_int8 = False
+    why = "it is divided by 127, which no scale does exactly"
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         largest = self.largest.rows(start, stop).float()[:, None]
         return self.weight.rows(start, stop).float().mul_(largest).mul_(_RECIPROCAL)
-
-    def coding(self) -> Coding | str:
-        return "it is divided by 127, which no scale does exactly"
-
-    def coded(self, start: int, stop: int) -> Coded:
-        raise NotImplementedError

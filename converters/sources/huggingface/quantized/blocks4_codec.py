@@ -14,8 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.console.errors import InputError, shown
-from converters.sources.huggingface.quantized.codec import need, only
-from converters.sources.source import Coded, Coding
+from converters.sources.huggingface.quantized.codec import OnlyRows, need, only
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ class Magnitudes(NamedTuple):
 
 
 @dataclass
-class Blocks4Codec:
+class Blocks4Codec(OnlyRows):
     """A weight in such codes: see ``Codec``."""
 
     name: str
@@ -57,8 +56,6 @@ class Blocks4Codec:
     codes: Held = field(repr=False)
     table: torch.Tensor = field(repr=False)
     magnitudes: Magnitudes = field(repr=False)
-
-    is_plain_int8 = False
 
     @property
     def title(self) -> str:
@@ -73,11 +70,9 @@ class Blocks4Codec:
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[first % 2 :][: last - first]
         return (self.table[codes.int()] * self.magnitudes.of(first, last)).view(stop - start, -1)
 
-    def coding(self) -> Coding | str:
+    @property
+    def why(self) -> str:
         return f"no format here has the codes of {self.kind}"
-
-    def coded(self, start: int, stop: int) -> Coded:
-        raise NotImplementedError
 
 
 def blocks4(name: str, shape: tuple[int, int], kind: str, tensors: Mapping[str, Held]) -> Blocks4Codec:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.console.errors import InputError
 from converters.files.row_blocks import row_blocks
+from converters.sources.codes import Coded, Coding
 from converters.sources.huggingface.quantized.stripes import Stripes
-from converters.sources.source import Coded, Coding
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,22 @@ class Method(Protocol):
         ...
 
 
+class OnlyRows:
+    """What codecs have in common that only dequantize: ``why`` says what no format here has of theirs."""
+
+    is_plain_int8 = False
+    why: str
+
+    def coding(self) -> Coding | str:
+        return self.why
+
+    def coded(self, start: int, stop: int) -> Coded:
+        """Raises ValueError: there is no coding."""
+        raise ValueError(f"rows {start} to {stop} can't be given as they are: {self.why}")
+
+
 @dataclass
-class IntegerCodec:
+class IntegerCodec(ABC):
     """Integers of up to 8 bits with scales of groups of inputs; a method says where they are.
 
     All integers are less 2^(bits - 1), so that they fit int8.
@@ -85,13 +100,13 @@ class IntegerCodec:
     stripes: Stripes = field(repr=False)
     g_idx: torch.Tensor | None = field(default=None, repr=False)  # int64 [in]: inputs' groups, unless consecutive
 
+    @abstractmethod
     def values(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the integers: int8 [n, in]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, start: int, stop: int) -> torch.Tensor:
         """Of rows [start, stop), as stored: [n, groups]."""
-        raise NotImplementedError
 
     def zeros(self, start: int, stop: int) -> torch.Tensor | None:
         """Of rows [start, stop), int8 [n, groups]; None without zero points."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError
-from converters.sources.huggingface.quantized.codec import by_input
-from converters.sources.source import Coded, Coding
+from converters.sources.huggingface.quantized.codec import OnlyRows, by_input
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ _BIAS, _NAN = 127, 255
 
 
 @dataclass
-class Float4Codec:
+class Float4Codec(OnlyRows):
     """Values uint8 [out, in / 2] times scales [out, in / group]: see ``Codec``."""
 
     name: str
@@ -33,7 +32,7 @@ class Float4Codec:
     divisor: Held | None = field(repr=False)  # of all scales; None: these are exponents
     group: int = 0
 
-    is_plain_int8 = False
+    why = "no format here has 4-bit floating-point values"
 
     @property
     def title(self) -> str:
@@ -57,9 +56,3 @@ class Float4Codec:
         if (stored == _NAN).any():
             raise InputError(f"{self.scales.path}: the tensor {self.scales.name} holds NaN. Fetch the source again.")
         return torch.exp2(stored.double() - _BIAS).float()
-
-    def coding(self) -> Coding | str:
-        return "no format here has 4-bit floating-point values"
-
-    def coded(self, start: int, stop: int) -> Coded:
-        raise NotImplementedError

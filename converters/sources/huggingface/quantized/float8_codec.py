@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from converters.console.errors import InputError
 from converters.files.row_blocks import row_blocks
+from converters.sources.codes import Coded, Coding
 from converters.sources.huggingface.quantized.codec import by_input, kept_scales
-from converters.sources.source import Coded, Coding
 
 if TYPE_CHECKING:
     import torch

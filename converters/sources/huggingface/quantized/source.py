@@ -14,11 +14,11 @@ from converters.formats.compressed_tensors import INT8_GROUP, SCALE_SUFFIX, quan
 from converters.formats.safetensors import CODES, TensorSpec
 from converters.model.config import ModelConfig
 from converters.model.parameters import Parameter, parameters
+from converters.sources.codes import Coded, Coding
 from converters.sources.huggingface.plain_source import HFSource
 from converters.sources.huggingface.quantized.codec import Codec, Method
 from converters.sources.huggingface.quantized.stripes import Stripes
 from converters.sources.huggingface.surplus import Held
-from converters.sources.source import Coded, Coding
 
 if TYPE_CHECKING:
     import torch
