@@ -43,12 +43,11 @@ class Scratch:
         """Keep the tensors after ``layer``, and no longer those of a few layers before."""
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._path(layer)
-        for name in (path, partial_path(path)):
-            if name.exists() and not name.suffix == ".partial" and not self._is_ours(name):
-                raise InputError(f"{name} was not written by this tool. Move it away, or give another folder.")
+        if path.exists() and not self._is_ours(path):
+            raise InputError(f"{path} was not written by this tool. Move it away, or give another folder.")
         contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_partial(path, save(contents, {"made_by": _MADE_BY, "key": self._key}))
-        publish(partial_path(path), path)
+        write_partial(self._unfinished(layer), save(contents, {"made_by": _MADE_BY, "key": self._key}))
+        publish(partial_path(self._unfinished(layer)), path)
         if self._kept is not None:
             self._remove(layer - self._kept)
 
@@ -56,6 +55,7 @@ class Scratch:
         """Remove what is kept of so many layers."""
         for layer in range(layers):
             self._remove(layer)
+            partial_path(self._unfinished(layer)).unlink(missing_ok=True)
 
     def _remove(self, layer: int) -> None:
         if layer >= 0 and self._is_ours(self._path(layer)):
@@ -63,6 +63,10 @@ class Scratch:
 
     def _path(self, layer: int) -> Path:
         return self._directory / f"calibration-{layer:05d}.safetensors"
+
+    def _unfinished(self, layer: int) -> Path:
+        """What a layer's file is called until it is whole: by this run's key, so that it is nobody else's."""
+        return self._directory / f"{self._path(layer).name}.{self._key[:16]}"
 
     def _is_ours(self, path: Path) -> bool:
         return self._said(path, "made_by") == _MADE_BY
