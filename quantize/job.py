@@ -60,7 +60,7 @@ class QuantizeRequest:
 def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     """Make the shards, or finish those of an interrupted run. Returns the lines to show the user."""
     _check_calibration(request)
-    sharding, source, fitted, text = _plan(request)
+    sharding, source, fitted, text, weights = _plan(request)
     lines = _describe(sharding, request.out) + (fit_lines(fitted, request.fit) if fitted else [])
     if dry_run:
         if request.calibrate:
@@ -87,7 +87,7 @@ def quantize(request: QuantizeRequest, force: bool, dry_run: bool) -> str:
     if isinstance(source, Quantizer) and (errors := source.report.summary(sharding.scheme.title(sharding.config))):
         lines.append(errors)
     if fitted and len(sharding.only_chips) == sharding.chips:
-        lines.append(measured_line(open_source(request.checkpoint), request.out, sharding.config, text))
+        lines.append(measured_line(weights, request.out, sharding.config, text))
     return "\n".join(lines)
 
 
@@ -115,6 +115,7 @@ class Job(NamedTuple):
     source: BlockSource
     fitted: Fit | None = None
     text: Calibration | None = None
+    weights: TensorSource | None = None  # those that are quantized, as they are
 
 
 def _plan(request: QuantizeRequest) -> Job:
@@ -150,7 +151,7 @@ def _quantize(request: QuantizeRequest) -> Job:
     made = Made(scheme, weights.fingerprint(), request.method, calibration)
     sharding = _sharding(request, config, made)
     source.note_kept(sharding.config, sharding.scheme)
-    return Job(sharding, source, fitted, text)
+    return Job(sharding, source, fitted, text, weights)
 
 
 class Made(NamedTuple):

@@ -137,7 +137,7 @@ class Scaler:
         return not stays and any(self.formats[name].quantizes for name in taken_by)
 
     def _scale(self, prefix: str, place: Place, scaled: Scaled) -> None:
-
+        """Put into ``scaled`` what the best alpha makes of a place, if it is better than none."""
         samples = {name: self._sample(name) for name in _weights(prefix, place.taken_by)}
         mean_square = self.moments.by_weight[next(iter(samples))]
         divided = self._divided(prefix, place)

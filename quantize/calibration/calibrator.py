@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from converters.console.errors import InputError
 from converters.console.progress import Advance
@@ -60,7 +60,7 @@ class Fit:
     lines: list[str]  # what the compiler says
 
 
-class Divergence(Protocol):
+class Divergence(NamedTuple):
     """The mean of KL(exact || rounded) in nats per token, and its standard error."""
 
     mean: float

@@ -27,7 +27,7 @@ from runtime.model.kv_cache import KVCache
 from runtime.model.linears.linear import LinearWeight, as_it_is
 from runtime.model.weights import Weights
 
-_BLOCK_ELEMENTS = 1 << 24  # of a weight's rows at once: 64 MB in float32
+_BLOCK_ELEMENTS = 1 << 24  # of a weight's rows at once: 64 MB in float32, enough to be worth a column's operations
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class SourceWeight:
     shape: tuple[int, int]
     source: TensorSource
 
-    def blocks(self, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Rows [start, stop) in float32, one range of about so many ``elements`` after the other."""
-        for start, stop in row_blocks(0, *self.shape, elements):
+    def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Rows [start, stop) in float32, one range after the other."""
+        for start, stop in row_blocks(0, *self.shape, _BLOCK_ELEMENTS):
             yield start, stop, self.source.rows(self.name, start, stop).float()
 
 

@@ -42,7 +42,6 @@ __all__ = [  # what the entry point promises
     "read_windows",
 ]
 
-_ROUNDED_AT_ONCE = 1 << 24  # elements of rows: 64 MB in float32, enough to be worth a column's few operations
 _AT_ONCE = 1 << 28  # bytes of a layer's widest activations at once: several such tensors are needed
 
 
@@ -225,7 +224,7 @@ class _FeedbackLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         feedback = self._linears.feedback(self._weight.name, x, self._form.group_size)
         parts, y = [], []
-        for _, _, rows in self._weight.blocks(_ROUNDED_AT_ONCE):
+        for _, _, rows in self._weight.blocks():
             parts.append(feedback.encode(rows, self._form))
             y.append(x @ self._form.decode(parts[-1].tensors).T)
         self._linears.keep(self._weight.name, parts)

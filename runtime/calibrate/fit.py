@@ -16,13 +16,14 @@ from converters.console.notes import note
 from converters.console.progress import spinner
 from converters.console.units import format_bytes
 from converters.model.config import ModelConfig
-from converters.model.parameters import Parameter, same_input
+from converters.model.parameters import Parameter
 from quantize.calibration.calibrator import Fit, FitTarget
 from quantize.calibration.knapsack import choose
 from quantize.formats.floating import Floating
 from quantize.formats.table import FORMATS
 from quantize.shards.scheme import UNQUANTIZED, Scheme, choices, mixture
 from quantize.shards.stored import StoredParameter
+from runtime.model.decoder_tensors import of_same_input
 from runtime.model.sizing import cache_bytes_per_chip, parameter_bytes_per_chip
 from runtime.plan.chips import chip_of
 from runtime.plan.plan import Workload
@@ -85,7 +86,7 @@ def fit(config: ModelConfig, losses: Mapping[str, Mapping[str, float]], target: 
         if beyond <= 0:
             predicted = sum(each.losses[number] for each, number in zip(groups, numbers, strict=True))
             held = parameter_bytes_per_chip(config, scheme, target.chips)
-            return Fit(scheme, predicted, _table(config, groups, numbers), held, room.lines)
+            return Fit(scheme, predicted, _table(groups, numbers), held, room.lines)
         budget -= beyond
     raise InputError(
         f"The TPU's compiler takes no mixture of {config.name} for {target.name} (the last one wanted "
@@ -105,13 +106,10 @@ def _choices(config: ModelConfig, losses: Mapping[str, Mapping[str, float]], chi
 
 def _groups(config: ModelConfig, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The weights in groups of those that take the same input."""
-    first_of = {name: names_[0] for names_ in same_input(config.architecture) for name in names_}
     found: dict[str, list[str]] = {}
     for name in names:
-        linear = name.removesuffix(".weight")
-        own = next((each for each in first_of if linear.endswith("." + each)), None)
-        key = linear if own is None else linear.removesuffix(own) + first_of[own]
-        found.setdefault(key, []).append(name)
+        first, *_ = of_same_input(name.removesuffix(".weight"), config)
+        found.setdefault(first, []).append(name)
     return [tuple(each) for each in found.values()]
 
 
@@ -228,7 +226,7 @@ class _Room:
         return peak - hbm
 
 
-def _table(config: ModelConfig, groups: Sequence[_Choices], numbers: Sequence[int]) -> list[list[str]]:
+def _table(groups: Sequence[_Choices], numbers: Sequence[int]) -> list[list[str]]:
     """By kind of linears, in how many layers they are in each format, with the bytes on each chip and the loss."""
     used = dict.fromkeys(form for each in groups for form in each.formats)
     kinds: dict[str, list[tuple[_Choices, int]]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -11,14 +10,9 @@ from converters.console.progress import Advance
 from converters.files.parallel import every_core
 from converters.model.config import ModelConfig
 from converters.sources.source import TensorSource
+from quantize.calibration.calibrator import Divergence
 from runtime.calibrate.blocks import Blocks, StreamedLinear
-
-
-class Divergence(NamedTuple):
-    """The mean of KL(exact || rounded) in nats per token, and its standard error."""
-
-    mean: float
-    error: float
+from runtime.evaluate.graphs import excess
 
 
 def measure_divergence(
@@ -39,6 +33,6 @@ def measure_divergence(
             p, q = (
                 head(x)[:, : config.vocab_size].log_softmax(-1) for head, x in zip(heads, pair, strict=True)
             )  # [T, V]
-            found.append((p.exp() * (p - q)).sum(-1).double())
+            found.append(excess(q, p).sum(-1).double())
         values = torch.cat(found)
         return Divergence(values.mean().item(), (values.std() / math.sqrt(len(values))).item())

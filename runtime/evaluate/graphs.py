@@ -18,7 +18,7 @@ from runtime.model.kv_cache import KVCache, Layers
 NOTHING_ARGUMENT = 0  # index of the empty list
 
 _LOGITS = 1 << 23  # computed at once: 32 MiB in float32
-_SERIES_BELOW = 0.5  # of |w| in _excess
+_SERIES_BELOW = 0.5  # of |w| in excess
 
 
 class Compared(NamedTuple):
@@ -100,11 +100,11 @@ def _found(values: Tensor, tokens: Tensor) -> Tensor:
 
 def _compared(log_probabilities: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
     same_first = (log_probabilities.argmax(-1) == reference.argmax(-1)).float()
-    kl = _excess(log_probabilities, reference).sum(-1)
+    kl = excess(log_probabilities, reference).sum(-1)
     return torch.stack([_found(log_probabilities, tokens), _found(reference, tokens), kl, same_first])
 
 
-def _excess(log_q: Tensor, log_p: Tensor) -> Tensor:
+def excess(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Terms that sum up to KL(p || q) over the vocabulary, none of them negative: p * (exp(w) - 1 - w), w = log(q / p).
 
     Since p and q both sum up to 1, that is the same as p * -w. But small divergences aren't lost in it as a difference

@@ -137,7 +137,7 @@ def decoder_parameters(
     found = []
     for name, parameter in stored.items():
         linear, _, kind = name.rpartition(".")
-        linears = _of_same_input(linear, config)
+        linears = of_same_input(linear, config)
         if len(linears) == 1:
             found.append(DecoderParameter(name, (parameter,)))
             continue
@@ -179,7 +179,7 @@ def collect(parameters: Iterable[DecoderParameter], load: Callable[[DecoderTenso
     return held
 
 
-def _of_same_input(linear: str, config: ModelConfig) -> list[str]:
+def of_same_input(linear: str, config: ModelConfig) -> list[str]:
     """All linears that take the same input as this one, itself among them, in the order of the files."""
     for names in same_input(config.architecture):
         for name in names:

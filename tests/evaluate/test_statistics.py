@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.evaluate.graphs import _excess
+from runtime.evaluate.graphs import excess
 from runtime.evaluate.statistics import Estimate, Positions, divergence, mean, perplexity
 
 SAMPLES, COUNT = 2000, 300
@@ -70,6 +70,6 @@ def test_divergences_of_any_size_survive_float32(spread: float) -> None:
     other = logits + spread * torch.randn(64, 5000, generator=generator)
     exact = [each.double().log_softmax(-1) for each in (other, logits)]
     wanted = (exact[1].exp() * (exact[1] - exact[0])).sum(-1)
-    found = _excess(*(each.log_softmax(-1) for each in (other, logits))).sum(-1)
+    found = excess(*(each.log_softmax(-1) for each in (other, logits))).sum(-1)
     assert torch.isfinite(found).all()
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=2e-3 if spread < 1e-3 else 1e-4)
