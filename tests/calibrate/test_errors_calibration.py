@@ -152,6 +152,24 @@ def test_a_foreign_file_named_like_what_is_kept(
     ]
 
 
+def test_a_foreign_file_named_like_what_is_unfinished(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no file of this run, and stays."""
+    from runtime.calibrate import scratch
+
+    foreign, save = tmp_path / "m" / "calibration-00000.safetensors.partial", scratch.Scratch.save
+
+    def first(self: scratch.Scratch, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        foreign.write_bytes(b"somebody's")
+        save(self, layer, tensors)
+
+    monkeypatch.setattr(scratch.Scratch, "save", first)
+    options = ("--calibrate", made[1], "--moments", tmp_path / "m", "--out", tmp_path / "out")
+    invoke(quantize, made[0], "--int4", "--group-size", 64, *options)
+    assert foreign.read_bytes() == b"somebody's"
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x08" + bytes(7) + b"{broken}"])
 def test_damaged_moments(made: tuple[Path, Path], content: bytes, tmp_path: Path) -> None:
     """They are not what was recorded: refused in words that name them."""
